@@ -1,0 +1,163 @@
+"""Image files: finding them, and decoding anything a user may have into plain RGB or one clear DataError."""
+
+from __future__ import annotations
+
+import glob
+import io
+import itertools
+import os
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from v2flow_cli.errors import DataError
+
+MAX_PIXELS = 50_000_000  # checked before decoding: a small file can claim any size
+
+#: Formats that Pillow decodes itself; EPS, for one, would start another program.
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")
+SUFFIXES = frozenset(
+    ".jpg .jpeg .jpe .jfif .png .webp .avif .gif .bmp .tif .tiff .ppm .pgm .pbm .pnm".split()
+)
+
+_TURNS = {  # EXIF orientation -> what undoes it
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+# Pillow warns above its own, larger limit; MAX_PIXELS is the one that counts here.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """A found image and its key: its path inside the input it was found in, without suffix, '/' between."""
+
+    path: Path
+    key: str
+
+
+def open_image(source: Path | bytes, name: str) -> Image.Image:
+    """The picture as 8-bit RGB, upright (EXIF), alpha laid over white, the first frame of an animation.
+
+    Args:   source, a file or the bytes of one; name, what messages call it.
+    Raises: DataError for whatever is not a whole picture of at most MAX_PIXELS.
+    """
+    try:
+        content = source if isinstance(source, bytes) else source.read_bytes()
+    except OSError as error:
+        raise DataError(f"{name}: cannot be read ({error.strerror or error}).") from error
+    if not content:
+        raise DataError(f"{name}: the file is empty (0 bytes); expected an image.")
+    try:
+        image = Image.open(io.BytesIO(content), formats=FORMATS)
+    except Image.DecompressionBombError as error:
+        raise DataError(f"{name}: over {MAX_PIXELS:,} pixels, the limit. Make it smaller first.") from error
+    except Exception as error:  # Pillow's parsers raise a dozen types on damaged headers
+        raise DataError(f"{name}: not an image of a known format ({', '.join(FORMATS)}).") from error
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise DataError(
+            f"{name}: {width} x {height} is {width * height:,} pixels; the limit is {MAX_PIXELS:,}. "
+            "Make it smaller first."
+        )
+    try:
+        image.load()
+        turn = _TURNS.get(image.getexif().get(0x0112, 1))
+        image = _to_rgb(image)
+    except Exception as error:  # as above: OSError, SyntaxError, struct.error, zlib.error, ...
+        raise DataError(f"{name}: a damaged or truncated {image.format} image ({error}).") from error
+    return image.transpose(turn) if turn is not None else image
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F" or image.mode.startswith("I"):
+        return Image.fromarray(_to_8_bit(np.asarray(image, dtype=np.float64), image.mode)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")  # CMYK, inverted by Pillow where Adobe wrote it so
+
+
+def _to_8_bit(values: np.ndarray, mode: str) -> np.ndarray:
+    """Grey values of more than 8 bits as uint8; Pillow's own conversion would clip them at 255.
+
+    White is 65,535 for integers. Floats do not say: the smallest of 1, 255 and 65,535 that holds every value;
+    whatever is larger than these is scaled by its maximum.
+    """
+    values = np.nan_to_num(values, posinf=0.0, neginf=0.0)
+    top = float(values.max())
+    white = next((w for w in ((1.0, 255.0, 65535.0) if mode == "F" else (65535.0,)) if top <= w), top)
+    return (values.clip(0, white) * (255.0 / white)).round().astype(np.uint8)
+
+
+def find_images(inputs: Sequence[str | Path]) -> list[ImageFile]:
+    """The images among files, folders (searched recursively) and globs, sorted by key; none that is hidden.
+
+    Images whose keys would be equal but for the suffix (``a.jpg``, ``a.png``) keep the suffix in the key.
+    Raises: DataError for an input that does not exist, holds no image, or repeats another one's keys.
+    """
+    found: dict[Path, str] = {}  # path -> relative path with suffix
+    for given in inputs:
+        root, paths = expand_input(str(given))
+        paths = [p for p in paths if p.suffix.lower() in SUFFIXES]
+        if not paths:
+            raise DataError(f"{given}: no images in it; known suffixes are {', '.join(sorted(SUFFIXES))}.")
+        for path in paths:
+            found.setdefault(path, path.relative_to(root).as_posix())
+    stems = Counter(_without_suffix(name) for name in found.values())
+    files: dict[str, ImageFile] = {}
+    for path, name in found.items():
+        stem = _without_suffix(name)
+        key = stem if stems[stem] == 1 else name
+        if key in files:
+            raise DataError(f"{files[key].path} and {path}: both have the key {key}. Give one at a time.")
+        files[key] = ImageFile(path, key)
+    return [files[key] for key in sorted(files)]
+
+
+def expand_input(given: str) -> tuple[Path, list[Path]]:
+    """Root and visible files of one input: a folder, a file, or a glob (root: what precedes the wildcards).
+
+    Raises: DataError if nothing is there, or a folder cannot be read.
+    """
+    path = Path(given)
+    if path.is_dir():
+        return path, [Path(folder, f) for folder, names in _walk(path) for f in names]
+    if path.exists():
+        return path.parent, [path]
+    if glob.has_magic(given):
+        fixed = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
+        paths = [Path(p) for p in sorted(glob.glob(given, recursive=True))]
+        if not paths:
+            raise DataError(f"{given}: no file matches.")
+        return fixed, [p for p in paths if p.is_file()]
+    raise DataError(f"{given}: no such file or folder.")
+
+
+def _walk(root: Path) -> list[tuple[str, list[str]]]:
+    """(folder, sorted visible file names) for root and everything under it."""
+
+    def refuse(error: OSError) -> None:
+        raise DataError(f"{error.filename}: cannot be read ({error.strerror}).") from error
+
+    visited = []
+    for folder, folders, names in os.walk(root, onerror=refuse):
+        folders[:] = sorted(f for f in folders if not f.startswith("."))
+        visited.append((folder, sorted(n for n in names if not n.startswith("."))))
+    return visited
+
+
+def _without_suffix(name: str) -> str:
+    return name[: -len(Path(name).suffix)]

@@ -1,0 +1,192 @@
+"""The training data: an endless, shuffled, exactly resumable stream over shards or a folder of images."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from v2flow_cli.errors import DataError
+from v2flow_cli.store.images import SUFFIXES, ImageFile, expand_input, find_images
+from v2flow_cli.store.shards import SampleIndex, captions_of, index_shard, read_captions, read_member
+
+_OPEN_FILES = 16  # most shards kept open at a time
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image as it lies on disk, its captions, and the shard or file it came from (for messages)."""
+
+    key: str
+    image: bytes
+    captions: tuple[str, ...]
+    source: str
+
+
+class SampleStream:
+    """The samples of tars, folders of tars, or folders of images, in an order that the seed determines.
+
+    Each epoch permutes the shards, and within every window of ``shuffle_shards`` shards all samples; a folder
+    of images counts as one shard. Rank r of R takes the positions r, r + R, r + 2R, ... of that one endless
+    order, so every sample is seen once per epoch whatever the number of ranks. Memory holds one window's
+    indexes, and the listing of a folder of images.
+
+    Args:   sources, paths; shuffle_shards, shards whose samples are mixed at a time; shuffle, False keeps the
+            order of the disk.
+    Raises: DataError for a source that is missing, without images, or damaged (then when it is reached).
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[str],
+        *,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        shuffle_shards: int = 8,
+        shuffle: bool = True,
+    ) -> None:
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank is {rank}; expected 0 to {world_size - 1}")
+        if shuffle_shards < 1:
+            raise ValueError(f"shuffle_shards is {shuffle_shards}; expected at least 1")
+        self._shards = [shard for source in sources for shard in _shards_of(source)]
+        self._seed, self._rank, self._world_size = seed, rank, world_size
+        self._window, self._shuffle = shuffle_shards, shuffle
+        self._counts: dict[int, int] = {}  # samples of the shards indexed so far
+        if not self._shards:
+            raise DataError("No data: the list of sources is empty.")
+
+    def __len__(self) -> int:
+        """Samples per epoch over all ranks; reads the index of every shard the first time."""
+        return sum(self._count(i) for i in range(len(self._shards)))
+
+    def samples(self, start: int = 0) -> Iterator[Sample]:
+        """This rank's samples from its ``start``-th on, epoch after epoch, endless; skips read no image."""
+        total = len(self)
+        if not total:
+            raise DataError(f"{self._shards[0].name}: no sample with an image in it.")
+        epoch, offset = divmod(start * self._world_size + self._rank, total)
+        with _Files() as files:
+            while True:
+                order = np.arange(len(self._shards))
+                if self._shuffle:
+                    order = np.random.default_rng([self._seed, epoch]).permutation(order)
+                offset = yield from self._one_epoch(epoch, order, offset, files)
+                epoch += 1
+
+    def epoch(self) -> Iterator[Sample]:
+        """One pass over this rank's part: shards by name, samples as they lie in them."""
+        with _Files() as files:
+            offset = self._rank
+            for i in range(len(self._shards)):
+                refs = self._index(i)
+                for position in range(offset, len(refs), self._world_size):
+                    yield self._shards[i].read(refs[position], files)
+                offset = (offset - len(refs)) % self._world_size if offset < len(refs) else offset - len(refs)
+
+    def _one_epoch(self, epoch: int, order: np.ndarray, offset: int, files: _Files) -> Iterator[Sample]:
+        """Yields every world_size-th sample from ``offset`` on; returns the offset into the next epoch."""
+        for first in range(0, len(order), self._window):
+            window = [int(i) for i in order[first : first + self._window]]
+            size = sum(self._count(i) for i in window)
+            if offset < size:
+                refs = [(i, ref) for i in window for ref in self._index(i)]
+                places = np.arange(size)
+                if self._shuffle:
+                    places = np.random.default_rng([self._seed, epoch, first + 1]).permutation(places)
+                while offset < size:
+                    i, ref = refs[places[offset]]
+                    yield self._shards[i].read(ref, files)
+                    offset += self._world_size
+            offset -= size
+        return offset
+
+    def _count(self, i: int) -> int:
+        if i not in self._counts:
+            self._counts[i] = len(self._shards[i].index())
+        return self._counts[i]
+
+    def _index(self, i: int) -> list:
+        refs = self._shards[i].index()
+        if len(refs) != self._counts.setdefault(i, len(refs)):
+            raise DataError(f"{self._shards[i].name}: changed while it was being read.")
+        return refs
+
+
+class _Files:
+    """A few open shards, the longest unused closed first."""
+
+    def __init__(self) -> None:
+        self._open: OrderedDict[Path, BinaryIO] = OrderedDict()
+
+    def __enter__(self) -> _Files:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        while self._open:
+            self._open.popitem()[1].close()
+
+    def get(self, path: Path) -> BinaryIO:
+        if path not in self._open:
+            if len(self._open) >= _OPEN_FILES:
+                self._open.popitem(last=False)[1].close()
+            try:
+                self._open[path] = open(path, "rb")
+            except OSError as error:
+                raise DataError(f"{path}: cannot be read ({error.strerror}).") from error
+        self._open.move_to_end(path)
+        return self._open[path]
+
+
+@dataclass(frozen=True)
+class _Tar:
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return str(self.path)
+
+    def index(self) -> list[SampleIndex]:
+        return [sample for sample in index_shard(self.path) if sample.image is not None]
+
+    def read(self, ref: SampleIndex, files: _Files) -> Sample:
+        file = files.get(self.path)
+        assert ref.image is not None  # index() keeps no other
+        return Sample(ref.key, read_member(file, ref.members[ref.image]), captions_of(file, ref), self.name)
+
+
+@dataclass(frozen=True)
+class _Folder:
+    path: Path
+    images: list[ImageFile]
+
+    @property
+    def name(self) -> str:
+        return str(self.path)
+
+    def index(self) -> list[ImageFile]:
+        return self.images
+
+    def read(self, ref: ImageFile, files: _Files) -> Sample:
+        sidecar = ref.path.with_suffix(".txt")
+        try:
+            captions = read_captions(sidecar.read_bytes()) if sidecar.exists() else ()
+            return Sample(ref.key, ref.path.read_bytes(), captions, str(ref.path))
+        except OSError as error:
+            raise DataError(f"{ref.path}: cannot be read ({error.strerror}).") from error
+
+
+def _shards_of(source: str) -> list[_Tar] | list[_Folder]:
+    """What a source holds: its tars, sorted, or its images as one shard."""
+    _, paths = expand_input(str(source))
+    tars = sorted(p for p in paths if p.suffix.lower() == ".tar")
+    if not tars:
+        return [_Folder(Path(source), find_images([source]))]
+    if any(p.suffix.lower() in SUFFIXES for p in paths):
+        raise DataError(f"{source}: holds both tars and images. Give the tars, or a folder with one kind.")
+    return [_Tar(p) for p in tars]
