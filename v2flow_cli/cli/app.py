@@ -1,0 +1,71 @@
+"""The ``v2flow`` command: seven commands, one error policy."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated, Any
+
+import typer
+import typer.core
+
+from v2flow_cli import __version__
+from v2flow_cli.cli import bench, decode, encode, finetune_llm, generate, shard, train
+from v2flow_cli.cli.console import EXIT_FAILED, EXIT_INTERRUPTED, log
+from v2flow_cli.errors import V2FlowError
+
+
+class _Commands(typer.core.TyperGroup):
+    """One error policy: a V2FlowError is one message and exit code 1, an interrupt leaves with 130."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except V2FlowError as error:
+            log(f"error: {error}")
+            ctx.exit(EXIT_FAILED)
+        except KeyboardInterrupt:
+            log("interrupted")
+            ctx.exit(EXIT_INTERRUPTED)
+
+
+app = typer.Typer(
+    cls=_Commands,
+    name="v2flow",
+    help="Pictures as words of a language model: images to tokens, tokens to images, and LLMs that draw.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+app.command("train")(train.train)
+app.command("encode")(encode.encode)
+app.command("decode")(decode.decode)
+app.command("shard")(shard.shard)
+app.command("finetune-llm")(finetune_llm.finetune_llm)
+app.command("generate")(generate.generate)
+app.command("bench")(bench.bench)
+
+
+def _version(show: bool) -> None:
+    if show:
+        print(f"v2flow {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
+) -> None:
+    """Pictures as words of a language model: images to tokens, tokens to images, and LLMs that draw."""
+
+
+def main() -> None:
+    """Entry point; libraries that print or phone home are silenced before they are imported."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""What every command shares: results on stdout, everything else on stderr, errors as one sentence."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+
+
+class Tick(Protocol):
+    def __call__(self, advance: int = 1) -> None: ...
+
+
+def is_main_process() -> bool:
+    """True in the first process of a launch; only that one prints."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def log(message: str) -> None:
+    """One plain line on stderr."""
+    if is_main_process():
+        print(message, file=sys.stderr, flush=True)
+
+
+def result(text: str) -> None:
+    """One line of the command's result on stdout."""
+    if is_main_process():
+        print(text, flush=True)
+
+
+def result_json(payload: Any) -> None:
+    """One JSON object on one line of stdout; NaN and infinity become null."""
+    result(json.dumps(_finite(payload), ensure_ascii=False, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(k): _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        return None
+    return value
+
+
+@contextlib.contextmanager
+def progress(label: str, total: int | None) -> Iterator[Tick]:
+    """A bar with rate and ETA on a terminal; plain lines (about ten in all) elsewhere."""
+    if not is_main_process():
+        yield lambda advance=1: None
+        return
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task(label, total=total)
+            yield lambda advance=1: bar.advance(task, advance)
+        return
+    done, every = 0, max(1, (total or 1000) // 10)
+
+    def tick(advance: int = 1) -> None:
+        nonlocal done
+        before, done = done, done + advance
+        if done // every > before // every or done == total:
+            log(f"{label}: {done}/{total}" if total else f"{label}: {done}")
+
+    yield tick
+
+
+def fail(message: str, code: int = EXIT_FAILED) -> None:
+    """Print ``message`` as an error on stderr and leave with ``code``."""
+    log(f"error: {message}")
+    raise SystemExit(code)

@@ -1,0 +1,56 @@
+"""``v2flow train``: an autoencoder or a tokenizer from a recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from v2flow_cli.cli.console import EXIT_INTERRUPTED, log, result, result_json
+
+
+def train(
+    recipe: Annotated[Path, typer.Argument(help="Recipe of kind autoencoder or tokenizer (YAML).")],
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe key, such as train.steps=100.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the recipe's output folder.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Validate, report sizes, and stop.")] = False,
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+) -> None:
+    """Train an autoencoder or a V2Flow tokenizer from photos.
+
+    Examples:
+
+        v2flow train recipes/default/tokenizer.yaml --dry-run
+
+        v2flow train recipes/tiny/autoencoder.yaml --set data.sources=[photos/] --set output=runs/ae
+
+        accelerate launch -m v2flow_cli.cli.app train recipes/default/tokenizer.yaml --resume
+    """
+    from v2flow_cli.recipe import load_recipe
+
+    tree = load_recipe(recipe, set_ or (), kinds=("autoencoder", "tokenizer"))
+    if dry_run:
+        from v2flow_cli.train.plan import plan
+
+        report = plan(tree)
+        if json_:
+            result_json(report)
+        else:
+            for key, value in report.items():
+                result(f"{key}: {value:,}" if isinstance(value, int) else f"{key}: {value}")
+        return
+
+    from v2flow_cli.train.loop import Interrupted, train as run
+
+    try:
+        trained = run(tree, resume=resume, log=log)
+    except Interrupted as stop:
+        log(f"{stop}; continue with --resume")
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+    if json_:
+        result_json({**trained.__dict__, "folder": str(trained.folder)})
+    else:
+        result(f"{trained.folder}: {trained.steps} steps, {trained.images} images, {trained.seconds / 60:.1f} minutes")

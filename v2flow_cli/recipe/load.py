@@ -1,0 +1,136 @@
+"""Read a recipe, apply ``--set`` overrides, validate it whole, and write the resolved one back."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import yaml
+
+from v2flow_cli.errors import RecipeError
+from v2flow_cli.recipe.schema import KINDS, Recipe
+
+
+def load_recipe(path: str | Path, overrides: Iterable[str] = (), kinds: Iterable[str] = tuple(KINDS)) -> Recipe:
+    """The recipe at ``path`` with ``a.b=value`` overrides applied, checked against the schema.
+
+    Raises:  RecipeError listing every unknown, missing and mistyped key at once, with dotted paths.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise RecipeError(f"{path}: no such recipe. Give the path of a YAML file, such as one of recipes/.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: the recipe cannot be read ({error}).") from None
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path}: not valid YAML: {' '.join(str(error).split())}.") from None
+    if not isinstance(tree, dict):
+        raise RecipeError(f"{path}: found {type(tree).__name__}, expected a mapping with a top-level `kind`.")
+    for override in overrides:
+        _apply_override(tree, override, path)
+    return parse_recipe(tree, where=str(path), kinds=kinds)
+
+
+def parse_recipe(tree: Mapping[str, Any], where: str, kinds: Iterable[str] = tuple(KINDS)) -> Recipe:
+    """The recipe in ``tree``, validated; ``where`` names its origin in messages."""
+    kind, kinds = tree.get("kind"), tuple(kinds)
+    if kind not in KINDS:
+        raise RecipeError(f"{where}: kind is {kind!r}; expected one of {', '.join(KINDS)}.")
+    if kind not in kinds:
+        command = "v2flow train" if kind in ("autoencoder", "tokenizer") else "v2flow finetune-llm"
+        raise RecipeError(f"{where}: a recipe of kind {kind}, which this command does not run; use `{command}`.")
+    problems: list[str] = []
+    recipe = _build(KINDS[kind], tree, "", problems)
+    if not problems:
+        problems.extend(cast(Any, recipe).problems())
+    if problems:
+        raise RecipeError(f"{where}: {len(problems)} problem(s):\n" + "\n".join(f"  - {p}" for p in problems))
+    return cast(Recipe, recipe)
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML that ``load_recipe`` reads back to an equal recipe."""
+    return yaml.safe_dump(_plain(dataclasses.asdict(cast(Any, recipe))), sort_keys=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, tuple | list) else value
+
+
+def _apply_override(tree: dict[str, Any], override: str, path: Path) -> None:
+    key, sep, text = override.partition("=")
+    if not sep or not key:
+        raise RecipeError(f"--set {override}: expected KEY=VALUE, such as --set train.steps=100.")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise RecipeError(f"--set {override}: the value is not valid YAML.") from None
+    node: Any = tree
+    *parents, leaf = key.split(".")
+    for name in parents:
+        node = node.setdefault(name, {})
+        if not isinstance(node, dict):
+            raise RecipeError(f"--set {override}: {name} is a value in {path}, not a section.")
+    node[leaf] = value
+
+
+def _build(schema: type, tree: Any, prefix: str, problems: list[str]) -> Any:
+    """An instance of the dataclass ``schema`` from ``tree``; None and entries in ``problems`` where it does not fit."""
+    if not isinstance(tree, Mapping):
+        problems.append(f"{prefix.rstrip('.') or 'recipe'} is {tree!r}; expected a section of keys")
+        return None
+    hints = typing.get_type_hints(schema)
+    fields = {f.name: f for f in dataclasses.fields(schema)}
+    for key in tree:
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1)
+            hint = f"; did you mean {prefix}{near[0]}?" if near else f"; known keys: {', '.join(fields)}"
+            problems.append(f"{prefix}{key} is not a known key{hint}")
+    values = {}
+    for name, spec in fields.items():
+        if name in tree:
+            values[name] = _coerce(hints[name], tree[name], f"{prefix}{name}", problems)
+        elif spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING:
+            problems.append(f"{prefix}{name} is missing")
+    return schema(**values) if not problems else None
+
+
+def _coerce(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return _build(cast(type, hint), value, f"{where}.", problems)
+    if origin in (types.UnionType, typing.Union):  # only `X | None`
+        return None if value is None else _coerce(args[0], value, where, problems)
+    if origin is Literal:
+        if value in args and type(value) in {type(a) for a in args}:
+            return value
+        near = difflib.get_close_matches(str(value), [str(a) for a in args], n=1)
+        hint_text = f"; did you mean {near[0]}?" if near else ""
+        problems.append(f"{where} is {value!r}; expected one of {', '.join(map(str, args))}{hint_text}")
+        return None
+    if origin is tuple:
+        variadic = len(args) == 2 and args[1] is Ellipsis
+        if not isinstance(value, list | tuple) or (not variadic and len(value) != len(args)):
+            problems.append(f"{where} is {value!r}; expected a list" + ("" if variadic else f" of {len(args)} values"))
+            return None
+        kinds = [args[0]] * len(value) if variadic else list(args)
+        return tuple(_coerce(k, v, f"{where}[{i}]", problems) for i, (k, v) in enumerate(zip(kinds, value)))
+    if hint is float and isinstance(value, int | float | str) and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML 1.1 reads 2e-4 as a string
+        except ValueError:
+            pass
+    if type(value) is hint:
+        return value
+    problems.append(f"{where} is {value!r}; expected {hint.__name__}")
+    return None

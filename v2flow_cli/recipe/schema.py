@@ -1,0 +1,306 @@
+"""Every knob of every recipe, with its unit and meaning.
+
+A recipe is one of four kinds, named by its top-level ``kind``: ``autoencoder`` and ``tokenizer`` (for
+``v2flow train``), ``lm`` and ``finetune`` (for ``v2flow finetune-llm``). Whatever a result depends on has no
+default and must stand in the YAML; defaults are for plumbing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """Where training images come from and how they are cropped."""
+
+    sources: tuple[str, ...]  # folders of images, folders of WebDataset tars, or tars
+    crop_size: int  # pixels, side of the square training crop
+    min_scale: float  # smallest share of the photo's short side that a crop covers, in (0, 1]
+    horizontal_flip: bool  # mirror half of the crops
+    shuffle_shards: int = 8  # shards whose samples are mixed at a time
+    workers: int = 1  # loader processes per rank; 0 loads in the training process
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """AdamW with linear warm-up; the learning rate is the one really used (already scaled to the batch)."""
+
+    learning_rate: float
+    betas: tuple[float, float]
+    weight_decay: float  # matrices only: never on norms, biases, embeddings or the flow head
+    warmup_steps: int
+    schedule: Literal["constant", "cosine"]
+    clip_norm: float  # largest gradient norm; larger ones are scaled down
+
+
+@dataclass(frozen=True)
+class TrainLoop:
+    """Length, batch and bookkeeping of a run of ``v2flow train``."""
+
+    steps: int  # optimizer steps
+    batch_size: int  # images per step over all ranks
+    accumulate: int  # micro-batches per step
+    ema_decay: float  # of the exponential moving average of the weights, per step
+    seed: int
+    precision: Literal["auto", "fp32", "bf16"]  # auto: bf16 where the hardware is fast at it
+    max_minutes: float = 0.0  # stop (and save) after this wall time; 0 means no limit
+    log_every: int = 20  # steps
+    save_every: int = 500  # steps
+    keep_checkpoints: int = 2
+    skip_bad_steps: int = 0  # non-finite losses to skip before the run stops
+
+
+@dataclass(frozen=True)
+class AutoencoderModel:
+    """The small convolutional autoencoder, f8: images (3, H, W) to latents (C, H/8, W/8)."""
+
+    latent_channels: int
+    encoder_width: int  # channels at 1/8 resolution; half of it at 1/4
+    encoder_depth: int  # residual blocks at 1/8 resolution
+    decoder_width: int
+    decoder_depth: int
+    latent_noise: float  # standard deviation of the training noise on unit-variance latents
+
+
+@dataclass(frozen=True)
+class AutoencoderLoss:
+    """Weights of the pixel losses."""
+
+    mse: float
+    l1: float
+
+
+@dataclass(frozen=True)
+class AutoencoderRecipe:
+    """``v2flow train``: an autoencoder of our own, for the latents of a tokenizer."""
+
+    kind: Literal["autoencoder"]
+    data: ImageData
+    model: AutoencoderModel
+    loss: AutoencoderLoss
+    optimizer: Optimizer
+    train: TrainLoop
+    output: str  # folder of the trained model
+
+    def problems(self) -> Iterator[str]:
+        if self.data.crop_size % 8:
+            yield f"data.crop_size is {self.data.crop_size}; the autoencoder needs a multiple of 8"
+        yield from _loop_problems(self.train)
+
+
+@dataclass(frozen=True)
+class LatentSource:
+    """The frozen autoencoder whose latents are tokenized."""
+
+    autoencoder: str  # folder or hub id: ours, or a diffusers AutoencoderDC / AutoencoderKL / AutoencoderTiny
+    patch_size: int  # latent positions per side of one decoded patch
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The LLM vocabulary that visual tokens live in (section 2.2, Eq. 4)."""
+
+    llm: str  # folder or hub id of a causal LM; "none" is the ablation without a vocabulary
+    generator: Literal["tied", "free"]  # tied: scaled cosine with each word; free: the paper's linear map
+    logit_scale: float  # tied generator: factor on the cosine
+    temperature: float  # of the softmax
+    gumbel_noise: float  # factor on the Gumbel noise at the end of its ramp; 1 is Eq. 4
+    gumbel_ramp_steps: int  # steps over which the noise rises from 0
+    top_k: int  # words mixed per token; 0 mixes the whole vocabulary
+
+
+@dataclass(frozen=True)
+class Resampler:
+    """RegStage blocks, spatial downsampler, RegStage blocks, read-out (section 2.2)."""
+
+    hidden_size: int
+    depth: tuple[int, int]  # RegStage blocks before and after the downsampler
+    tokens_per_256px: int  # n for a 256 x 256 image: 64, 128 or 256; other sizes in proportion
+
+
+@dataclass(frozen=True)
+class Quantizer:
+    """Nearest-code quantiser with an EMA codebook (section 2.2)."""
+
+    codebook_size: int  # K
+    code_size: int  # width of a code; ignored (the LLM's width) unless vocabulary.llm is "none"
+    distance: Literal["cosine", "euclidean"]
+    ema_decay: float
+    start_step: int  # steps without quantisation before k-means draws the codebook from real vectors
+    revive_after: float  # a code whose running count per step falls below this share of the mean is redrawn
+    usage_floor: float  # training stops when noise-free usage stays under this share
+
+
+@dataclass(frozen=True)
+class Context:
+    """Masked transformer encoder-decoder (section 2.3)."""
+
+    hidden_size: int
+    encoder_depth: int
+    decoder_depth: int
+    num_heads: int
+    mlp_ratio: float
+    dropout: float
+    mask_ratio_min: float  # truncated normal of the mask ratio: minimum,
+    mask_ratio_std: float  # and standard deviation around 1
+
+
+@dataclass(frozen=True)
+class Flow:
+    """Velocity network: an AdaLN MLP on each position (Eq. 2, 3, 5)."""
+
+    formulation: Literal["rectified_flow", "ddim"]
+    hidden_size: int
+    depth: int
+    time_shift: float  # s in t' = s t / (1 + (s - 1) t); more weight on noisy times
+    repeats: int  # noise draws per position and step
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How ``decode`` samples unless told otherwise (Algorithm 1, Eq. 7)."""
+
+    num_mask_steps: int
+    num_flow_steps: int
+    solver: Literal["euler", "heun", "dpm++", "ddim"]
+    guidance_scale: float  # 1 means no guidance
+    guidance_schedule: Literal["constant", "linear"]
+    noise_temperature: float  # factor on the initial noise
+
+
+@dataclass(frozen=True)
+class TokenizerLoss:
+    """Weights of the loss terms, each logged under its own name."""
+
+    flow: float
+    regression: float  # auxiliary: patches from the context by one linear layer
+    commit: float
+    batch_entropy: float  # bonus for the entropy of the batch's mean word distribution
+    guidance_dropout: float  # share of images whose tokens become the dummy D (Eq. 7)
+
+
+@dataclass(frozen=True)
+class TokenizerRecipe:
+    """``v2flow train``: a V2Flow tokenizer."""
+
+    kind: Literal["tokenizer"]
+    data: ImageData
+    image_size: int  # pixels, default of ``encode``
+    latents: LatentSource
+    vocabulary: Vocabulary
+    resampler: Resampler
+    quantizer: Quantizer
+    context: Context
+    flow: Flow
+    sampling: Sampling
+    loss: TokenizerLoss
+    optimizer: Optimizer
+    train: TrainLoop
+    output: str  # folder of the trained model
+    init_from: str = ""  # a tokenizer folder to start from, of the same shapes
+
+    def problems(self) -> Iterator[str]:
+        if self.context.hidden_size % (4 * self.context.num_heads):
+            yield (
+                f"context.hidden_size is {self.context.hidden_size}; with {self.context.num_heads} heads it must be "
+                "a multiple of 4 x num_heads (2D rotary positions)"
+            )
+        if not 0 <= self.context.mask_ratio_min <= 1:
+            yield f"context.mask_ratio_min is {self.context.mask_ratio_min}; expected a share in [0, 1]"
+        if self.resampler.tokens_per_256px not in (64, 128, 256):
+            yield f"resampler.tokens_per_256px is {self.resampler.tokens_per_256px}; expected 64, 128 or 256"
+        if self.sampling.solver == "ddim" and self.flow.formulation != "ddim":
+            yield "sampling.solver is ddim, but flow.formulation is rectified_flow; use euler, heun or dpm++"
+        if self.flow.formulation == "ddim" and self.sampling.solver != "ddim":
+            yield f"flow.formulation is ddim, but sampling.solver is {self.sampling.solver}; use solver: ddim"
+        yield from _loop_problems(self.train)
+
+
+@dataclass(frozen=True)
+class LMTrainLoop:
+    """Length, batch and bookkeeping of a run of ``v2flow finetune-llm``."""
+
+    steps: int  # optimizer steps
+    batch_size: int  # sequences per step over all ranks
+    accumulate: int  # micro-batches per step
+    seed: int
+    precision: Literal["auto", "fp32", "bf16"]  # auto: bf16 on GPUs that have it, float32 elsewhere
+    save_dtype: Literal["fp32", "bf16"]  # of the weights in the output folder
+    max_minutes: float = 0.0  # stop (and save) after this wall time, resumed parts included; 0 means no limit
+    gradient_checkpointing: bool = False  # recompute activations: less memory, a third more time
+    log_every: int = 20  # steps
+    save_every: int = 500  # steps
+    keep_checkpoints: int = 1
+
+
+@dataclass(frozen=True)
+class LMModel:
+    """A Llama-architecture language model and its byte-level BPE tokenizer."""
+
+    vocab_size: int  # tokens, the three special ones included
+    hidden_size: int
+    intermediate_size: int  # of the gated MLP
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    max_positions: int  # longest sequence, in tokens
+    tie_embeddings: bool  # one table for input and output
+
+
+@dataclass(frozen=True)
+class LMRecipe:
+    """``v2flow finetune-llm``: a small Llama-architecture LM from plain text."""
+
+    kind: Literal["lm"]
+    text: tuple[str, ...]  # .txt or .gz files, globs allowed; a line is a document, or a paragraph where blank lines are
+    block_size: int  # tokens per training sequence; documents are packed
+    model: LMModel
+    optimizer: Optimizer
+    train: LMTrainLoop
+    output: str  # folder of the trained model
+
+    def problems(self) -> Iterator[str]:
+        model = self.model
+        if model.vocab_size < 259:
+            yield f"model.vocab_size is {model.vocab_size}; byte-level BPE needs 256 bytes and 3 special tokens, 259"
+        if model.hidden_size % (2 * model.num_heads):
+            yield f"model.hidden_size is {model.hidden_size}; expected a multiple of 2 x num_heads ({2 * model.num_heads})"
+        if model.num_heads % model.num_kv_heads:
+            yield f"model.num_heads is {model.num_heads}; expected a multiple of num_kv_heads ({model.num_kv_heads})"
+        if not 1 < self.block_size <= model.max_positions:
+            yield f"block_size is {self.block_size}; expected 2 to model.max_positions ({model.max_positions})"
+        yield from _lm_loop_problems(self.train)
+
+
+@dataclass(frozen=True)
+class FinetuneRecipe:
+    """``v2flow finetune-llm``: teach a causal LM the visual tokens (section 2.4)."""
+
+    kind: Literal["finetune"]
+    output: str
+
+
+Recipe = AutoencoderRecipe | TokenizerRecipe | LMRecipe | FinetuneRecipe
+KINDS: dict[str, type] = {
+    "autoencoder": AutoencoderRecipe,
+    "tokenizer": TokenizerRecipe,
+    "lm": LMRecipe,
+    "finetune": FinetuneRecipe,
+}
+
+
+def _loop_problems(train: TrainLoop) -> Iterator[str]:
+    if train.batch_size % train.accumulate:
+        yield f"train.batch_size is {train.batch_size}; expected a multiple of train.accumulate ({train.accumulate})"
+    if not 0 <= train.ema_decay < 1:
+        yield f"train.ema_decay is {train.ema_decay}; expected a number in [0, 1)"
+
+
+def _lm_loop_problems(train: LMTrainLoop) -> Iterator[str]:
+    if train.accumulate < 1 or train.batch_size < 1 or train.batch_size % train.accumulate:
+        yield f"train.batch_size is {train.batch_size}; expected a multiple of train.accumulate ({train.accumulate})"
+    if train.steps < 1:
+        yield f"train.steps is {train.steps}; expected at least 1"

@@ -1,0 +1,98 @@
+"""Training checkpoints: safetensors and JSON in one folder per step, atomic and hashed.
+
+    checkpoints/step-00000500/{model,ema,optimizer}.safetensors, state.json
+
+A folder appears under its final name only when every file in it is complete; ``state.json`` holds the SHA-256
+of each, so that the newest good one is found by itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from v2flow_cli.errors import ModelError
+
+FORMAT_VERSION = 1
+
+
+def save_checkpoint(
+    root: Path, step: int, groups: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], keep: int
+) -> Path:
+    """Write ``groups`` (name -> tensors) and ``state`` (JSON) for ``step`` and drop all but the newest ``keep``."""
+    root.mkdir(parents=True, exist_ok=True)
+    final = root / f"step-{step:08d}"
+    partial = root / f".{final.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    hashes = {}
+    for name, tensors in groups.items():
+        file = partial / f"{name}.safetensors"
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, file)
+        hashes[file.name] = _sha256(file)
+    record = {"format_version": FORMAT_VERSION, "step": step, "sha256": hashes, "state": dict(state)}
+    (partial / "state.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(partial, final)
+    for old in list_checkpoints(root)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def list_checkpoints(root: Path) -> list[Path]:
+    """Checkpoint folders under ``root``, oldest first."""
+    return sorted(path for path in root.glob("step-*") if path.is_dir())
+
+
+def load_newest(root: Path) -> tuple[Path, dict[str, dict[str, Tensor]], dict[str, Any]] | None:
+    """(folder, groups, state) of the newest checkpoint whose files match their hashes; None where there is none.
+
+    Raises:  ModelError when checkpoints exist but every one is damaged.
+    """
+    found = list_checkpoints(root)
+    for folder in reversed(found):
+        record = _read_state(folder)
+        if record is None or any(
+            not (folder / name).is_file() or _sha256(folder / name) != digest
+            for name, digest in record["sha256"].items()
+        ):
+            continue
+        groups = {Path(name).stem: load_file(folder / name) for name in record["sha256"]}
+        return folder, groups, record["state"]
+    if found:
+        raise ModelError(f"{root}: all {len(found)} checkpoints are damaged; remove the folder to start afresh.")
+    return None
+
+
+def _read_state(folder: Path) -> dict[str, Any] | None:
+    """The checked ``state.json`` of a checkpoint; None when it is missing or damaged."""
+    try:
+        record = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if not isinstance(record, dict) or not isinstance(record.get("sha256"), dict):
+        return None
+    version = record.get("format_version")
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise ModelError(f"{folder}: written by a newer v2flow (checkpoint format {version}); update v2flow.")
+    return record
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _hash(stream)
+
+
+def _hash(stream: Any) -> str:  # Python 3.10
+    digest = hashlib.sha256()
+    while block := stream.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,78 @@
+"""All progress of a training run, and nothing else: what is saved is what is needed to go on exactly.
+
+There is no random state to save: every step seeds the generators from (seed, step, rank), and every crop from
+its ordinal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass
+class TrainState:
+    """Counters of a run; the same numbers on every rank."""
+
+    step: int = 0  # optimizer steps done
+    images_seen: int = 0
+    bad_steps: int = 0  # non-finite losses skipped
+    seconds: float = 0.0  # wall time over all runs
+
+    def as_json(self) -> dict[str, Any]:
+        return dict(self.__dict__)
+
+
+@dataclass
+class WeightAverage:
+    """Exponential moving average of a module's trainable weights, with a short warm-up."""
+
+    decay: float
+    weights: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, module: nn.Module, decay: float) -> WeightAverage:
+        return cls(decay, {name: p.detach().clone().float() for name, p in _trainable(module)})
+
+    @torch.no_grad()
+    def update(self, module: nn.Module, step: int) -> None:
+        # Early on the average would be mostly initialisation: grow the window with the step.
+        decay = min(self.decay, (1 + step) / (10 + step))
+        current = [p.detach().float() for _, p in _trainable(module)]
+        torch._foreach_lerp_(list(self.weights.values()), current, 1 - decay)
+
+    @torch.no_grad()
+    def copy_to(self, module: nn.Module) -> None:
+        for name, parameter in _trainable(module):
+            parameter.copy_(self.weights[name])
+
+
+def _trainable(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    return ((name, p) for name, p in module.named_parameters() if p.requires_grad)
+
+
+def flatten_optimizer(optimizer: torch.optim.Optimizer, names: dict[int, str]) -> dict[str, Tensor]:
+    """The optimizer's state as named tensors: ``names`` maps ``id(parameter)`` to its name."""
+    flat = {}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            for key, value in optimizer.state.get(parameter, {}).items():
+                flat[f"{names[id(parameter)]}/{key}"] = torch.as_tensor(value)
+    return flat
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, names: dict[int, str], flat: dict[str, Tensor]) -> None:
+    """Undo ``flatten_optimizer`` in place, on the parameters' own devices."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            prefix = f"{names[id(parameter)]}/"
+            state = {key[len(prefix) :]: value for key, value in flat.items() if key.startswith(prefix)}
+            if state:
+                optimizer.state[parameter] = {
+                    key: value.clone() if key == "step" else value.to(parameter.device, copy=True)
+                    for key, value in state.items()
+                }
