@@ -255,7 +255,7 @@ class LMRecipe:
     """``v2flow finetune-llm``: a small Llama-architecture LM from plain text."""
 
     kind: Literal["lm"]
-    text: tuple[str, ...]  # .txt or .gz files, globs allowed; a line is a document, or a paragraph where blank lines are
+    text: tuple[str, ...]  # .txt or .gz files, globs allowed; documents are lines, or paragraphs in prose
     block_size: int  # tokens per training sequence; documents are packed
     model: LMModel
     optimizer: Optimizer
@@ -265,13 +265,13 @@ class LMRecipe:
     def problems(self) -> Iterator[str]:
         model = self.model
         if model.vocab_size < 259:
-            yield f"model.vocab_size is {model.vocab_size}; byte-level BPE needs 256 bytes and 3 special tokens, 259"
+            yield f"model.vocab_size is {model.vocab_size}; expected at least 259 (256 bytes, 3 special tokens)"
         if model.hidden_size % (2 * model.num_heads):
-            yield f"model.hidden_size is {model.hidden_size}; expected a multiple of 2 x num_heads ({2 * model.num_heads})"
+            yield f"model.hidden_size is {model.hidden_size}; expected a multiple of 2 x num_heads ({model.num_heads})"
         if model.num_heads % model.num_kv_heads:
-            yield f"model.num_heads is {model.num_heads}; expected a multiple of num_kv_heads ({model.num_kv_heads})"
+            yield f"model.num_heads is {model.num_heads}; expected a multiple of num_kv_heads {model.num_kv_heads}"
         if not 1 < self.block_size <= model.max_positions:
-            yield f"block_size is {self.block_size}; expected 2 to model.max_positions ({model.max_positions})"
+            yield f"block_size is {self.block_size}; expected 2 to model.max_positions {model.max_positions}"
         yield from _lm_loop_problems(self.train)
 
 

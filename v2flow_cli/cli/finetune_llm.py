@@ -1,0 +1,45 @@
+"""``v2flow finetune-llm``: a small LM from text, or a causal LM taught the visual tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from v2flow_cli.cli.console import log, result, result_json
+from v2flow_cli.recipe import LMRecipe, load_recipe
+
+
+def finetune_llm(
+    recipe: Annotated[Path, typer.Argument(help="YAML recipe of kind `finetune`, or `lm`.")],
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe key; repeatable.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Report sizes and estimates, then stop.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+) -> None:
+    """Teach a Hugging Face causal LM the visual tokens, or pretrain a small LM from text.
+
+    Examples:
+
+        v2flow finetune-llm recipes/default/lm.yaml --set 'text=[README.md]' --dry-run
+
+        v2flow finetune-llm recipes/tiny/lm.yaml --set train.steps=20 --set output=runs/my-lm
+
+        v2flow finetune-llm recipes/default/llm.yaml --resume
+    """
+    spec = load_recipe(recipe, set_ or (), kinds=("lm", "finetune"))
+    assert isinstance(spec, LMRecipe)
+    from v2flow_cli.llm.pretrain import pretrain
+
+    report = pretrain(spec, log=log, resume=resume)
+    if json:
+        result_json(dataclasses.asdict(report))
+    else:
+        result(
+            f"{report.output}: {report.parameters:,} parameters, {report.steps} steps in {report.minutes:.1f} "
+            f"minutes, loss {report.train_loss:.3f}, held out {report.eval_loss:.3f} nats a token"
+        )

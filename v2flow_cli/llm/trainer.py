@@ -1,0 +1,200 @@
+"""What pretraining and fine-tuning share: transformers' Trainer, set up from a recipe, and the saved folder."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils.logging import disable_progress_bar
+
+from v2flow_cli.errors import ModelError
+from v2flow_cli.recipe.schema import LMTrainLoop, Optimizer
+
+Log = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class TrainingReport:
+    """What a finished run can say of itself."""
+
+    output: str
+    parameters: int
+    steps: int  # taken in all, resumed parts included
+    minutes: float  # wall time of the training, resumed parts included
+    sequences_per_second: float
+    train_loss: float  # nats a token, of the last logged steps
+    eval_loss: float | None  # nats a token on the held-out sequences
+
+
+class LMTrainer(Trainer):
+    """Trainer that decays matrices only: neither norms and biases nor the input and output tables."""
+
+    def get_decay_parameter_names(self, model: Any) -> list[str]:
+        tables = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        matrices = super().get_decay_parameter_names(model)
+        return [name for name in matrices if id(parameters[name]) not in tables]
+
+
+class RunClock(TrainerCallback, ExportableState):
+    """Logs, and stops after ``max_minutes`` or on a loss that is not finite; its clock goes on after a resume."""
+
+    def __init__(self, max_minutes: float = 0.0, sequences_per_step: int = 1, log: Log | None = None) -> None:
+        self.max_minutes, self.sequences_per_step, self.log = max_minutes, sequences_per_step, log
+        self.seconds_before = 0.0  # of the runs that this one continues
+        self.started = time.monotonic()
+        self.first_step = 0
+        self.last_loss = math.nan
+
+    @property
+    def seconds(self) -> float:
+        return self.seconds_before + time.monotonic() - self.started
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {}, "attributes": {"seconds_before": self.seconds}}
+
+    def sequences_per_second(self, step: int) -> float:
+        return (step - self.first_step) * self.sequences_per_step / max(time.monotonic() - self.started, 1e-9)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        saved = state.stateful_callbacks.get(type(self).__name__, {})
+        if isinstance(saved, Mapping):
+            self.seconds_before = saved.get("attributes", {}).get("seconds_before", 0.0)
+        self.started, self.first_step = time.monotonic(), state.global_step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.max_minutes and self.seconds > 60 * self.max_minutes and state.global_step < state.max_steps:
+            if self.log:
+                self.log(f"time limit: {self.max_minutes:g} minutes, stopping after step {state.global_step}")
+            control.should_log = control.should_save = control.should_training_stop = True
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if "loss" not in logs:
+            return
+        self.last_loss = logs["loss"]
+        if not math.isfinite(self.last_loss):
+            raise ModelError(
+                f"step {state.global_step}: the loss is {self.last_loss}. Resume from the last checkpoint with "
+                "a lower optimizer.learning_rate."
+            )
+        if self.log:
+            terms = "  ".join(f"{name} {logs[name]:.3f}" for name in logs if name.endswith("loss"))
+            speed = self.sequences_per_second(state.global_step)
+            self.log(
+                f"step {state.global_step}/{state.max_steps}  {terms}  grad {logs.get('grad_norm', math.nan):.2f}  "
+                f"lr {logs['learning_rate']:.2e}  {speed:.1f} sequences/s  {self.seconds / 60:.1f} min"
+            )
+
+
+def training_arguments(
+    optimizer: Optimizer, train: LMTrainLoop, output: str | Path, **overrides: Any
+) -> TrainingArguments:
+    """Trainer settings of a recipe; checkpoints go to ``output``/checkpoints."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if train.batch_size % (train.accumulate * world_size):
+        raise ModelError(
+            f"train.batch_size is {train.batch_size}; expected a multiple of accumulate x processes "
+            f"({train.accumulate} x {world_size})."
+        )
+    bf16 = train.precision == "bf16"
+    if train.precision == "auto":
+        bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    return TrainingArguments(
+        output_dir=str(Path(output) / "checkpoints"),
+        max_steps=train.steps,
+        per_device_train_batch_size=train.batch_size // train.accumulate // world_size,
+        per_device_eval_batch_size=train.batch_size // train.accumulate // world_size,
+        gradient_accumulation_steps=train.accumulate,
+        learning_rate=optimizer.learning_rate,
+        adam_beta1=optimizer.betas[0],
+        adam_beta2=optimizer.betas[1],
+        weight_decay=optimizer.weight_decay,
+        warmup_steps=optimizer.warmup_steps,
+        lr_scheduler_type="cosine" if optimizer.schedule == "cosine" else "constant_with_warmup",
+        max_grad_norm=optimizer.clip_norm,
+        bf16=bf16,
+        seed=train.seed,
+        data_seed=train.seed,
+        logging_steps=train.log_every,
+        logging_nan_inf_filter=False,
+        save_steps=train.save_every,
+        save_total_limit=train.keep_checkpoints,
+        disable_tqdm=True,
+        report_to="none",
+        dataloader_pin_memory=torch.cuda.is_available(),
+        remove_unused_columns=False,
+        **overrides,
+    )
+
+
+def run(trainer: LMTrainer, clock: RunClock, output: str | Path, resume: bool, log: Log) -> None:
+    """Train to the end, from the last checkpoint when resuming and there is one."""
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    trainer.add_callback(clock)
+    disable_progress_bar()
+    checkpoints = Path(output) / "checkpoints"
+    checkpoint = get_last_checkpoint(str(checkpoints)) if resume and checkpoints.is_dir() else None
+    if checkpoint:
+        log(f"resuming from {checkpoint}")
+    trainer.train(resume_from_checkpoint=checkpoint)
+
+
+def check_output(output: str | Path, resume: bool) -> None:
+    """Raises ModelError where a new run would write over an old one."""
+    folder = Path(output)
+    if folder.exists() and not folder.is_dir():
+        raise ModelError(f"output {output} is a file; expected a folder to write the model to.")
+    if not resume and ((folder / "config.json").exists() or any(folder.glob("checkpoints/checkpoint-*"))):
+        raise ModelError(
+            f"output {output} already holds a model or checkpoints. Continue it with --resume, choose "
+            "another folder with --set output=FOLDER, or delete it."
+        )
+
+
+def save_folder(
+    trainer: Trainer,
+    model: PreTrainedModel,
+    tokenizer: Any,
+    output: str | Path,
+    save_dtype: str,
+    files: Mapping[str, str],
+) -> None:
+    """The plain Hugging Face folder: config, safetensors, text tokenizer and the given text ``files``.
+
+    ``model`` is the trainer's model, or what its adapters were merged into. Everything is written under a
+    temporary name in ``output`` first, so that an interrupted save leaves no half file.
+    """
+    state_dict = trainer.accelerator.get_state_dict(trainer.model_wrapped) if model is trainer.model else None
+    if not trainer.is_world_process_zero():
+        return
+    dtype = torch.bfloat16 if save_dtype == "bf16" else torch.float32
+    state_dict = {name: tensor.to(dtype) for name, tensor in (state_dict or model.state_dict()).items()}
+    Path(output).mkdir(parents=True, exist_ok=True)
+    model.config.dtype = dtype
+    with tempfile.TemporaryDirectory(dir=output, prefix=".saving-") as temporary:
+        model.save_pretrained(temporary, state_dict=state_dict)
+        tokenizer.save_pretrained(temporary)
+        for name, text in files.items():
+            Path(temporary, name).write_text(text, encoding="utf-8")
+        # config.json last: a folder that has it is complete
+        for path in sorted(Path(temporary).iterdir(), key=lambda p: p.name == "config.json"):
+            os.replace(path, Path(output, path.name))
+
+
+def hardware() -> str:
+    """One phrase on what the run ran on."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    return f"{torch.get_num_threads()} CPU thread(s), {platform.machine()}"
