@@ -8,7 +8,7 @@ import itertools
 import os
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,8 +40,8 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 @dataclass(frozen=True)
-class ImageFile:
-    """A found image and its key: its path inside the input it was found in, without suffix, '/' between."""
+class FoundFile:
+    """A file and its key: its path inside the input it was found in, without suffix, '/' between."""
 
     path: Path
     key: str
@@ -53,10 +53,7 @@ def open_image(source: Path | bytes, name: str) -> Image.Image:
     Args:   source, a file or the bytes of one; name, what messages call it.
     Raises: DataError for whatever is not a whole picture of at most MAX_PIXELS.
     """
-    try:
-        content = source if isinstance(source, bytes) else source.read_bytes()
-    except OSError as error:
-        raise DataError(f"{name}: cannot be read ({error.strerror or error}).") from error
+    content = source if isinstance(source, bytes) else read_bytes(source)
     if not content:
         raise DataError(f"{name}: the file is empty (0 bytes); expected an image.")
     try:
@@ -78,6 +75,14 @@ def open_image(source: Path | bytes, name: str) -> Image.Image:
     except Exception as error:  # as above: OSError, SyntaxError, struct.error, zlib.error, ...
         raise DataError(f"{name}: a damaged or truncated {image.format} image ({error}).") from error
     return image.transpose(turn) if turn is not None else image
+
+
+def read_bytes(path: Path) -> bytes:
+    """The whole file.  Raises: DataError if it cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error}).") from error
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -102,28 +107,33 @@ def _to_8_bit(values: np.ndarray, mode: str) -> np.ndarray:
     return (values.clip(0, white) * (255.0 / white)).round().astype(np.uint8)
 
 
-def find_images(inputs: Sequence[str | Path]) -> list[ImageFile]:
-    """The images among files, folders (searched recursively) and globs, sorted by key; none that is hidden.
+def find_images(inputs: Sequence[str | Path]) -> list[FoundFile]:
+    """The images among files, folders (searched recursively) and globs, as ``find_files`` returns them."""
+    return find_files(inputs, SUFFIXES, "images")
 
-    Images whose keys would be equal but for the suffix (``a.jpg``, ``a.png``) keep the suffix in the key.
-    Raises: DataError for an input that does not exist, holds no image, or repeats another one's keys.
+
+def find_files(inputs: Sequence[str | Path], suffixes: Collection[str], what: str) -> list[FoundFile]:
+    """The visible files with one of ``suffixes`` among files, folders (recursively) and globs, sorted by key.
+
+    Files whose keys would be equal but for the suffix (``a.jpg``, ``a.png``) keep the suffix in the key.
+    Raises: DataError for an input that does not exist, has no such file, or repeats another one's keys.
     """
-    found: dict[Path, str] = {}  # path -> relative path with suffix
+    found: dict[Path, str] = {}  # path -> path inside its input
     for given in inputs:
         root, paths = expand_input(str(given))
-        paths = [p for p in paths if p.suffix.lower() in SUFFIXES]
+        paths = [p for p in paths if p.suffix.lower() in suffixes]
         if not paths:
-            raise DataError(f"{given}: no images in it; known suffixes are {', '.join(sorted(SUFFIXES))}.")
+            raise DataError(f"{given}: no {what} in it; they end in {', '.join(sorted(suffixes))}.")
         for path in paths:
             found.setdefault(path, path.relative_to(root).as_posix())
     stems = Counter(_without_suffix(name) for name in found.values())
-    files: dict[str, ImageFile] = {}
+    files: dict[str, FoundFile] = {}
     for path, name in found.items():
         stem = _without_suffix(name)
         key = stem if stems[stem] == 1 else name
         if key in files:
             raise DataError(f"{files[key].path} and {path}: both have the key {key}. Give one at a time.")
-        files[key] = ImageFile(path, key)
+        files[key] = FoundFile(path, key)
     return [files[key] for key in sorted(files)]
 
 

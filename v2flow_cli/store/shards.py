@@ -1,7 +1,12 @@
-"""WebDataset tars: an index of byte offsets, so that any sample is one seek and one read away."""
+"""Reading WebDataset tars: an index of byte offsets, so that any sample is one seek and one read away.
+
+``write_shards.py`` makes them.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import re
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,6 +16,8 @@ from typing import BinaryIO
 from v2flow_cli.errors import DataError
 from v2flow_cli.store.images import SUFFIXES, expand_input
 
+_LONGEST_PART = 200  # bytes; file systems have room for 255, suffix included
+_UNSAFE = re.compile(r'[\x00-\x1f\x7f\ud800-\udfff<>:"|?*.]')
 _BLOCK = 512  # bytes; tar headers and data start at multiples of it
 
 
@@ -57,7 +64,7 @@ def index_shard(path: str | Path) -> list[SampleIndex]:
             for member in tar:
                 end = member.offset_data + (-(-member.size // _BLOCK) * _BLOCK if member.isreg() else 0)
                 name = PurePosixPath(member.name).name
-                if member.isreg() and not name.startswith((".", "__")) and "." in name:
+                if member.isreg() and not name.startswith(".") and "." in name:
                     _add(samples, member, path)
             # tarfile takes a damaged header, and the end of a cut file, for the end of the archive.
             file.seek(end)
@@ -107,3 +114,27 @@ def iterate_shard(path: str | Path) -> Iterator[tuple[str, bytes, tuple[str, ...
         for sample in samples:
             if sample.image is not None:
                 yield sample.key, read_member(file, sample.members[sample.image]), captions_of(file, sample)
+
+
+def safe_key(key: str, taken: set[str] | None = None) -> str:
+    """``key`` as a path that stays inside a folder on any system, without dots.
+
+    Args:   taken, lower-case keys in use: a key that equals one of them but for case gets a number, and the
+            result is added.
+    """
+    parts = [_UNSAFE.sub("_", part) for part in re.split(r"[/\\]", key) if part.strip(". ")]
+    safe = (
+        "/".join(part if len(part.encode()) <= _LONGEST_PART else _shorten(part) for part in parts) or "image"
+    )
+    if taken is None:
+        return safe
+    unique, number = safe, 2
+    while unique.lower() in taken:
+        unique, number = f"{safe}-{number}", number + 1
+    taken.add(unique.lower())
+    return unique
+
+
+def _shorten(part: str) -> str:
+    start = part.encode()[: _LONGEST_PART - 17].decode(errors="ignore")
+    return f"{start}-{hashlib.sha256(part.encode()).hexdigest()[:16]}"

@@ -11,7 +11,7 @@ from typing import BinaryIO
 import numpy as np
 
 from v2flow_cli.errors import DataError
-from v2flow_cli.store.images import SUFFIXES, ImageFile, expand_input, find_images
+from v2flow_cli.store.images import SUFFIXES, FoundFile, expand_input, find_images, read_bytes
 from v2flow_cli.store.shards import SampleIndex, captions_of, index_shard, read_captions, read_member
 
 _OPEN_FILES = 16  # most shards kept open at a time
@@ -163,22 +163,19 @@ class _Tar:
 @dataclass(frozen=True)
 class _Folder:
     path: Path
-    images: list[ImageFile]
+    images: list[FoundFile]
 
     @property
     def name(self) -> str:
         return str(self.path)
 
-    def index(self) -> list[ImageFile]:
+    def index(self) -> list[FoundFile]:
         return self.images
 
-    def read(self, ref: ImageFile, files: _Files) -> Sample:
+    def read(self, ref: FoundFile, files: _Files) -> Sample:
         sidecar = ref.path.with_suffix(".txt")
-        try:
-            captions = read_captions(sidecar.read_bytes()) if sidecar.exists() else ()
-            return Sample(ref.key, ref.path.read_bytes(), captions, str(ref.path))
-        except OSError as error:
-            raise DataError(f"{ref.path}: cannot be read ({error.strerror}).") from error
+        captions = read_captions(read_bytes(sidecar)) if sidecar.exists() else ()
+        return Sample(ref.key, read_bytes(ref.path), captions, str(ref.path))
 
 
 def _shards_of(source: str) -> list[_Tar] | list[_Folder]:

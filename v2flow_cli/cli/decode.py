@@ -1,0 +1,132 @@
+"""``v2flow decode``: token ids back to images."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import click
+import typer
+
+from v2flow_cli.cli.console import fail, log, progress, result, result_json
+
+
+def decode(
+    tokens: Annotated[
+        list[str],
+        typer.Argument(help="Token files (.npy), folders that encode wrote, or globs.", show_default=False),
+    ],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the PNG files.")] = Path("decoded"),
+    model: Annotated[
+        str | None, typer.Option(help="Tokenizer: folder or hub id. Default: the one inside the package.")
+    ] = None,
+    cfg: Annotated[
+        float | None, typer.Option(min=0.0, help="Guidance scale; 1 means none. Default: the model's.")
+    ] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Unmasking rounds. Default: the model's.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="ODE steps in each round. Default: the model's.")
+    ] = None,
+    solver: Annotated[
+        str | None,
+        typer.Option(
+            click_type=click.Choice(["euler", "heun", "dpm++", "ddim"]), help="Default: the model's."
+        ),
+    ] = None,
+    schedule: Annotated[
+        str | None,
+        typer.Option(
+            click_type=click.Choice(["constant", "linear"]),
+            help="Guidance over the rounds. Default: the model's.",
+        ),
+    ] = None,
+    noise: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="Factor on the initial noise; 0 is the mean. Default: the model's."),
+    ] = None,
+    seed: Annotated[
+        int, typer.Option(help="Seed of the noise; each image's own is drawn from it and its key.")
+    ] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images decoded at a time.")] = 8,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto (bf16 where it is fast), fp32 or bf16.")] = "auto",
+    force: Annotated[bool, typer.Option("--force", help="Overwrite images that exist.")] = False,
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+) -> None:
+    """Turn token ids back into PNG images.
+
+    Examples:
+
+        v2flow decode tokens/ -o decoded/
+
+        v2flow decode tokens/ -o decoded-cfg3/ --cfg 3.0 --rounds 4 --steps 8
+
+        v2flow decode tokens/ -o decoded-heun/ --solver heun --seed 7 --force
+    """
+    from v2flow_cli.store.images import find_files
+
+    files = find_files([_folder_of(given) for given in tokens], {".npy"}, "token files")
+
+    from v2flow_cli.store.decode_set import decode_files, open_token_files
+    from v2flow_cli.tokenizer import V2FlowTokenizer
+    from v2flow_cli.tokenizer.hardware import pick_device, pick_dtype
+
+    target = pick_device(device)
+    tokenizer = V2FlowTokenizer.from_pretrained(model).to(target)
+    opened, report = open_token_files(tokenizer, files, out, force=force)
+    if report.without_manifest:
+        log(f"{report.without_manifest} token files without manifest: taken for ids of {tokenizer.digest}")
+    start = time.perf_counter()
+    with progress("decode", sum(len(rows.keys) for rows in opened)) as tick:
+        decode_files(
+            tokenizer,
+            opened,
+            report,
+            seed=seed,
+            batch_size=batch_size,
+            dtype=pick_dtype(dtype, target),
+            tick=tick,
+            guidance_scale=cfg,
+            num_mask_steps=rounds,
+            num_flow_steps=steps,
+            solver=solver,
+            guidance_schedule=schedule,
+            noise_temperature=noise,
+        )
+    seconds = time.perf_counter() - start
+
+    if json_:
+        result_json(
+            {
+                "output": str(out),
+                "images": [str(path) for path in report.images],
+                "tokenizer_digest": tokenizer.digest,
+                "seed": seed,
+                "seconds": seconds,
+                "failed": [{"source": f.source, "reason": f.reason} for f in report.failures],
+            }
+        )
+    else:
+        result(f"{out}: {len(report.images)} images")
+    for failure in report.failures:
+        log(f"left out: {failure.source}: {failure.reason}")
+    if report.failures:
+        fail(f"{len(report.failures)} of {len(files)} token files could not be decoded.")
+
+
+def _folder_of(given: str) -> str:
+    """``X`` for a missing ``X.npy`` beside a folder ``X`` that encode wrote; else ``given``."""
+    from v2flow_cli.store.token_file import TokenManifest
+
+    path = Path(given)
+    folder = path.with_suffix("")
+    if (
+        path.suffix == ".npy"
+        and not path.exists()
+        and folder.is_dir()
+        and TokenManifest.load(folder) is not None
+    ):
+        log(f"{given} does not exist; decoding the token folder {folder}/ instead")
+        return str(folder)
+    return given

@@ -1,0 +1,107 @@
+"""``v2flow encode``: images to token ids."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from v2flow_cli.cli.console import fail, log, progress, result, result_json
+
+
+def encode(
+    inputs: Annotated[
+        list[str],
+        typer.Argument(
+            help="Image files, folders (searched recursively), globs, or WebDataset tars.", show_default=False
+        ),
+    ],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the token files.", show_default=False)],
+    model: Annotated[
+        str | None, typer.Option(help="Tokenizer: folder or hub id. Default: the one inside the package.")
+    ] = None,
+    res: Annotated[
+        int | None, typer.Option(min=1, help="Side of the centre crop in pixels. Default: the model's.")
+    ] = None,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Images encoded at a time; the ids do not depend on it.")
+    ] = 8,
+    workers: Annotated[int, typer.Option(min=1, help="Threads that read and decode images.")] = 2,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto (bf16 where it is fast), fp32 or bf16.")] = "auto",
+    force: Annotated[bool, typer.Option("--force", help="Overwrite token files that exist.")] = False,
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+) -> None:
+    """Turn images into token ids: one .npy per image, or one per tar with its keys and captions beside it.
+
+    Examples:
+
+        v2flow encode imgs/ -o tokens/
+
+        v2flow encode "imgs/*.jpg" -o tokens-512/ --res 512
+
+        v2flow encode shards/ -o shard-tokens/ --batch-size 32 --workers 4
+    """
+    from v2flow_cli.errors import DataError
+    from v2flow_cli.store.images import SUFFIXES, expand_input, find_files, find_images
+
+    kinds = {_kind(expand_input(given)[1], SUFFIXES, given) for given in inputs}
+    if len(kinds) > 1:
+        raise DataError(f"{' '.join(inputs)}: holds both images and tars. Encode them one kind at a time.")
+    tars = kinds == {"tars"}
+    files = find_files(inputs, {".tar"}, "tars") if tars else find_images(inputs)
+
+    from v2flow_cli.store.encode_set import SetEncoder, encode_files, encode_shards
+    from v2flow_cli.tokenizer import V2FlowTokenizer
+    from v2flow_cli.tokenizer.hardware import pick_device, pick_dtype
+
+    target = pick_device(device)
+    tokenizer = V2FlowTokenizer.from_pretrained(model).to(target)
+    encoder = SetEncoder(
+        tokenizer, image_size=res, batch_size=batch_size, workers=workers, dtype=pick_dtype(dtype, target)
+    )
+    start = time.perf_counter()
+    with progress("encode", None if tars else len(files)) as tick:
+        report = (encode_shards if tars else encode_files)(encoder, files, out, force=force, tick=tick)
+    seconds = time.perf_counter() - start
+
+    manifest = report.manifest
+    if json_:
+        result_json(
+            {
+                "output": str(out),
+                "images": report.images,
+                "files": report.files,
+                "kept_files": report.kept_files,
+                "image_size_px": list(manifest.image_size),
+                "tokens_per_image": manifest.tokens_per_image,
+                "codebook_size": manifest.codebook_size,
+                "tokenizer_digest": manifest.tokenizer_digest,
+                "seconds": seconds,
+                "failed": [{"source": f.source, "reason": f.reason} for f in report.failures],
+            }
+        )
+    else:
+        kept = f", {report.kept_files} finished earlier" if report.kept_files else ""
+        result(
+            f"{out}: {report.images} images in {report.files} files{kept}; "
+            f"{manifest.tokens_per_image} tokens an image, ids below {manifest.codebook_size:,}"
+        )
+    for failure in report.failures:
+        log(f"left out: {failure.source}: {failure.reason}")
+    if report.failures:
+        fail(f"{len(report.failures)} of the inputs could not be encoded; the rest is in {out}.")
+
+
+def _kind(paths: list[Path], suffixes: frozenset[str], given: str) -> str:
+    """``tars`` or ``images``: what one input holds."""
+    from v2flow_cli.errors import DataError
+
+    found = {p.suffix.lower() for p in paths}
+    if ".tar" not in found:
+        return "images"
+    if found & suffixes:
+        raise DataError(f"{given}: holds both images and tars. Encode them one kind at a time.")
+    return "tars"

@@ -1,0 +1,143 @@
+"""Sets of tokens to PNG files: what ``v2flow decode`` does, without the command line."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from v2flow_cli.errors import TokenFileError
+from v2flow_cli.store.encode_set import Failure
+from v2flow_cli.store.files import check_absent, write_bytes
+from v2flow_cli.store.images import FoundFile
+from v2flow_cli.store.shards import safe_key
+from v2flow_cli.store.token_file import TokenManifest, find_manifest, load_samples, load_token_ids
+from v2flow_cli.tokenizer import V2FlowTokenizer
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """One checked token file.  targets: a PNG for each row; size: height and width in pixels."""
+
+    path: Path
+    keys: list[str]
+    targets: list[Path]
+    size: tuple[int, int]
+    has_manifest: bool
+
+
+@dataclass
+class DecodeReport:
+    """What a decoding wrote and left out."""
+
+    images: list[Path] = field(default_factory=list)
+    without_manifest: int = 0  # token files that no manifest lists
+    failures: list[Failure] = field(default_factory=list)
+
+
+def image_seed(seed: int, key: str) -> int:
+    """The seed of one image: the same in every batch, order and process."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{key}".encode()).digest()[:7], "little")
+
+
+def open_token_files(
+    tokenizer: V2FlowTokenizer, files: Sequence[FoundFile], out: Path, *, force: bool
+) -> tuple[list[TokenRows], DecodeReport]:
+    """The files that fit ``tokenizer``, and a report that lists those that do not.
+
+    Raises: TokenFileError if another tokenizer made the ids; DataError for a PNG that exists.
+    """
+    report = DecodeReport()
+    load = functools.cache(TokenManifest.load)
+    opened = []
+    for file in files:
+        manifest = find_manifest(file.path, load)
+        if manifest is not None:
+            manifest.check_tokenizer(tokenizer.digest, file.path)
+        try:
+            opened.append(_open(tokenizer, file, manifest, out))
+        except TokenFileError as error:
+            report.failures.append(Failure(str(file.path), str(error).removeprefix(f"{file.path}: ")))
+    report.without_manifest = sum(not rows.has_manifest for rows in opened)
+    check_absent((target for rows in opened for target in rows.targets), force)
+    return opened, report
+
+
+def _open(
+    tokenizer: V2FlowTokenizer, file: FoundFile, manifest: TokenManifest | None, out: Path
+) -> TokenRows:
+    length = None if manifest is None else manifest.tokens_per_image
+    ids = load_token_ids(file.path, tokenizer.config.codebook_size, length)
+    try:
+        size = tokenizer.grid_of(ids.shape[-1]) if manifest is None else manifest.image_size
+        if tokenizer.num_tokens(*size) != ids.shape[-1]:
+            raise ValueError(f"{size[0]} x {size[1]} px has {tokenizer.num_tokens(*size)} tokens")
+    except ValueError as error:
+        raise TokenFileError(
+            f"{file.path}: {ids.shape[-1]} tokens an image do not fit this model ({error})."
+        ) from error
+    if ids.ndim == 1:
+        target = out / f"{safe_key(file.key)}.png"
+        return TokenRows(file.path, [file.key], [target], size, manifest is not None)
+    samples = load_samples(file.path)
+    keys = [f"{i:06d}" for i in range(len(ids))] if samples is None else [key for key, _ in samples]
+    if len(keys) != len(ids):
+        raise TokenFileError(f"{file.path}: {len(ids)} rows, but {len(keys)} keys. Encode it again.")
+    taken: set[str] = set()
+    targets = [out / safe_key(file.key) / f"{safe_key(key, taken)}.png" for key in keys]
+    return TokenRows(file.path, keys, targets, size, manifest is not None)
+
+
+def decode_files(
+    tokenizer: V2FlowTokenizer,
+    opened: Sequence[TokenRows],
+    report: DecodeReport,
+    *,
+    seed: int,
+    batch_size: int,
+    dtype: torch.dtype,
+    tick: Callable[[int], None],
+    **sampling: Any,
+) -> None:
+    """Write the PNG of every row and list it in ``report``; an image does not depend on its batch.
+
+    Args:   sampling, as V2FlowTokenizer.decode takes it (guidance_scale, num_mask_steps, ...).
+    """
+    device = tokenizer.device
+    for batch, (height, width) in _batches(opened, tokenizer.config.codebook_size, batch_size):
+        ids = np.stack([ids for ids, _, _ in batch]).astype(np.int64)
+        token_ids = torch.from_numpy(ids).to(device)  # (B, L)
+        seeds = [image_seed(seed, key) for _, key, _ in batch]
+        with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            images = tokenizer.decode(token_ids, height=height, width=width, seeds=seeds, **sampling)
+        for image, (_, _, target) in zip(tokenizer.image_processor.to_pil(images), batch):
+            buffer = io.BytesIO()
+            image.save(buffer, "PNG")
+            write_bytes(target, buffer.getvalue())
+            report.images.append(target)
+        tick(len(batch))
+
+
+def _batches(
+    opened: Sequence[TokenRows], codebook_size: int, batch_size: int
+) -> Iterator[tuple[list[tuple[np.ndarray, str, Path]], tuple[int, int]]]:
+    """Rows of equal image size in groups of at most ``batch_size``, with that size."""
+    waiting: dict[tuple[int, int], list[tuple[np.ndarray, str, Path]]] = {}
+    for rows in opened:
+        ids = np.atleast_2d(load_token_ids(rows.path, codebook_size))  # one file open at a time
+        for row in zip(ids, rows.keys, rows.targets):
+            batch = waiting.setdefault(rows.size, [])
+            batch.append(row)
+            if len(batch) == batch_size:
+                yield batch, rows.size
+                waiting[rows.size] = []
+    for size, batch in waiting.items():
+        if batch:
+            yield batch, size

@@ -1,0 +1,65 @@
+"""Writing without half files, refusing to overwrite, and reading ahead in threads."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import BinaryIO, TypeVar
+
+from v2flow_cli.errors import DataError
+
+Item, Result = TypeVar("Item"), TypeVar("Result")
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write; it appears as ``path`` only when the block ends well, its folders made as needed.
+
+    Raises: DataError for a folder that cannot be written, or a disk that is full.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "wb") as file:
+            yield file
+        os.replace(partial, path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written ({error.strerror or error}).") from error
+    finally:
+        with contextlib.suppress(OSError):  # gone after the replace; unreachable after a failed mkdir
+            partial.unlink()
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a whole file, or nothing.  Raises: as ``replacing``."""
+    with replacing(path) as file:
+        file.write(content)
+
+
+def check_absent(paths: Iterable[Path], force: bool) -> None:
+    """Refuse to overwrite.  Raises: DataError naming the first of ``paths`` that exists, unless ``force``."""
+    existing = [] if force else [path for path in paths if path.exists()]
+    if existing:
+        more = f" (and {len(existing) - 1} more)" if len(existing) > 1 else ""
+        raise DataError(f"{existing[0]}: exists already{more}. Use --force to overwrite, or another -o.")
+
+
+def map_ahead(
+    function: Callable[[Item], Result], items: Iterable[Item], workers: int, ahead: int
+) -> Iterator[Result]:
+    """``map`` in threads, in order, with at most ``ahead`` results made or waiting at a time."""
+    pending: deque[Future[Result]] = deque()
+    pool = ThreadPoolExecutor(max(1, workers))
+    try:
+        for item in items:
+            pending.append(pool.submit(function, item))
+            if len(pending) >= ahead:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -1,0 +1,243 @@
+"""Token files: plain ``.npy`` of ids, a ``manifest.json`` beside them, and the sets that ``encode`` writes.
+
+    tokens/manifest.json         whose tokens these are; files: {"cats/1": 1, ...}
+    tokens/cats/1.npy            (L,), one image; or
+    tokens/set-000.npy           (N, L), one shard, and
+    tokens/set-000.samples.jsonl N lines {"key": ..., "captions": [...]}, in the order of the rows
+
+Ids are little-endian uint16 where the codebook has at most 65,536 entries, else uint32. docs/file-formats.md
+has the rest.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from v2flow_cli.errors import TokenFileError
+from v2flow_cli.store.files import write_bytes
+
+FORMAT = "v2flow-tokens"
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class TokenManifest:
+    """Whose tokens lie in a folder, and which files they are."""
+
+    tokenizer_digest: str  # V2FlowTokenizer.digest
+    image_size: tuple[int, int]  # height and width in pixels that the ids were made from
+    codebook_size: int  # K: ids lie in [0, K)
+    tokens_per_image: int  # L
+    files: dict[str, int] = field(default_factory=dict)  # path under the folder without .npy -> images in it
+
+    @property
+    def count(self) -> int:
+        """Images in all files."""
+        return sum(self.files.values())
+
+    def same_tokens(self, other: TokenManifest) -> bool:
+        """True if both describe ids of the same tokenizer, image size and length."""
+        return self._identity() == other._identity()
+
+    def _identity(self) -> tuple[Any, ...]:
+        return self.tokenizer_digest, self.image_size, self.codebook_size, self.tokens_per_image
+
+    def check_tokenizer(self, digest: str, where: str | Path) -> None:
+        """Raises: TokenFileError if the ids were made by another tokenizer than the one with ``digest``."""
+        if self.tokenizer_digest != digest:
+            raise TokenFileError(
+                f"{where}: made by tokenizer {self.tokenizer_digest}, but the model at hand is {digest}. "
+                "Give the --model that encoded them."
+            )
+
+    def save(self, folder: Path) -> None:
+        """Write ``folder/manifest.json``."""
+        record = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "tokenizer_digest": self.tokenizer_digest,
+            "image_size": list(self.image_size),
+            "codebook_size": self.codebook_size,
+            "tokens_per_image": self.tokens_per_image,
+            "count": self.count,
+            "files": self.files,
+        }
+        write_bytes(folder / MANIFEST, json.dumps(record, indent=1, ensure_ascii=False).encode())
+
+    @classmethod
+    def load(cls, folder: Path) -> TokenManifest | None:
+        """The manifest in ``folder``; None where there is none, or a file of that name with another purpose.
+
+        Raises: TokenFileError if it is damaged, inconsistent, or of a newer format version.
+        """
+        path = folder / MANIFEST
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except (OSError, ValueError, RecursionError) as error:
+            raise TokenFileError(f"{path}: cannot be read as JSON ({error}).") from error
+        if not isinstance(record, dict) or record.get("format") != FORMAT:
+            return None
+        version = record.get("format_version")
+        if not _is_count(version):
+            raise TokenFileError(f"{path}: format_version is {version!r}; expected {FORMAT_VERSION}.")
+        if version > FORMAT_VERSION:
+            raise TokenFileError(
+                f"{path}: format version {version}; this v2flow reads up to {FORMAT_VERSION}. Update v2flow."
+            )
+        return cls._parse(record, path)
+
+    @classmethod
+    def _parse(cls, record: dict[str, Any], path: Path) -> TokenManifest:
+        digest, size, files = record.get("tokenizer_digest"), record.get("image_size"), record.get("files")
+        size = [size, size] if _is_count(size) else size
+        problem = None
+        if not isinstance(digest, str):
+            problem = f"tokenizer_digest is {digest!r}; expected a string"
+        elif not isinstance(size, list) or len(size) != 2 or not all(map(_is_count, size)):
+            problem = f"image_size is {size!r}; expected [height, width] in pixels"
+        elif not isinstance(files, dict) or not all(map(_is_count, files.values())):
+            problem = "files is not a mapping of names to counts"
+        else:
+            for name in ("codebook_size", "tokens_per_image"):
+                if not _is_count(record.get(name)):
+                    problem = f"{name} is {record.get(name)!r}; expected a positive integer"
+        if problem:
+            raise TokenFileError(f"{path}: {problem}. Encode the images again.")
+        manifest = cls(digest, tuple(size), record["codebook_size"], record["tokens_per_image"], files)
+        if record.get("count") != manifest.count:
+            raise TokenFileError(
+                f"{path}: count is {record.get('count')!r}; files add up to {manifest.count}."
+            )
+        return manifest
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+def find_manifest(
+    file: Path, load: Callable[[Path], TokenManifest | None] = TokenManifest.load
+) -> TokenManifest | None:
+    """The manifest that lists ``file`` (an ``.npy``), in its folder or one above it; None where none does.
+
+    Args:   load, as TokenManifest.load; a cached one saves time on many files.
+    Raises: TokenFileError for a damaged or newer manifest on the way.
+    """
+    file = file.absolute()
+    for folder in file.parents:
+        manifest = load(folder)
+        if manifest is not None:
+            listed = file.relative_to(folder).with_suffix("").as_posix() in manifest.files
+            return manifest if listed else None
+    return None
+
+
+def save_token_ids(path: Path, token_ids: np.ndarray, codebook_size: int) -> None:
+    """Write ids, (L,) or (N, L) integers in [0, codebook_size), as a ``.npy`` of uint16 or uint32."""
+    buffer = io.BytesIO()
+    np.save(buffer, token_ids.astype("<u2" if codebook_size <= 65_536 else "<u4"), allow_pickle=False)
+    write_bytes(path, buffer.getvalue())
+
+
+def load_token_ids(path: Path, codebook_size: int, tokens_per_image: int | None = None) -> np.ndarray:
+    """Ids (L,) or (N, L) of any integer type, every one in [0, codebook_size); mapped, not held in memory.
+
+    Raises: TokenFileError for a file that is missing, damaged, not of integers, of another number of
+            dimensions, out of range, or (where ``tokens_per_image`` is given) of another length.
+    """
+    try:
+        ids = np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        raise TokenFileError(f"{path}: no such token file.") from None
+    except Exception as error:  # NumPy's header parser raises ValueError, SyntaxError, EOFError, ...
+        reason = " ".join(str(error).split())[:200]
+        raise TokenFileError(f"{path}: not a whole .npy of token ids ({reason}).") from error
+    if not isinstance(ids, np.memmap):
+        raise TokenFileError(f"{path}: an archive of arrays; expected one .npy of token ids.")
+    if not np.issubdtype(ids.dtype, np.integer):
+        raise TokenFileError(f"{path}: dtype is {ids.dtype}; token ids are integers (uint16 or uint32).")
+    if ids.ndim not in (1, 2) or ids.size == 0:
+        raise TokenFileError(f"{path}: shape is {ids.shape}; expected (L,) for one image or (N, L) for many.")
+    if tokens_per_image is not None and ids.shape[-1] != tokens_per_image:
+        raise TokenFileError(f"{path}: {ids.shape[-1]} tokens an image; expected {tokens_per_image}.")
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= codebook_size:
+        bad = low if low < 0 else high
+        raise TokenFileError(f"{path}: holds the id {bad}; the codebook has ids 0 to {codebook_size - 1}.")
+    return ids
+
+
+def samples_path(path: Path) -> Path:
+    """Where the keys and captions of the rows of ``path``, an (N, L) ``.npy``, lie."""
+    return path.with_suffix(".samples.jsonl")
+
+
+def save_samples(path: Path, samples: Sequence[tuple[str, Sequence[str]]]) -> None:
+    """Write the (key, captions) of each row of ``path`` beside it."""
+    lines = (json.dumps({"key": key, "captions": list(captions)}) + "\n" for key, captions in samples)
+    write_bytes(samples_path(path), "".join(lines).encode())
+
+
+def load_samples(path: Path) -> list[tuple[str, tuple[str, ...]]] | None:
+    """(key, captions) of each row of ``path``; None where no such file lies beside it.
+
+    Raises: TokenFileError for a line that is not {"key": string, "captions": [strings]}.
+    """
+    beside = samples_path(path)
+    try:
+        lines = beside.read_bytes().decode("utf-8").split("\n")
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise TokenFileError(f"{beside}: cannot be read ({error}).") from error
+    samples = []
+    for number, line in enumerate(lines[:-1] if not lines[-1] else lines, 1):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise TokenFileError(f"{beside}: line {number} is not JSON ({error}).") from error
+        record = record if isinstance(record, dict) else {}
+        key, captions = record.get("key"), record.get("captions")
+        if not isinstance(key, str) or not isinstance(captions, list) or set(map(type, captions)) - {str}:
+            raise TokenFileError(f'{beside}: line {number}: expected {{"key": string, "captions": strings}}.')
+        samples.append((key, tuple(captions)))
+    return samples
+
+
+class TokenSample(NamedTuple):
+    """One image of a token set.  token_ids: (L,) int64."""
+
+    key: str
+    captions: tuple[str, ...]
+    token_ids: np.ndarray
+
+
+def read_token_set(folder: Path) -> Iterator[TokenSample]:
+    """Every image of a folder that ``encode`` wrote, by file and row, one file mapped at a time.
+
+    Images that were encoded from files have no captions; those from tars have the tars' captions.
+    Raises: TokenFileError for a folder without manifest, or a file that does not fit it.
+    """
+    manifest = TokenManifest.load(folder)
+    if manifest is None:
+        raise TokenFileError(f"{folder}: no token manifest in it; expected the output of `v2flow encode`.")
+    for name, count in sorted(manifest.files.items()):
+        path = folder / f"{name}.npy"
+        ids = np.atleast_2d(load_token_ids(path, manifest.codebook_size, manifest.tokens_per_image))
+        samples = load_samples(path) or [(name, ())]
+        if not len(ids) == len(samples) == count:
+            raise TokenFileError(
+                f"{path}: {len(ids)} rows, {len(samples)} keys, and {count} in the manifest. Encode it again."
+            )
+        for (key, captions), row in zip(samples, ids):
+            yield TokenSample(key, captions, row.astype(np.int64))
