@@ -9,7 +9,6 @@ from typing import Annotated
 import typer
 
 from v2flow_cli.cli.console import log, result, result_json
-from v2flow_cli.recipe import LMRecipe, load_recipe
 
 
 def finetune_llm(
@@ -19,7 +18,7 @@ def finetune_llm(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Report sizes and estimates, then stop.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> None:
     """Teach a Hugging Face causal LM the visual tokens, or pretrain a small LM from text.
 
@@ -31,15 +30,26 @@ def finetune_llm(
 
         v2flow finetune-llm recipes/default/llm.yaml --resume
     """
-    spec = load_recipe(recipe, set_ or (), kinds=("lm", "finetune"))
-    assert isinstance(spec, LMRecipe)
-    from v2flow_cli.llm.pretrain import pretrain
+    from v2flow_cli.recipe import FinetuneRecipe, load_recipe
 
-    report = pretrain(spec, log=log, resume=resume)
-    if json:
-        result_json(dataclasses.asdict(report))
+    spec = load_recipe(recipe, set_ or (), kinds=("lm", "finetune"))
+    if isinstance(spec, FinetuneRecipe):
+        from v2flow_cli.llm.finetune import finetune as run, plan
     else:
-        result(
-            f"{report.output}: {report.parameters:,} parameters, {report.steps} steps in {report.minutes:.1f} "
-            f"minutes, loss {report.train_loss:.3f}, held out {report.eval_loss:.3f} nats a token"
-        )
+        from v2flow_cli.llm.pretrain import plan, pretrain as run
+    if dry_run:
+        for key, value in (estimates := plan(spec)).items():
+            if not json_:
+                result(f"{key}: {value:,.4g}" if isinstance(value, float) else f"{key}: {value:,}")
+        if json_:
+            result_json(estimates)
+        return
+    report = run(spec, log=log, resume=resume)
+    if json_:
+        result_json(dataclasses.asdict(report))
+        return
+    held_out = "" if report.eval_loss is None else f", held out {report.eval_loss:.3f}"
+    result(
+        f"{report.output}: {report.parameters:,} parameters, {report.steps} steps in {report.minutes:.1f} minutes, "
+        f"loss {report.train_loss:.3f}{held_out} nats a token"
+    )

@@ -26,6 +26,7 @@ from v2flow_cli.llm.trainer import (
     RunClock,
     TrainingReport,
     check_output,
+    estimate,
     hardware,
     run,
     save_folder,
@@ -104,6 +105,17 @@ def pretrain(recipe: LMRecipe, *, log: Log, resume: bool = False) -> TrainingRep
     return report
 
 
+def plan(recipe: LMRecipe) -> dict[str, int | float]:
+    """Sizes and rough estimates of a run, without running it.  Raises: DataError for text that is missing."""
+    files = find_text(recipe.text)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(llama_config(recipe.model, recipe.model.vocab_size))
+    size, vocab_size = model.num_parameters(), recipe.model.vocab_size
+    return {"text_files": len(files)} | estimate(
+        recipe.train, size, size, recipe.block_size, vocab_size, model.config
+    )
+
+
 def find_text(patterns: Iterable[str]) -> list[Path]:
     """The files that ``patterns`` name, sorted within each. Raises DataError for a pattern without a file."""
     paths: list[Path] = []
@@ -173,8 +185,18 @@ def pack(documents: Iterable[str], tokenizer: PreTrainedTokenizerFast, block_siz
 
 def build_model(spec: LMModel, tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
     """A randomly initialised Llama of the recipe's shape, the same for the same seed."""
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
+    config = llama_config(spec, len(tokenizer))
+    config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    config.pad_token_id = tokenizer.pad_token_id
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config)
+
+
+def llama_config(spec: LMModel, vocab_size: int) -> LlamaConfig:
+    """The recipe's shape as transformers knows it."""
+    return LlamaConfig(
+        vocab_size=vocab_size,
         hidden_size=spec.hidden_size,
         intermediate_size=spec.intermediate_size,
         num_hidden_layers=spec.num_layers,
@@ -182,14 +204,7 @@ def build_model(spec: LMModel, tokenizer: PreTrainedTokenizerFast, seed: int) ->
         num_key_value_heads=spec.num_kv_heads,
         max_position_embeddings=spec.max_positions,
         tie_word_embeddings=spec.tie_embeddings,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        use_cache=False,
     )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return LlamaForCausalLM(config)
 
 
 def _card(recipe: LMRecipe, report: TrainingReport, tokens: int) -> str:

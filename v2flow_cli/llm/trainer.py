@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import platform
@@ -20,6 +21,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from v2flow_cli.errors import ModelError
 from v2flow_cli.recipe.schema import LMTrainLoop, Optimizer
+from v2flow_cli.tokenizer.hardware import pick_device, pick_dtype
 
 Log = Callable[[str], None]
 
@@ -107,9 +109,6 @@ def training_arguments(
             f"train.batch_size is {train.batch_size}; expected a multiple of accumulate x processes "
             f"({train.accumulate} x {world_size})."
         )
-    bf16 = train.precision == "bf16"
-    if train.precision == "auto":
-        bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     return TrainingArguments(
         output_dir=str(Path(output) / "checkpoints"),
         max_steps=train.steps,
@@ -123,7 +122,7 @@ def training_arguments(
         warmup_steps=optimizer.warmup_steps,
         lr_scheduler_type="cosine" if optimizer.schedule == "cosine" else "constant_with_warmup",
         max_grad_norm=optimizer.clip_norm,
-        bf16=bf16,
+        bf16=pick_dtype(train.precision, pick_device()) == torch.bfloat16,
         seed=train.seed,
         data_seed=train.seed,
         logging_steps=train.log_every,
@@ -182,7 +181,9 @@ def save_folder(
     dtype = torch.bfloat16 if save_dtype == "bf16" else torch.float32
     state_dict = {name: tensor.to(dtype) for name, tensor in (state_dict or model.state_dict()).items()}
     Path(output).mkdir(parents=True, exist_ok=True)
-    model.config.dtype = dtype
+    model.config.dtype, model.config.use_cache = dtype, True  # Trainer turns the cache off
+    if hasattr(model.config, "v2flow"):
+        model.config.v2flow["weights_digest"] = weights_digest(state_dict)
     with tempfile.TemporaryDirectory(dir=output, prefix=".saving-") as temporary:
         model.save_pretrained(temporary, state_dict=state_dict)
         tokenizer.save_pretrained(temporary)
@@ -191,6 +192,44 @@ def save_folder(
         # config.json last: a folder that has it is complete
         for path in sorted(Path(temporary).iterdir(), key=lambda p: p.name == "config.json"):
             os.replace(path, Path(output, path.name))
+
+
+def weights_digest(state_dict: Mapping[str, torch.Tensor]) -> str:
+    """16 hex digits over names and values: which weights a picture was drawn with."""
+    sha = hashlib.sha256()
+    for name, tensor in sorted(state_dict.items()):
+        sha.update(name.encode())
+        sha.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()[:16]
+
+
+def estimate(
+    train: LMTrainLoop, parameters: int, trained: int, sequence: int, vocab_size: int, config: Any
+) -> dict[str, int | float]:
+    """Rough memory and time of a run, for ``--dry-run``; the speed is that of one matrix product here and now.
+
+    Args:  sequence, tokens a sample; config, of the model. Counts of parameters are over all ranks.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    size = 4096 if device == "cuda" else 512
+    matrix = torch.randn(size, size, device=device)
+    (matrix @ matrix).sum().item()  # the first one also starts the library
+    start = time.perf_counter()
+    (matrix @ matrix).sum().item()
+    flops = 2 * size**3 / (time.perf_counter() - start)
+    tokens = train.batch_size * sequence
+    # About 16 activations of the hidden width a layer stay for the backward pass; logits, their softmax and its gradient.
+    activations = config.num_hidden_layers * config.hidden_size * (2 if train.gradient_checkpointing else 16)
+    bytes_used = 4 * parameters + 12 * trained + 4 * tokens // train.accumulate * (activations + 3 * vocab_size)
+    return {
+        "parameters": parameters,
+        "trained_parameters": trained,
+        "tokens_per_sample": sequence,
+        "tokens_per_step": tokens,
+        "steps": train.steps,
+        "memory_gib": bytes_used / 2**30,
+        "minutes": 6 * parameters * tokens * train.steps / flops / 60,
+    }
 
 
 def hardware() -> str:

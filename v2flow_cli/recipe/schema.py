@@ -265,14 +265,35 @@ class LMRecipe:
     def problems(self) -> Iterator[str]:
         model = self.model
         if model.vocab_size < 259:
-            yield f"model.vocab_size is {model.vocab_size}; expected at least 259 (256 bytes, 3 special tokens)"
+            yield f"model.vocab_size is {model.vocab_size}; expected at least 259: bytes and special tokens"
         if model.hidden_size % (2 * model.num_heads):
-            yield f"model.hidden_size is {model.hidden_size}; expected a multiple of 2 x num_heads ({model.num_heads})"
+            yield f"model.hidden_size is {model.hidden_size}; expected a multiple of {2 * model.num_heads} (2 x heads)"
         if model.num_heads % model.num_kv_heads:
-            yield f"model.num_heads is {model.num_heads}; expected a multiple of num_kv_heads {model.num_kv_heads}"
+            yield f"model.num_heads is {model.num_heads}; expected a multiple of {model.num_kv_heads} (num_kv_heads)"
         if not 1 < self.block_size <= model.max_positions:
             yield f"block_size is {self.block_size}; expected 2 to model.max_positions {model.max_positions}"
         yield from _lm_loop_problems(self.train)
+
+
+@dataclass(frozen=True)
+class TokenPairs:
+    """(caption, tokens) pairs and how they become samples."""
+
+    token_sets: tuple[str, ...]  # folders that `v2flow encode` wrote, from tars where captions are wanted
+    caption_dropout: float  # share of samples whose caption is left empty, for --llm-cfg
+    max_caption_tokens: int  # longer captions are cut
+    train_on_prompt: bool  # False: labels on the answer alone
+    held_out_share: float  # of the images, chosen by a hash of their key, for the loss on the model card
+    shuffle_window: int = 16_384  # samples in memory that the next one is drawn from
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters on every linear layer; the new rows are trained whole beside them."""
+
+    rank: int
+    alpha: float
+    dropout: float
 
 
 @dataclass(frozen=True)
@@ -280,7 +301,26 @@ class FinetuneRecipe:
     """``v2flow finetune-llm``: teach a causal LM the visual tokens (section 2.4)."""
 
     kind: Literal["finetune"]
-    output: str
+    llm: str  # folder or hub id of any Hugging Face causal LM with a fast tokenizer
+    tokenizer: str  # folder or hub id of the image tokenizer that made the token sets
+    new_rows: Literal["codebook", "random"]  # what the visual tokens' rows start from
+    mode: Literal["full", "lora", "rows"]  # train all weights, adapters and the new rows, or the new rows alone
+    lora: Lora | None  # only for mode lora
+    data: TokenPairs
+    z_loss: float  # weight of the squared log-normaliser; 0 means none
+    optimizer: Optimizer
+    train: LMTrainLoop
+    output: str  # folder of the trained model
+
+    def problems(self) -> Iterator[str]:
+        if (self.mode == "lora") != (self.lora is not None):
+            yield f"mode is {self.mode} and lora is {self.lora}; expected a lora section for mode lora, and only there"
+        for name in ("caption_dropout", "held_out_share"):
+            if not 0 <= getattr(self.data, name) < 1:
+                yield f"data.{name} is {getattr(self.data, name)}; expected a share in [0, 1)"
+        if self.data.max_caption_tokens < 1 or self.data.shuffle_window < 1:
+            yield "data.max_caption_tokens and data.shuffle_window must be at least 1"
+        yield from _lm_loop_problems(self.train)
 
 
 Recipe = AutoencoderRecipe | TokenizerRecipe | LMRecipe | FinetuneRecipe
@@ -301,6 +341,6 @@ def _loop_problems(train: TrainLoop) -> Iterator[str]:
 
 def _lm_loop_problems(train: LMTrainLoop) -> Iterator[str]:
     if train.accumulate < 1 or train.batch_size < 1 or train.batch_size % train.accumulate:
-        yield f"train.batch_size is {train.batch_size}; expected a multiple of train.accumulate ({train.accumulate})"
+        yield f"train.batch_size is {train.batch_size}; expected a multiple of accumulate ({train.accumulate})"
     if train.steps < 1:
         yield f"train.steps is {train.steps}; expected at least 1"

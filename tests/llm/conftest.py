@@ -1,0 +1,64 @@
+"""Tiny random LLMs of three families, a text tokenizer for them, and token sets."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from v2flow_cli.llm.pretrain import train_tokenizer
+from v2flow_cli.llm.vocabulary import VisualVocabulary
+from v2flow_cli.store.token_file import TokenManifest, save_samples, save_token_ids
+
+SENTENCES = [
+    "A red fox runs across the green field.",
+    "Two dogs play on a beach near the water.",
+    "A man in a blue jacket rides a bicycle down the street.",
+    "The quick brown fox jumps over the lazy dog; 0123456789!",
+]
+SIZES = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+SIZES |= dict(num_key_value_heads=1, max_position_embeddings=256)
+CODES, LENGTH, DIGEST = 64, 4, "0123456789abcdef"
+
+
+@pytest.fixture(scope="session")
+def text_tokenizer():
+    return train_tokenizer(SENTENCES * 3, 300)
+
+
+def make_llm(family: str, words: int):
+    """A random LM: llama (untied), qwen (tied, its table larger than the tokenizer), phi (untied, fused layers)."""
+    torch.manual_seed(0)
+    if family == "llama":
+        return LlamaForCausalLM(LlamaConfig(vocab_size=words, tie_word_embeddings=False, **SIZES))
+    if family == "qwen":
+        return Qwen2ForCausalLM(Qwen2Config(vocab_size=words + 20, tie_word_embeddings=True, **SIZES))
+    special = dict(bos_token_id=0, eos_token_id=1, pad_token_id=2)
+    return Phi3ForCausalLM(Phi3Config(vocab_size=words, tie_word_embeddings=False, **special, **SIZES))
+
+
+@pytest.fixture(params=["llama", "qwen", "phi"])
+def llm(request, text_tokenizer):
+    return make_llm(request.param, len(text_tokenizer))
+
+
+@pytest.fixture
+def vocabulary():
+    """After a table of 300 words: visual ids 300 to 363, marks 364 and 365, prompts <bos> caption <newline>."""
+    return VisualVocabulary(300, CODES, 364, 365, LENGTH, DIGEST, (0,), (9,), 1)
+
+
+def write_token_set(folder, digest=DIGEST, images=12, length=LENGTH, captions=2):
+    """A token set as ``encode`` writes it from one tar."""
+    ids = np.random.default_rng(0).integers(0, CODES, (images, length))
+    save_token_ids(folder / "shard.npy", ids, CODES)
+    names = [(f"k{i}", tuple(f"image {i} caption {j}" for j in range(captions))) for i in range(images)]
+    save_samples(folder / "shard.npy", names)
+    TokenManifest(digest, (32, 32), CODES, length, {"shard": images}).save(folder)
+    return ids
