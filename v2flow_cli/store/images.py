@@ -20,7 +20,7 @@ from v2flow_cli.errors import DataError
 MAX_PIXELS = 50_000_000  # checked before decoding: a small file can claim any size
 
 #: Formats that Pillow decodes itself; EPS, for one, would start another program.
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")
+FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")
 SUFFIXES = frozenset(
     ".jpg .jpeg .jpe .jfif .png .webp .avif .gif .bmp .tif .tiff .ppm .pgm .pbm .pnm".split()
 )
@@ -35,8 +35,9 @@ _TURNS = {  # EXIF orientation -> what undoes it
     8: Image.Transpose.ROTATE_90,
 }
 
-# Pillow warns above its own, larger limit; MAX_PIXELS is the one that counts here.
+# Pillow warns of its own, larger limit and of damaged EXIF; here a file is a picture or a DataError.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 
 @dataclass(frozen=True)
