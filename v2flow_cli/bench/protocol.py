@@ -1,0 +1,50 @@
+"""How figures are measured, as one record; only figures of equal records may stand in one table."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import platform
+from dataclasses import dataclass
+from importlib.metadata import version
+
+NAME = "v2flow-bench-1"
+LIBRARIES = ("torch", "torchmetrics", "lpips", "pillow", "numpy")
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """One way of measuring reconstructions; every field is part of ``key`` but seed and versions."""
+
+    image_size: int  # pixels, side of the square reference
+    count: int  # images
+    reference_digest: str  # 16 hex digits of SHA-256 over the 8-bit references, in order
+    lpips: str  # backbone, or why there is none
+    seed: int  # an image's own is drawn from it and its name
+    versions: dict[str, str]
+    name: str = NAME
+    crop: str = "shorter side to image_size (Pillow bicubic, antialiased), centre square"
+    rounding: str = "reference and reconstruction rounded to 8 bits, RGB, clamped to 0..255"
+    psnr: str = "10 log10(255^2 / MSE) over all pixels and channels, per image, in float64; then the mean"
+    ssim: str = (
+        "torchmetrics, per image and RGB channel, 11 x 11 Gaussian window of sigma 1.5, "
+        "K1 0.01, K2 0.03, data range 255, windows wholly inside the image; then the mean"
+    )
+    interval: str = "mean plus or minus Student's t at 95% over images"
+
+    @property
+    def key(self) -> str:
+        """12 hex digits; figures with different keys are not comparable."""
+        fields = dataclasses.asdict(self)
+        del fields["seed"], fields["versions"]
+        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:12]
+
+    def record(self) -> dict:
+        """The protocol as plain JSON values, its key included."""
+        return {"key": self.key, **dataclasses.asdict(self)}
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of what the figures depend on."""
+    return {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}

@@ -1,0 +1,105 @@
+"""How fast: images a second through encode and decode, peak memory, and how soon ``--help`` answers."""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from v2flow_cli.bench.systems import inference
+from v2flow_cli.tokenizer import V2FlowTokenizer
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Median over repeats, after one warm-up batch; one process, batches of ``batch_size`` images."""
+
+    encode_images_per_s: float
+    decode_images_per_s: float
+    peak_memory_bytes: int
+    peak_memory_kind: str  # allocated on the GPU, or resident in the whole process so far
+    image_size: int  # pixels
+    batch_size: int
+    repeats: int
+    device: str
+    dtype: str
+    threads: int
+
+
+def measure_speed(
+    tokenizer: V2FlowTokenizer,
+    images: Tensor,
+    *,
+    dtype: torch.dtype = torch.float32,
+    repeats: int = 3,
+    **settings: Any,
+) -> Speed:
+    """Speed on ``images`` (B, 3, S, S) in [-1, 1]; ``settings`` go to ``decode``."""
+    images = images.to(tokenizer.device)
+    cuda = images.device.type == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(images.device)
+    height, width = images.shape[-2:]
+    seeds = range(len(images))
+    with inference(tokenizer, dtype):
+        token_ids = tokenizer.encode(images)
+        encode = _seconds(lambda: tokenizer.encode(images), images.device, repeats)
+        decode = _seconds(
+            lambda: tokenizer.decode(token_ids, height=height, width=width, seeds=seeds, **settings),
+            images.device,
+            repeats,
+        )
+    return Speed(
+        encode_images_per_s=len(images) / encode,
+        decode_images_per_s=len(images) / decode,
+        peak_memory_bytes=torch.cuda.max_memory_allocated(images.device) if cuda else peak_resident_bytes(),
+        peak_memory_kind="allocated on the GPU" if cuda else "resident in the process",
+        image_size=height,
+        batch_size=len(images),
+        repeats=repeats,
+        device=torch.cuda.get_device_name(images.device) if cuda else str(images.device),
+        dtype=str(dtype).removeprefix("torch."),
+        threads=torch.get_num_threads(),
+    )
+
+
+def _seconds(step: Callable[[], Any], device: torch.device, repeats: int) -> float:
+    """Median wall time of ``step`` after one warm-up, in seconds."""
+    times = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        step()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
+
+
+def peak_resident_bytes() -> int:
+    """Largest resident memory of this process since it began, in bytes."""
+    import resource  # POSIX only
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
+
+
+def help_seconds(commands: Sequence[str], repeats: int = 3) -> dict[str, float]:
+    """Median seconds of ``v2flow --help`` (key "") and each ``v2flow COMMAND --help``, in new processes."""
+    return {command: _help_seconds(command, repeats) for command in ("", *commands)}
+
+
+def _help_seconds(command: str, repeats: int) -> float:
+    arguments = [sys.executable, "-m", "v2flow_cli.cli.app", *command.split(), "--help"]
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        subprocess.run(arguments, check=True, stdout=subprocess.DEVNULL)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)

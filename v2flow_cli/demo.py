@@ -1,0 +1,193 @@
+"""``python -m v2flow_cli.demo``: the whole road on a few photos, and one page that shows it.
+
+photos -> tokens -> photos at two guidance scales -> pictures from a sentence -> a short bench -> ``index.html``
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from v2flow_cli.cli.console import fail, log, progress, result
+from v2flow_cli.errors import DataError, V2FlowError
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+    from v2flow_cli.bench.report import DrawnPicture
+    from v2flow_cli.store.images import FoundFile
+    from v2flow_cli.tokenizer import V2FlowTokenizer
+
+GUIDANCE_SCALES = (1.0, 3.0)
+TEMPERATURES = (0.5, 0.9, 1.3)
+BATCH_SIZE = 4
+
+
+def demo(
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for everything that is made.")] = Path(
+        "demo"
+    ),
+    images: Annotated[
+        Path | None, typer.Option(help="Folder of photos. Default: five sample photos of scikit-image.")
+    ] = None,
+    prompt: Annotated[str, typer.Option(help="What to draw.")] = "a red fox",
+    limit: Annotated[int, typer.Option(min=1, help="Most photos to show.")] = 12,
+    model: Annotated[
+        str | None, typer.Option(help="Tokenizer: folder or hub id. Default: the embedded one.")
+    ] = None,
+    llm: Annotated[str | None, typer.Option(help="LLM: folder or hub id. Default: the embedded one.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+) -> None:
+    """Photos to tokens, tokens to photos, a sentence to pictures, a short bench, and one page that shows it all."""
+    from v2flow_cli.store.images import find_images
+
+    files = find_images([images]) if images is not None else _write_sample_photos(out / "photos")
+    if len(files) > limit:
+        log(f"{images}: the first {limit} of {len(files)} images; --limit shows more")
+
+    from v2flow_cli.bench.metrics import load_lpips, lpips_backbone_file
+    from v2flow_cli.bench.pictures import token_colours
+    from v2flow_cli.bench.report import Page, write_report
+    from v2flow_cli.bench.run import run_bench
+    from v2flow_cli.store.encode_set import SetEncoder, encode_files
+    from v2flow_cli.store.images import open_image
+    from v2flow_cli.tokenizer import V2FlowTokenizer
+    from v2flow_cli.tokenizer.hardware import pick_device, pick_dtype
+
+    target = pick_device(device)
+    dtype = pick_dtype("auto", target)
+    tokenizer = V2FlowTokenizer.from_pretrained(model).to(target)
+
+    with progress("photos to tokens", min(limit, len(files))) as tick:
+        encoder = SetEncoder(tokenizer, batch_size=BATCH_SIZE, dtype=dtype)
+        report = encode_files(encoder, files[:limit], out / "tokens", force=True, tick=tick)
+    failed = [f"{failure.source}: {failure.reason}" for failure in report.failures]
+    bad = {failure.source for failure in report.failures}
+    good = [file for file in files[:limit] if str(file.path) not in bad]
+    for line in failed:
+        log(f"left out: {line}")
+    if not good:
+        raise DataError(f"{images}: none of the images could be read.")
+    for scale in GUIDANCE_SCALES:
+        _decode(tokenizer, good, out, scale, dtype)
+    drawn = _draw(tokenizer, llm, prompt, out / "drawn", target, dtype)
+
+    def photos() -> Iterator[tuple[str, Image.Image]]:
+        for file in good:
+            yield file.key, open_image(file.path, str(file.path))
+
+    with progress("bench", len(good)) as tick:
+        lpips = load_lpips(device=target) if lpips_backbone_file("alex").is_file() else None
+        bench = run_bench(
+            tokenizer,
+            photos(),
+            guidance_scales=GUIDANCE_SCALES,
+            batch_size=BATCH_SIZE,
+            dtype=dtype,
+            lpips=lpips,
+            lpips_note="LPIPS is left out: its backbone is not in the torch hub cache.",
+            keep=limit,
+            tick=tick,
+        )
+    tokens = bench.result.tokens_per_image
+    page = Page(
+        title=f"Photos as {tokens:,} words each, and back",
+        lead=f"A tokenizer turns a photo into {tokens:,} codes out of {tokenizer.config.codebook_size:,}: words that "
+        "a language model can read and write. A decoder turns the words back into a picture. Everything on this "
+        "page was computed on this machine.",
+        bench=bench,
+        colours=token_colours(tokenizer.codebook),
+        command="python -m v2flow_cli.demo",
+        drawn=drawn,
+        drawn_note="Written word by word by a small language model that was given nothing but the sentence, then "
+        "decoded like the photos above. A higher temperature takes more risks.",
+        failed=failed,
+    )
+    write_report(page, out / "index.html")
+    result(f"The page is at {(out / 'index.html').resolve()}")
+
+
+def _write_sample_photos(folder: Path) -> list[FoundFile]:
+    """The sample photos as PNG files, as if a user had brought them."""
+    from v2flow_cli.assets import sample_photos
+    from v2flow_cli.store.files import write_bytes
+    from v2flow_cli.store.images import FoundFile
+
+    files = []
+    for name, image in sample_photos():
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG")
+        write_bytes(folder / f"{name}.png", buffer.getvalue())
+        files.append(FoundFile(folder / f"{name}.png", name))
+    return files
+
+
+def _decode(
+    tokenizer: V2FlowTokenizer, files: Sequence[FoundFile], out: Path, scale: float, dtype: torch.dtype
+) -> None:
+    """The saved tokens of ``files`` back to PNG files in ``out/guidance-SCALE``."""
+    from v2flow_cli.store.decode_set import decode_files, open_token_files
+    from v2flow_cli.store.images import FoundFile
+
+    tokens = [FoundFile(out / "tokens" / f"{file.key}.npy", file.key) for file in files]
+    opened, report = open_token_files(tokenizer, tokens, out / f"guidance-{scale:g}", force=True)
+    with progress(f"tokens to photos, guidance {scale:g}", len(files)) as tick:
+        decode_files(
+            tokenizer,
+            opened,
+            report,
+            seed=0,
+            batch_size=BATCH_SIZE,
+            dtype=dtype,
+            tick=tick,
+            guidance_scale=scale,
+        )
+
+
+def _draw(
+    tokenizer: V2FlowTokenizer,
+    llm: str | None,
+    prompt: str,
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> list[DrawnPicture]:
+    """``prompt`` at each temperature, also as PNG files in ``folder``."""
+    import numpy as np
+
+    from v2flow_cli.bench.report import DrawnPicture
+    from v2flow_cli.bench.systems import inference
+    from v2flow_cli.llm.sample import DrawingLM
+    from v2flow_cli.store.files import write_bytes
+
+    drawer = DrawingLM.from_pretrained(llm, device, dtype)
+    count = len(TEMPERATURES)
+    with progress(f"a sentence to pictures: {prompt}", drawer.vocabulary.tokens_per_image) as tick:
+        token_ids = drawer.draw([prompt] * count, seeds=[0] * count, temperatures=TEMPERATURES, tick=tick)
+    with inference(tokenizer, dtype):
+        images = tokenizer.image_processor.to_pil(tokenizer.decode(token_ids, seeds=[0] * count))
+    for temperature, image in zip(TEMPERATURES, images):
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG")
+        write_bytes(folder / f"temperature-{temperature:g}.png", buffer.getvalue())
+    return [DrawnPicture(prompt, t, 0, np.asarray(image)) for t, image in zip(TEMPERATURES, images)]
+
+
+def main() -> None:
+    """Entry point; a V2FlowError is one message and exit code 1."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        typer.run(demo)
+    except V2FlowError as error:
+        fail(str(error))
+
+
+if __name__ == "__main__":
+    main()
