@@ -61,7 +61,7 @@ def test_files_that_are_no_arrays(tmp_path):
     np.save(tmp_path / "cut.npy", np.zeros(400, np.uint16))
     (tmp_path / "cut.npy").write_bytes((tmp_path / "cut.npy").read_bytes()[:-10])
     for name in ("empty", "text", "cut"):
-        with pytest.raises(TokenFileError, match="not a whole .npy"):
+        with pytest.raises(TokenFileError, match=r"not a whole \.npy"):
             load_token_ids(tmp_path / f"{name}.npy", 64)
     with pytest.raises(TokenFileError, match="an archive of arrays"):
         load_token_ids(tmp_path / "zip.npy", 64)
@@ -134,7 +134,9 @@ def test_a_damaged_manifest(tmp_path, content):
 
 def test_another_tokenizer_is_refused():
     MANIFEST.check_tokenizer("0123456789abcdef", "x.npy")
-    with pytest.raises(TokenFileError, match="made by tokenizer 0123456789abcdef, but the model at hand is ffff"):
+    with pytest.raises(
+        TokenFileError, match="made by tokenizer 0123456789abcdef, but the model at hand is ffff"
+    ):
         MANIFEST.check_tokenizer("ffff", "x.npy")
 
 
@@ -167,7 +169,10 @@ def test_read_token_set_of_images(tmp_path):
     for i, name in enumerate(MANIFEST.files):
         save_token_ids(tmp_path / f"{name}.npy", np.full(4, i), 64)
     samples = list(read_token_set(tmp_path))
-    assert [(s.key, s.captions, s.token_ids.tolist()) for s in samples] == [("a", (), [0] * 4), ("sub/b", (), [1] * 4)]
+    assert [(s.key, s.captions, s.token_ids.tolist()) for s in samples] == [
+        ("a", (), [0] * 4),
+        ("sub/b", (), [1] * 4),
+    ]
     assert samples[0].token_ids.dtype == np.int64
 
 
@@ -202,7 +207,7 @@ def test_existing_outputs_are_named(tmp_path):
     (tmp_path / "a").touch()
     check_absent([tmp_path / "a"], force=True)
     check_absent([tmp_path / "b"], force=False)
-    with pytest.raises(DataError, match="a: exists already. Use --force"):
+    with pytest.raises(DataError, match=r"a: exists already\. Use --force"):
         check_absent([tmp_path / "a", tmp_path / "b"], force=False)
 
 

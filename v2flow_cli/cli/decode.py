@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 import time
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
-import click
 import typer
 
 from v2flow_cli.cli.console import fail, log, progress, result, result_json
+
+
+class Solver(str, Enum):
+    """What ``--solver`` takes."""
+
+    euler = "euler"
+    heun = "heun"
+    dpmpp = "dpm++"
+    ddim = "ddim"
+
+
+class Schedule(str, Enum):
+    """What ``--schedule`` takes."""
+
+    constant = "constant"
+    linear = "linear"
 
 
 def decode(
@@ -28,18 +44,9 @@ def decode(
     steps: Annotated[
         int | None, typer.Option(min=1, help="ODE steps in each round. Default: the model's.")
     ] = None,
-    solver: Annotated[
-        str | None,
-        typer.Option(
-            click_type=click.Choice(["euler", "heun", "dpm++", "ddim"]), help="Default: the model's."
-        ),
-    ] = None,
+    solver: Annotated[Solver | None, typer.Option(help="ODE solver. Default: the model's.")] = None,
     schedule: Annotated[
-        str | None,
-        typer.Option(
-            click_type=click.Choice(["constant", "linear"]),
-            help="Guidance over the rounds. Default: the model's.",
-        ),
+        Schedule | None, typer.Option(help="Guidance from the first to the last round. Default: the model's.")
     ] = None,
     noise: Annotated[
         float | None,
@@ -90,8 +97,8 @@ def decode(
             guidance_scale=cfg,
             num_mask_steps=rounds,
             num_flow_steps=steps,
-            solver=solver,
-            guidance_schedule=schedule,
+            solver=solver.value if solver else None,
+            guidance_schedule=schedule.value if schedule else None,
             noise_temperature=noise,
         )
     seconds = time.perf_counter() - start
@@ -119,14 +126,8 @@ def _folder_of(given: str) -> str:
     """``X`` for a missing ``X.npy`` beside a folder ``X`` that encode wrote; else ``given``."""
     from v2flow_cli.store.token_file import TokenManifest
 
-    path = Path(given)
-    folder = path.with_suffix("")
-    if (
-        path.suffix == ".npy"
-        and not path.exists()
-        and folder.is_dir()
-        and TokenManifest.load(folder) is not None
-    ):
+    folder = Path(given.removesuffix(".npy"))
+    if given.endswith(".npy") and not Path(given).exists() and TokenManifest.load(folder) is not None:
         log(f"{given} does not exist; decoding the token folder {folder}/ instead")
         return str(folder)
     return given

@@ -19,8 +19,8 @@ def shard(
         str,
         typer.Option(
             metavar="sidecars|classes|FILE",
-            help="sidecars: KEY.txt, a caption a line. classes: 'a photo of FOLDER'. FILE: .csv or .jsonl with "
-            "columns file and caption; only the images it lists are taken.",
+            help="sidecars: KEY.txt, a caption a line. classes: 'a photo of FOLDER'. FILE: .csv or .jsonl "
+            "with columns file and caption; only the images it lists are taken.",
         ),
     ] = "sidecars",
     shard_mb: Annotated[
@@ -91,7 +91,8 @@ def shard(
         )
     else:
         result(
-            f"{out}: {report.samples} images, {report.captions} captions in {len(report.shards)} shards, {report.bytes:,} bytes"
+            f"{out}: {report.samples} images, {report.captions} captions in {len(report.shards)} shards, "
+            f"{report.bytes:,} bytes"
         )
     for name, reason in report.failures:
         log(f"left out: {name}: {reason}")
