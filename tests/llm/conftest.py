@@ -49,9 +49,28 @@ def llm(request, text_tokenizer):
 
 
 @pytest.fixture
+def token_set():
+    """The function ``write_token_set(folder, digest, images, length, captions)``."""
+    return write_token_set
+
+
+@pytest.fixture
 def vocabulary():
     """After a table of 300 words: visual ids 300 to 363, marks 364 and 365, prompts <bos> caption <newline>."""
     return VisualVocabulary(300, CODES, 364, 365, LENGTH, DIGEST, (0,), (9,), 1)
+
+
+@pytest.fixture
+def llm_folder(tmp_path, text_tokenizer):
+    """Maker of saved LLMs: ``llm_folder("qwen")`` is a plain Hugging Face folder."""
+
+    def save(family="llama"):
+        folder = tmp_path / family
+        make_llm(family, len(text_tokenizer)).save_pretrained(folder)
+        text_tokenizer.save_pretrained(folder)
+        return folder
+
+    return save
 
 
 def write_token_set(folder, digest=DIGEST, images=12, length=LENGTH, captions=2):

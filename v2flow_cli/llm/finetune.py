@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from v2flow_cli.errors import ModelError
 from v2flow_cli.llm.sequences import IGNORE, Samples, check_token_sets, collate, prompt_frame
@@ -124,6 +124,7 @@ def finetune(recipe: FinetuneRecipe, *, log: Log, resume: bool = False) -> Train
     model.config.v2flow = vocabulary.record()
     check_context(model.config, vocabulary, recipe.data.max_caption_tokens)
     text_tokenizer = add_visual_tokens(text_tokenizer, offset, codebook_size)
+    set_seed(recipe.train.seed)  # adapters start from random numbers
     model = choose_trained(model, recipe.mode, recipe.lora, offset)
     if recipe.train.gradient_checkpointing:
         model.gradient_checkpointing_enable()

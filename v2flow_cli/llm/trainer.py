@@ -180,8 +180,9 @@ def save_folder(
         return
     dtype = torch.bfloat16 if save_dtype == "bf16" else torch.float32
     state_dict = {name: tensor.to(dtype) for name, tensor in (state_dict or model.state_dict()).items()}
+    model.to(dtype)  # save_pretrained writes the model's own dtype into the config
     Path(output).mkdir(parents=True, exist_ok=True)
-    model.config.dtype, model.config.use_cache = dtype, True  # Trainer turns the cache off
+    model.config.use_cache = True  # Trainer turns it off
     if hasattr(model.config, "v2flow"):
         model.config.v2flow["weights_digest"] = weights_digest(state_dict)
     with tempfile.TemporaryDirectory(dir=output, prefix=".saving-") as temporary:

@@ -1,0 +1,166 @@
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from v2flow_cli.errors import ModelError, TokenFileError
+from v2flow_cli.llm import finetune as finetuning
+from v2flow_cli.llm.finetune import DrawingTrainer, choose_trained, finetune, plan
+from v2flow_cli.llm.sequences import Samples, collate
+from v2flow_cli.llm.trainer import training_arguments
+from v2flow_cli.llm.vocabulary import VisualVocabulary, extend_tables
+from v2flow_cli.recipe.load import load_recipe
+from v2flow_cli.recipe.schema import FinetuneRecipe, Lora
+from v2flow_cli.tokenizer import V2FlowTokenizer
+
+LORA = Lora(rank=2, alpha=4.0, dropout=0.0)
+
+
+@pytest.fixture
+def recipe(tiny_tokenizer_folder, llm_folder, token_set, tmp_path, request) -> FinetuneRecipe:
+    digest = V2FlowTokenizer.from_pretrained(tiny_tokenizer_folder).digest
+    token_set(tmp_path / "tokens", digest=digest)
+    root = request.config.rootpath
+    settings = [f"llm={llm_folder()}", f"tokenizer={tiny_tokenizer_folder}", f"output={tmp_path / 'out'}"]
+    settings.append(f"data.token_sets=[{tmp_path / 'tokens'}]")
+    return load_recipe(root / "recipes/tiny/llm.yaml", settings)
+
+
+def logits_of(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    return model(torch.tensor([[0, 20, 9, 364, 301, 340]])).logits
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen", "phi"])
+def test_leaves_a_plain_folder_that_knows_its_tokens(recipe, llm_folder, family):
+    log = []
+    recipe = replace(recipe, llm=str(llm_folder(family)), data=replace(recipe.data, held_out_share=0.2))
+    report = finetune(recipe, log=log.append)
+    assert report.steps == 6 and math.isfinite(report.eval_loss)
+    assert any("visual_loss" in line and "text_loss" in line for line in log)
+    model, tokenizer = (c.from_pretrained(recipe.output) for c in (AutoModelForCausalLM, AutoTokenizer))
+    vocabulary = VisualVocabulary.of(model.config, "")
+    offset = 320 if family == "qwen" else 300
+    assert vocabulary.visual_token_offset == offset and vocabulary.end_image_id == offset + 65
+    assert vocabulary.tokens_per_image == 4 and vocabulary.prompt_prefix == (0,)
+    assert tokenizer.decode([vocabulary.begin_image_id]) == "<|v2flow:boi|>"
+    assert model.get_input_embeddings().weight.shape[0] == offset + 66 and model.config.use_cache
+    assert f"{report.eval_loss:.3f} nats" in Path(recipe.output, "README.md").read_text()
+
+
+@pytest.mark.parametrize("mode", ["full", "lora", "rows"])
+def test_resume_equals_not_stopping(recipe, tmp_path, mode):
+    recipe = replace(recipe, mode=mode, lora=LORA if mode == "lora" else None)
+    straight = finetune(recipe, log=print)
+    stopped = replace(recipe, output=str(tmp_path / "stopped"))
+    # The first half stops by itself where the second goes on, under one schedule of six steps.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finetuning, "RunClock", lambda minutes, size, log: StopAt(3, size, log))
+        finetune(stopped, log=print)
+    with pytest.raises(ModelError, match="already holds a model or checkpoints.*--resume"):
+        finetune(stopped, log=print)
+    resumed = finetune(stopped, log=print, resume=True)
+    assert resumed.steps == straight.steps == 6
+    assert resumed.train_loss == pytest.approx(straight.train_loss, abs=1e-6)
+    assert torch.equal(logits_of(recipe.output), logits_of(stopped.output))
+
+
+class StopAt(finetuning.RunClock):
+    """A clock whose time is up after a number of steps."""
+
+    def __init__(self, step, size, log):
+        super().__init__(0.0, size, log)
+        self.stop_step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.stop_step:
+            control.should_save = control.should_training_stop = True
+
+
+StopAt.__name__ = "RunClock"  # the name that its time is saved under
+
+
+def test_time_limit_outlives_a_resume(recipe):
+    log = []
+    recipe = replace(recipe, train=replace(recipe.train, max_minutes=1e-9))
+    assert finetune(recipe, log=log.append).steps == 1
+    assert any(line.startswith("time limit") for line in log)
+    assert finetune(recipe, log=log.append, resume=True).steps == 2  # its time was up: one step to notice
+
+
+def test_rows_mode_moves_new_rows_only(recipe):
+    for output, mode in (("rows", "rows"), ("lora", "lora")):
+        spec = replace(recipe, mode=mode, lora=LORA if mode == "lora" else None, output=recipe.output + output)
+        finetune(spec, log=print)
+        old = AutoModelForCausalLM.from_pretrained(spec.llm).state_dict()
+        new = AutoModelForCausalLM.from_pretrained(spec.output).state_dict()
+        for name, before in old.items():
+            same = torch.equal(new[name][: len(before)], before)
+            adapted = mode == "lora" and "proj" in name
+            assert same != adapted, name
+        start = replace(spec, train=replace(spec.train, steps=1), output=recipe.output + output + "1")
+        finetune(start, log=print)
+        first = AutoModelForCausalLM.from_pretrained(start.output).state_dict()
+        for table in ("model.embed_tokens.weight", "lm_head.weight"):
+            assert not torch.equal(first[table][300:], new[table][300:])
+
+
+def test_lora_round_trip(llm, text_tokenizer, tmp_path):
+    offset = llm.get_input_embeddings().weight.shape[0]
+    extend_tables(llm, len(text_tokenizer), 64, None, seed=0)
+    model = choose_trained(llm, "lora", LORA, offset).train()
+    optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=0.5)
+    ids = torch.tensor([[0, 20, 9, offset, offset + 63, offset + 64]])
+    untouched = model(ids).logits.detach()
+    for _ in range(3):
+        model(ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    expected = model.eval()(ids).logits.detach()
+    assert (expected - untouched).abs().max() > 1e-3
+    model.merge_and_unload().save_pretrained(tmp_path)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert torch.allclose(merged(ids).logits, expected, atol=1e-6)
+
+
+def test_loss_is_that_of_the_labelled_positions(llm, text_tokenizer, vocabulary, recipe, tmp_path):
+    extend_tables(llm, len(text_tokenizer), 64, None, seed=0)
+    samples = Samples(recipe.data, text_tokenizer, vocabulary, seed=0)
+    stream = iter(samples)
+    batch = collate([next(stream) for _ in range(3)], pad_id=2)
+    trainer = DrawingTrainer(
+        model=llm,
+        args=training_arguments(recipe.optimizer, recipe.train, tmp_path / "t"),
+        vocabulary=vocabulary,
+        z_loss=0.0,
+    )
+    by_transformers = llm.eval()(**batch).loss
+    assert torch.allclose(trainer.compute_loss(llm, batch), by_transformers, atol=1e-6)
+    trainer.z_loss = 0.1
+    assert trainer.compute_loss(llm, batch) > by_transformers + 0.1
+
+
+def test_plan_counts_what_is_trained(recipe):
+    text = AutoModelForCausalLM.from_pretrained(recipe.llm).num_parameters()
+    rows = 2 * 66 * 16
+    full = plan(recipe)
+    assert full["parameters"] == full["trained_parameters"] == text + rows
+    assert full["tokens_per_sample"] == 1 + 16 + 1 + 1 + 4 + 2 and full["images"] == 12
+    assert plan(replace(recipe, mode="rows"))["trained_parameters"] == rows
+    lora = plan(replace(recipe, mode="lora", lora=LORA))["trained_parameters"]
+    assert rows < lora < text
+    json.dumps(full)
+
+
+def test_bad_inputs(recipe, tmp_path, token_set):
+    with pytest.raises(ModelError, match=r"llm .*nowhere: cannot be loaded as a causal LM"):
+        finetune(replace(recipe, llm=str(tmp_path / "nowhere")), log=print)
+    with pytest.raises(ModelError, match=r"a sample takes up to 609 tokens.*context is 256"):
+        finetune(replace(recipe, data=replace(recipe.data, max_caption_tokens=600)), log=print)
+    token_set(tmp_path / "others", digest="f" * 16)
+    with pytest.raises(TokenFileError, match="made by tokenizer ffff"):
+        finetune(replace(recipe, data=replace(recipe.data, token_sets=(str(tmp_path / "others"),))), log=print)

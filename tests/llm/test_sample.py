@@ -1,0 +1,126 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from v2flow_cli.errors import DataError, ModelError
+from v2flow_cli.llm.sample import DrawingLM, ImageTokensOnly, pick
+from v2flow_cli.llm.vocabulary import VisualVocabulary, add_visual_tokens, extend_tables
+
+
+@pytest.fixture
+def drawing(llm, text_tokenizer, vocabulary):
+    """An untrained LLM with 64 visual tokens, whose logits are spread so that draws differ."""
+    offset = llm.get_input_embeddings().weight.shape[0]
+    extend_tables(llm, len(text_tokenizer), 64, torch.randn(64, 16), seed=0)
+    moved = dict(visual_token_offset=offset, begin_image_id=offset + 64, end_image_id=offset + 65)
+    vocabulary = replace(vocabulary, tokens_per_image=12, **moved)
+    with torch.no_grad():
+        llm.get_output_embeddings().weight[offset:] *= 8
+    llm.config.v2flow = vocabulary.record()
+    llm.eval()
+    return llm, add_visual_tokens(text_tokenizer, offset, 64), vocabulary
+
+
+@pytest.fixture
+def artist(drawing, tmp_path):
+    model, tokenizer, _ = drawing
+    model.save_pretrained(tmp_path / "llm")
+    tokenizer.save_pretrained(tmp_path / "llm")
+    return DrawingLM.from_pretrained(tmp_path / "llm")
+
+
+PROMPTS = ["a red fox", "two dogs on a beach near the water", "a red fox", ""]
+
+
+def draw(artist, rows, **settings):
+    settings = dict(seeds=[s for _, s in rows], temperatures=[1.0] * len(rows)) | settings
+    return artist.draw([PROMPTS[p] for p, _ in rows], **settings)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 2.5])
+def test_a_row_does_not_depend_on_its_batch(artist, guidance_scale):
+    rows = [(0, 5), (1, 5), (2, 6), (0, 7)]
+    together = draw(artist, rows, guidance_scale=guidance_scale)
+    assert together.shape == (4, 12) and together.min() >= 0 and together.max() < 64
+    for row, alone in zip(rows, together):
+        assert torch.equal(draw(artist, [row], guidance_scale=guidance_scale)[0], alone)
+    assert len({tuple(row.tolist()) for row in together}) > 1
+
+
+def test_guidance_is_the_formula_and_1_is_none(artist):
+    plain = draw(artist, [(0, 1), (1, 2)])
+    assert torch.equal(plain, draw(artist, [(0, 1), (1, 2)], guidance_scale=1.0))
+    unguided = draw(artist, [(3, 1)], temperatures=[0.0])
+    assert torch.equal(draw(artist, [(0, 1)], guidance_scale=0.0, temperatures=[0.0]), unguided)
+    assert not torch.equal(draw(artist, [(0, 1)], guidance_scale=20.0), plain[:1])
+
+
+def test_greedy_equals_generate_with_the_logits_processor(artist, drawing):
+    model, _, vocabulary = drawing
+    prompts = [artist.prompt(text) for text in PROMPTS]
+    width = max(map(len, prompts))
+    ids = torch.tensor([[2] * (width - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+    out = model.generate(
+        ids,
+        attention_mask=mask,
+        max_new_tokens=14,
+        do_sample=False,
+        logits_processor=[ImageTokensOnly(vocabulary, width)],
+        eos_token_id=1,
+        pad_token_id=2,
+    )[:, width:]
+    assert out[:, 12].tolist() == [vocabulary.end_image_id] * 4 and out[:, 13].tolist() == [1] * 4
+    mine = artist.draw(PROMPTS, seeds=[0] * 4, temperatures=[0.0] * 4)
+    assert torch.equal(out[:, :12] - vocabulary.visual_token_offset, mine)
+
+
+def test_200_constrained_generations_hold_exactly_the_right_ids(artist, drawing):
+    model, _, vocabulary = drawing
+    prompt = torch.tensor([artist.prompt("a red fox")] * 200)
+    torch.manual_seed(0)
+    out = model.generate(
+        prompt,
+        max_new_tokens=14,
+        do_sample=True,
+        temperature=5.0,
+        logits_processor=[ImageTokensOnly(vocabulary, prompt.shape[1])],
+        eos_token_id=1,
+        pad_token_id=2,
+    )[:, prompt.shape[1] :]
+    assert vocabulary.is_visual(out[:, :12]).all() and (out[:, 12] == vocabulary.end_image_id).all()
+    assert (out[:, 13] == 1).all() and out.shape[1] == 14
+
+
+def test_pick_draws_the_distribution_and_respects_its_cuts():
+    scores = torch.tensor([[0.1, 0.2, 0.3, 0.4]]).log()
+    uniforms = (torch.arange(1000) + 0.5) / 1000
+
+    def shares(temperature=1.0, top_k=0, top_p=1.0):
+        heat = torch.full((1000,), temperature)
+        drawn = pick(scores.expand(1000, 4), uniforms.double(), heat, top_k, top_p)
+        return (drawn.bincount(minlength=4) / 1000).tolist()
+
+    assert shares() == pytest.approx([0.1, 0.2, 0.3, 0.4], abs=2e-3)
+    assert shares(temperature=0.0) == [0, 0, 0, 1]
+    assert shares(temperature=0.5) == pytest.approx([1 / 30, 4 / 30, 9 / 30, 16 / 30], abs=2e-3)
+    assert shares(top_k=2) == pytest.approx([0, 0, 3 / 7, 4 / 7], abs=2e-3)
+    assert shares(top_p=0.75) == pytest.approx([0, 2 / 9, 3 / 9, 4 / 9], abs=2e-3)
+    assert shares(top_p=0.7) == pytest.approx([0, 0, 3 / 7, 4 / 7], abs=2e-3)
+
+
+def test_a_prompt_too_long_names_the_limit(artist):
+    with pytest.raises(DataError, match=r"takes [\d,]+ tokens; .*llm has room for 239 beside the image"):
+        artist.prompt("fox " * 2500)
+
+
+def test_an_llm_that_cannot_draw_is_refused(llm_folder, tmp_path):
+    with pytest.raises(ModelError, match="no visual tokens recorded"):
+        DrawingLM.from_pretrained(llm_folder())
+    with pytest.raises(ModelError, match="cannot be loaded as a causal LM"):
+        DrawingLM.from_pretrained(tmp_path)
+    record = VisualVocabulary(300, 64, 364, 365, 4, "d", (), (), None).record()
+    assert record.pop("codebook_size") == 64
+    with pytest.raises(ModelError, match="no visual tokens recorded"):
+        VisualVocabulary.of(type("Config", (), {"v2flow": record}), "here")
