@@ -1,0 +1,10 @@
+"""The tokenizer of the paper in pure torch: reads no data set, prints nothing.
+
+Read ``v2flow.py`` first: it assembles, in this order, ``preprocess``, ``latents`` (with ``autoencoder``),
+``resampler``, ``quantizer``, ``masking``, ``context`` and ``flow``.
+"""
+
+from v2flow_cli.tokenizer.preprocess import V2FlowImageProcessor
+from v2flow_cli.tokenizer.v2flow import V2FlowConfig, V2FlowTokenizer
+
+__all__ = ["V2FlowConfig", "V2FlowImageProcessor", "V2FlowTokenizer"]

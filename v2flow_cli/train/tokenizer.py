@@ -1,1 +1,115 @@
-class TokenizerObjective: pass
+"""What a tokenizer minimises: the flow loss of Eq. 3, with commitment, regression and word-entropy terms."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from v2flow_cli.errors import ModelError, V2FlowError
+from v2flow_cli.recipe.schema import TokenizerRecipe
+from v2flow_cli.store.vocab_table import load_vocab_embeddings
+from v2flow_cli.tokenizer.latents import load_autoencoder_spec
+from v2flow_cli.tokenizer.v2flow import SECTIONS, V2FlowConfig, V2FlowTokenizer
+
+FLOOR_GRACE_STEPS = 1000  # after the codebook starts, before the usage floor counts
+
+
+class TokenizerObjective(nn.Module):
+    """The tokenizer of a recipe, with its frozen autoencoder and vocabulary loaded."""
+
+    def __init__(self, recipe: TokenizerRecipe) -> None:
+        super().__init__()
+        self.recipe = recipe
+        self.model = V2FlowTokenizer.from_pretrained(recipe.init_from) if recipe.init_from else _build(recipe)
+        if recipe.init_from:
+            _check_same_shapes(self.model.config, recipe)
+            self.model.config.sampling = dataclasses.asdict(recipe.sampling)
+            self.model.config.image_size = recipe.image_size
+
+    def train(self, mode: bool = True) -> TokenizerObjective:
+        super().train(mode)
+        self.model.latents.eval()
+        return self
+
+    def forward(self, images: Tensor, step: int) -> dict[str, Tensor]:
+        """Loss terms of a batch (B, 3, S, S); ``loss`` is what is minimised."""
+        words, weights = self.recipe.vocabulary, self.recipe.loss
+        ramp = min(1.0, step / words.gumbel_ramp_steps) if words.gumbel_ramp_steps else 1.0
+        out = self.model(images, step=step, noise_scale=ramp * words.gumbel_noise, loss=weights)
+        loss = (
+            weights.flow * out.flow_loss
+            + weights.regression * out.regression_loss
+            + weights.commit * out.commit_loss
+            - weights.batch_entropy * out.batch_entropy
+        )
+        return {
+            "loss": loss,
+            "flow_loss": out.flow_loss.detach(),
+            "regression_loss": out.regression_loss.detach(),
+            "commit_loss": out.commit_loss.detach(),
+            "word_entropy": out.word_entropy.detach(),
+            "batch_word_entropy": out.batch_entropy.detach(),
+        }
+
+    def no_decay(self) -> tuple[str, ...]:
+        """Parameters without weight decay: the flow head, as in the official training."""
+        return ("model.flow.",)
+
+    def after_step(self, step: int) -> dict[str, float]:
+        """Codebook statistics for the log. Raises V2FlowError when usage stays under the recipe's floor."""
+        settings = self.recipe.quantizer
+        if step <= settings.start_step:
+            return {}
+        figures = self.model.quantizer.statistics()
+        grace = settings.start_step + FLOOR_GRACE_STEPS
+        if step > grace and figures["codebook_usage"] < settings.usage_floor:
+            raise V2FlowError(
+                f"step {step}: only {figures['codebook_usage']:.1%} of the codebook is in use; the recipe's floor is "
+                f"quantizer.usage_floor = {settings.usage_floor:.1%}. Lower vocabulary.logit_scale or gumbel_noise, or "
+                "raise quantizer.revive_after."
+            )
+        return figures
+
+    def export(self, folder: Path) -> None:
+        """Save the model folder that ``V2FlowTokenizer.from_pretrained`` loads."""
+        self.model.save_pretrained(folder)
+
+
+def build_config(recipe: TokenizerRecipe, autoencoder: dict, vocab_shape: tuple[int, int]) -> V2FlowConfig:
+    """The model config of a recipe, given its autoencoder's spec and the shape of its vocabulary."""
+    sections = {name: dataclasses.asdict(getattr(recipe, name)) for name in SECTIONS}
+    return V2FlowConfig(
+        image_size=recipe.image_size,
+        patch_size=recipe.latents.patch_size,
+        autoencoder=autoencoder,
+        vocab_shape=vocab_shape,
+        **sections,
+    )
+
+
+def _build(recipe: TokenizerRecipe) -> V2FlowTokenizer:
+    spec, weights = load_autoencoder_spec(recipe.latents.autoencoder)
+    table = None if recipe.vocabulary.llm == "none" else load_vocab_embeddings(recipe.vocabulary.llm)
+    model = V2FlowTokenizer(build_config(recipe, spec, (0, 0) if table is None else tuple(table.shape)))
+    if weights:
+        model.latents.autoencoder.load_state_dict(weights)
+    if table is not None:
+        model.vocabulary.set_table(table)
+    return model
+
+
+def _check_same_shapes(config: V2FlowConfig, recipe: TokenizerRecipe) -> None:
+    for name in ("resampler", "quantizer", "context", "flow"):
+        ours, theirs = dataclasses.asdict(getattr(recipe, name)), getattr(config, name)
+        for key in ("hidden_size", "depth", "codebook_size", "encoder_depth", "decoder_depth", "tokens_per_256px"):
+            if key in ours and list(_flat(ours[key])) != list(_flat(theirs[key])):
+                raise ModelError(
+                    f"{recipe.init_from}: {name}.{key} is {theirs[key]}, but the recipe says {ours[key]}. "
+                    "Use the recipe saved beside that model, or drop init_from."
+                )
+
+
+def _flat(value: object) -> list:
+    return list(value) if isinstance(value, list | tuple) else [value]

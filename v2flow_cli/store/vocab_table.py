@@ -1,0 +1,59 @@
+"""The frozen embedding table of a causal LM, read from its safetensors without building the model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from v2flow_cli.errors import ModelError
+
+# Llama, Qwen, Phi-3, Mixtral and nearly all causal LMs; then GPT-2, GPT-NeoX, Falcon and OPT.
+TABLE_NAMES = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
+
+
+def load_vocab_embeddings(path_or_id: str) -> Tensor:
+    """The input embeddings (V, D) of the causal LM in a folder or on the hub, without rows beyond its tokenizer.
+
+    Raises:  ModelError when there is no such model, or no embedding table in it.
+    """
+    folder = _local_folder(path_or_id)
+    index = folder / "model.safetensors.index.json"
+    try:
+        if index.is_file():
+            places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        else:
+            with safe_open(folder / "model.safetensors", framework="pt") as weights:
+                places = dict.fromkeys(weights.keys(), "model.safetensors")
+        name = next((key for key in places if key.endswith(TABLE_NAMES)), None)
+        if name is None:
+            raise ModelError(f"{path_or_id}: no embedding table found (looked for {', '.join(TABLE_NAMES)}).")
+        with safe_open(folder / places[name], framework="pt") as weights:
+            table = weights.get_tensor(name).float()
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise ModelError(f"{path_or_id}: the embedding table cannot be read ({error}).") from None
+    return table[: _words(folder, len(table))]
+
+
+def _words(folder: Path, rows: int) -> int:
+    """Rows that stand for words: Qwen and others pad the table beyond their tokenizer."""
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        return rows
+    from tokenizers import Tokenizer
+
+    return min(rows, Tokenizer.from_file(str(file)).get_vocab_size(with_added_tokens=True))
+
+
+def _local_folder(path_or_id: str) -> Path:
+    if Path(path_or_id).is_dir():
+        return Path(path_or_id)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(path_or_id, allow_patterns=["*.safetensors", "*.json"]))
+    except Exception as error:  # the hub client has a dozen kinds, all of them mean the same to the user
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"{path_or_id}: neither a folder nor a model that the hub could give ({reason}).") from None

@@ -1,0 +1,127 @@
+"""Masked transformer encoder-decoder: tokens and visible patches -> context of the hidden patches (section 2.3)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from v2flow_cli.recipe.schema import Context
+
+ROTARY_BASE = 100.0  # longest wavelength about 600 positions
+
+
+class RotaryPositions(nn.Module):
+    """2D rotary positions: half of each head turns with the row, half with the column.
+
+    Coordinates are in patches, so one model takes any image size.
+    """
+
+    def __init__(self, head_size: int) -> None:
+        super().__init__()
+        self.pairs = head_size // 4
+
+    def forward(self, coordinates: Tensor) -> Tensor:
+        """Angles (B, 1, L, head_size / 2) of coordinates (B, L, 2)."""
+        frequencies = ROTARY_BASE ** (-torch.arange(self.pairs, device=coordinates.device) / self.pairs)
+        return (coordinates[..., None].float() * frequencies).flatten(-2)[:, None]
+
+
+def rotate(x: Tensor, angles: Tensor) -> Tensor:
+    """Turn the pairs of (B, heads, L, head_size) by ``angles`` (B, 1, L, head_size / 2)."""
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
+
+
+class Block(nn.Module):
+    """Pre-norm attention and MLP in which every position may attend to the first ``known`` positions.
+
+    Hidden positions (those after ``known``) carry no information, only a question, so nothing attends to
+    them. Leaving some of them out changes nothing for the others, in training and in sampling.
+    """
+
+    def __init__(self, settings: Context) -> None:
+        super().__init__()
+        width = settings.hidden_size
+        self.heads, self.dropout = settings.num_heads, settings.dropout
+        self.norm_attention, self.norm_mlp = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.query, self.key_value = nn.Linear(width, width), nn.Linear(width, 2 * width)
+        self.out = nn.Linear(width, width)
+        inner = int(width * settings.mlp_ratio)
+        self.mlp = nn.Sequential(nn.Linear(width, inner), nn.GELU(approximate="tanh"), nn.Linear(inner, width))
+
+    def forward(self, x: Tensor, angles: Tensor, known: int, skip: int = 0) -> Tensor:
+        """(B, L, W) -> (B, L - skip, W): the first ``skip`` positions are read but not computed further."""
+        h = self.norm_attention(x)
+        query = rotate(self._split(self.query(h[:, skip:])), angles[:, :, skip:])
+        key, value = self.key_value(h[:, :known]).chunk(2, dim=-1)
+        key, value = rotate(self._split(key), angles[:, :, :known]), self._split(value)
+        y = F.scaled_dot_product_attention(query, key, value)
+        x = x[:, skip:] + self._drop(self.out(y.transpose(1, 2).flatten(2)))
+        return x + self._drop(self.mlp(self.norm_mlp(x)))
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, L, head_size)
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout, self.training) if self.dropout else x
+
+
+class MaskedTransformer(nn.Module):
+    """Encoder over quantised tokens and visible patches; decoder that also answers the mask tokens.
+
+    Args:    token_size, width of a codebook vector; patch_size, numbers in a latent patch.
+    """
+
+    def __init__(self, settings: Context, token_size: int, patch_size: int) -> None:
+        super().__init__()
+        width = settings.hidden_size
+        self.embed_token = nn.Linear(token_size, width)
+        self.embed_patch = nn.Linear(patch_size, width)
+        self.mask_token = nn.Parameter(0.02 * torch.randn(width))
+        self.dummy_token = nn.Parameter(0.02 * torch.randn(width))  # D of Eq. 7, one token
+        self.positions = RotaryPositions(width // settings.num_heads)
+        self.encoder = nn.ModuleList(Block(settings) for _ in range(settings.encoder_depth))
+        self.decoder = nn.ModuleList(Block(settings) for _ in range(settings.decoder_depth))
+        self.norm_encoder, self.norm_out = nn.LayerNorm(width), nn.LayerNorm(width)
+
+    def forward(
+        self,
+        tokens: Tensor | None,
+        token_coordinates: Tensor | None,
+        patches: Tensor,
+        patch_coordinates: Tensor,
+        hidden_coordinates: Tensor,
+    ) -> Tensor:
+        """Context (B, M, W) of M hidden positions.
+
+        Args:    tokens (B, n, D), or None for the dummy D; token_coordinates (B, n, 2), in patches;
+                 patches (B, v, P), the visible ones; their coordinates (B, v, 2); hidden_coordinates (B, M, 2).
+        """
+        batch = len(hidden_coordinates)
+        if tokens is None or token_coordinates is None:
+            start = self.dummy_token.expand(batch, 1, -1)
+            start_coordinates = hidden_coordinates.float().mean(1, keepdim=True)
+        else:
+            start, start_coordinates = self.embed_token(tokens), token_coordinates
+        known = torch.cat([start, self.embed_patch(patches)], dim=1)
+        coordinates = torch.cat([start_coordinates.float(), patch_coordinates.float()], dim=1)
+        angles = self.positions(coordinates)
+        for block in self.encoder:
+            known = block(known, angles, known.shape[1])
+        count = known.shape[1]
+        questions = self.mask_token.to(known.dtype).expand(batch, hidden_coordinates.shape[1], -1)
+        x = torch.cat([self.norm_encoder(known), questions], dim=1)
+        angles = torch.cat([angles, self.positions(hidden_coordinates)], dim=2)
+        for block in self.decoder[:-1]:
+            x = block(x, angles, count)
+        x = self.decoder[-1](x, angles, count, skip=count)
+        return self.norm_out(x)
+
+
+def grid_coordinates(rows: int, columns: int, height: float, width: float, device: torch.device) -> Tensor:
+    """Centres (rows * columns, 2) of the cells of a grid laid over ``height`` x ``width`` patches."""
+    y = (torch.arange(rows, device=device) + 0.5) * (height / rows) - 0.5
+    x = (torch.arange(columns, device=device) + 0.5) * (width / columns) - 0.5
+    return torch.stack(torch.meshgrid(y, x, indexing="ij"), dim=-1).flatten(0, 1)

@@ -1,0 +1,111 @@
+"""Images <-> scaled autoencoder latents. The latent scale is applied here, and nowhere else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from v2flow_cli.errors import ModelError
+from v2flow_cli.tokenizer.autoencoder import V2FlowAutoencoder, V2FlowAutoencoderConfig
+
+DIFFUSERS_CLASSES = ("AutoencoderDC", "AutoencoderKL", "AutoencoderTiny")
+PIXELS = "pixels"  # no autoencoder: the "latents" are the image itself
+
+
+class Latents(nn.Module):
+    """A frozen autoencoder behind one interface: latents have zero mean and about unit variance.
+
+    Args:    spec, the autoencoder's own config with its ``class`` name: ``V2FlowAutoencoder``, one of
+             ``DIFFUSERS_CLASSES``, or ``pixels``.
+    """
+
+    def __init__(self, spec: dict[str, Any]) -> None:
+        super().__init__()
+        spec = dict(spec)
+        self.kind = spec.pop("class", None)
+        self.autoencoder = _build(self.kind, spec)
+        self.channels, self.downsampling, self.scale, self.shift = _geometry(self.kind, self.autoencoder)
+        self.requires_grad_(False)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Scaled latents (B, C, h, w) of images (B, 3, H, W) in [-1, 1]; the mean of a stochastic encoder."""
+        if self.kind == PIXELS:
+            return images
+        raw = self.autoencoder.encode(images)
+        if self.kind != "V2FlowAutoencoder":
+            raw = raw.latent_dist.mode() if hasattr(raw, "latent_dist") else _first(raw, "latent", "latents")
+        return (raw - self.shift) * self.scale
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images (B, 3, H, W), clamped to [-1, 1], of scaled latents."""
+        if self.kind == PIXELS:
+            return latents.clamp(-1, 1)
+        images = self.autoencoder.decode(latents / self.scale + self.shift)
+        return (images if self.kind == "V2FlowAutoencoder" else images.sample).clamp(-1, 1)
+
+
+def load_autoencoder_spec(path_or_id: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(spec, weights) of an autoencoder folder or hub id, for ``Latents(spec)`` and its ``autoencoder``.
+
+    Raises:  ModelError for a folder that is no autoencoder of a known class.
+    """
+    if path_or_id == PIXELS:
+        return {"class": PIXELS}, {}
+    import diffusers
+    from transformers import PretrainedConfig
+
+    try:
+        config, _ = PretrainedConfig.get_config_dict(path_or_id)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path_or_id}: not an autoencoder folder or hub id ({str(error).splitlines()[0]}).") from None
+    if config.get("model_type") == V2FlowAutoencoderConfig.model_type:
+        model: Any = V2FlowAutoencoder.from_pretrained(path_or_id, dtype=torch.float32)
+        known = ("latent_channels", "encoder_width", "encoder_depth", "decoder_width", "decoder_depth")
+        spec = {k: getattr(model.config, k) for k in (*known, "latent_noise", "scaling_factor", "shift_factor")}
+        return {"class": "V2FlowAutoencoder", **spec}, model.state_dict()
+    name = config.get("_class_name")
+    if name not in DIFFUSERS_CLASSES:
+        raise ModelError(
+            f"{path_or_id}: an autoencoder of class {name!r}; expected V2FlowAutoencoder, {', '.join(DIFFUSERS_CLASSES)}, "
+            "or the word pixels."
+        )
+    model = getattr(diffusers, name).from_pretrained(path_or_id)
+    spec = {k: v for k, v in dict(model.config).items() if not k.startswith("_")}
+    return {"class": name, **spec}, model.state_dict()
+
+
+def _build(kind: str | None, spec: dict[str, Any]) -> nn.Module:
+    if kind == PIXELS:
+        return nn.Identity()
+    if kind == "V2FlowAutoencoder":
+        return V2FlowAutoencoder(V2FlowAutoencoderConfig(**spec))
+    if kind in DIFFUSERS_CLASSES:
+        import diffusers
+
+        return getattr(diffusers, kind).from_config(spec)
+    raise ModelError(f"An autoencoder of class {kind!r} is not known; expected {', '.join(DIFFUSERS_CLASSES)} or ours.")
+
+
+def _geometry(kind: str | None, model: Any) -> tuple[int, int, float, float]:
+    """(channels, pixels per latent position, scale, shift) from the autoencoder's own config."""
+    if kind == PIXELS:
+        return 3, 1, 1.0, 0.0
+    config = model.config
+    if kind == "V2FlowAutoencoder":
+        return config.latent_channels, model.downsampling, config.scaling_factor, config.shift_factor
+    if kind == "AutoencoderDC":
+        downsampling = 2 ** (len(config.encoder_block_out_channels) - 1)
+    elif kind == "AutoencoderTiny":
+        downsampling = 2 ** (len(config.encoder_block_out_channels) - 1)
+    else:
+        downsampling = 2 ** (len(config.block_out_channels) - 1)
+    scale, shift = config.get("scaling_factor", 1.0), config.get("shift_factor", None)
+    return config.latent_channels, downsampling, float(scale or 1.0), float(shift or 0.0)
+
+
+def _first(output: Any, *names: str) -> Tensor:
+    return next(getattr(output, name) for name in names if hasattr(output, name))

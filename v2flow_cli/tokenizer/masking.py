@@ -1,0 +1,45 @@
+"""Which positions are hidden in training, and in what order they are revealed in sampling (section 2.3)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def sample_mask_ratio(minimum: float, std: float) -> float:
+    """A mask ratio from the normal around 1 with ``std``, truncated to [minimum, 1]; uses torch's generator."""
+    # Inverse CDF of the truncated normal: Phi(x) between Phi(minimum) and Phi(1) = 1/2.
+    lowest = 0.5 * (1 + math.erf((minimum - 1) / (std * math.sqrt(2))))
+    u = lowest + (0.5 - lowest) * torch.rand(()).item()
+    ratio = 1 + std * math.sqrt(2) * torch.erfinv(torch.tensor(2 * u - 1, dtype=torch.float64)).item()
+    return min(1.0, max(minimum, ratio))
+
+
+def random_orders(batch: int, positions: int, device: torch.device) -> Tensor:
+    """An independent random permutation of the positions per image, (B, N) int64."""
+    return torch.rand(batch, positions, device=device).argsort(-1)
+
+
+def seeded_orders(seeds: Sequence[int], positions: int, device: torch.device) -> Tensor:
+    """As ``random_orders``, each row from its own seed alone."""
+    rows = [torch.randperm(positions, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    return torch.stack(rows).to(device)
+
+
+def reveal_schedule(positions: int, rounds: int) -> list[int]:
+    """Positions revealed in each of ``rounds`` rounds: the mask ratio falls from 1 to 0 along a cosine.
+
+    Every position is revealed once, and every round reveals at least one while any is left.
+    Source: Algorithm 1, line 4.
+    """
+    rounds = min(rounds, positions)
+    counts, hidden = [], positions
+    for k in range(1, rounds + 1):
+        left = math.floor(positions * math.cos(math.pi / 2 * k / rounds)) if k < rounds else 0
+        left = max(rounds - k, min(hidden - 1, left))
+        counts.append(hidden - left)
+        hidden = left
+    return counts

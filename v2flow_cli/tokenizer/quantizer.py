@@ -1,0 +1,136 @@
+"""Soft embedding -> token id -> codebook vector: nearest code, EMA codebook (section 2.2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from v2flow_cli.recipe.schema import Quantizer
+
+
+@dataclass(frozen=True)
+class QuantizerOutput:
+    """``embeddings`` (B, N, D) with straight-through gradients; ``token_ids`` (B, N) int64; a scalar loss."""
+
+    embeddings: Tensor
+    token_ids: Tensor
+    commit_loss: Tensor
+
+
+class EMAQuantizer(nn.Module):
+    """A codebook (K, D) moved by exponential averages of the vectors that chose each code.
+
+    With ``distance: cosine`` vectors and codes have unit length. For the first ``start_step`` steps nothing is
+    quantised, and the codebook is a ring of the newest real vectors; from then on it is averaged. A codebook
+    drawn while the encoder is still constant dies at once. All arithmetic is float32, also under autocast.
+    """
+
+    def __init__(self, settings: Quantizer, code_size: int) -> None:
+        super().__init__()
+        self.settings = settings
+        self.register_buffer("codebook", F.normalize(torch.randn(settings.codebook_size, code_size), dim=-1))
+        self.register_buffer("counts", torch.ones(settings.codebook_size))  # running vectors per step
+        self.register_buffer("ring_position", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, vectors: Tensor, step: int | None = None) -> QuantizerOutput:
+        """Quantise (B, N, D). ``step`` is the training step, which also updates the codebook; None freezes it."""
+        with torch.autocast(vectors.device.type, enabled=False):
+            vectors = self._prepare(vectors.float())
+            if step is not None and step < self.settings.start_step:
+                self._fill_ring(vectors.detach())
+                ids = torch.zeros(vectors.shape[:-1], dtype=torch.int64, device=vectors.device)
+                return QuantizerOutput(vectors, ids, vectors.new_zeros(()))
+            ids = self.nearest(vectors.detach())
+            codes = self.codebook[ids]
+            if step is not None:
+                self._update(vectors.detach(), ids)
+            commit_loss = (vectors - codes).square().sum(-1).mean()
+            return QuantizerOutput(vectors + (codes - vectors).detach(), ids, commit_loss)
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """Codebook vectors (B, N, D) of token ids (B, N)."""
+        return self.codebook[token_ids]
+
+    def nearest(self, vectors: Tensor) -> Tensor:
+        """Ids of the nearest codes, the lowest id where two are equally near."""
+        flat = vectors.flatten(0, -2)
+        scores = flat @ self.codebook.T
+        if self.settings.distance == "euclidean":
+            scores = scores - 0.5 * self.codebook.square().sum(-1)
+        return scores.argmax(-1).view(vectors.shape[:-1])
+
+    def _prepare(self, vectors: Tensor) -> Tensor:
+        return F.normalize(vectors, dim=-1) if self.settings.distance == "cosine" else vectors
+
+    @torch.no_grad()
+    def _fill_ring(self, vectors: Tensor) -> None:
+        rows = _gather_ranks(vectors.flatten(0, -2))[-len(self.codebook) :]
+        places = (torch.arange(len(rows), device=rows.device) + self.ring_position) % len(self.codebook)
+        self.codebook[places] = rows
+        self.ring_position.add_(len(rows)).remainder_(len(self.codebook))
+
+    @torch.no_grad()
+    def _update(self, vectors: Tensor, ids: Tensor) -> None:
+        """One EMA step, then revival of codes that (almost) nothing chose, with their EMA state."""
+        flat, ids = vectors.flatten(0, -2), ids.flatten()
+        counts = torch.bincount(ids, minlength=len(self.codebook)).float()
+        sums = torch.zeros_like(self.codebook).index_add_(0, ids, flat)
+        _sum_ranks(counts)
+        _sum_ranks(sums)
+        decay = self.settings.ema_decay
+        chosen = counts > 0
+        # The running sum of a code is codebook * counts, so the code itself is its only state.
+        totals = self.codebook * (decay * self.counts)[:, None] + (1 - decay) * sums
+        self.counts.mul_(decay).add_(counts, alpha=1 - decay)
+        moved = self._prepare(totals / self.counts.clamp_min(1e-12)[:, None])
+        self.codebook.copy_(torch.where(chosen[:, None], moved, self.codebook))
+        self._revive(_gather_ranks(flat))
+
+    def _revive(self, candidates: Tensor) -> None:
+        mean = self.counts.mean()
+        dead = (self.counts < self.settings.revive_after * mean).nonzero().flatten()
+        # At most an eighth of the batch a step: replacing every dead code from one batch copies that batch.
+        picks = torch.randperm(len(candidates), device=candidates.device)[: max(1, len(candidates) // 8)]
+        _broadcast(picks)
+        order = torch.randperm(len(dead), device=dead.device)
+        _broadcast(order)
+        dead = dead[order][: len(picks)]
+        self.codebook[dead] = candidates[picks[: len(dead)]]
+        self.counts[dead] = mean
+
+    def statistics(self) -> dict[str, float]:
+        """Usage and perplexity of the running counts, and the number of codes near revival."""
+        share = self.counts / self.counts.sum()
+        entropy = -(share * (share + 1e-12).log()).sum()
+        alive = self.counts > self.settings.revive_after * self.counts.mean()
+        return {
+            "codebook_usage": alive.float().mean().item(),
+            "perplexity": entropy.exp().item(),
+            "dead_codes": float((~alive).sum().item()),
+        }
+
+
+def _ranks() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _gather_ranks(rows: Tensor) -> Tensor:
+    if _ranks() == 1:
+        return rows
+    parts = [torch.empty_like(rows) for _ in range(_ranks())]
+    dist.all_gather(parts, rows.contiguous())
+    return torch.cat(parts)
+
+
+def _sum_ranks(tensor: Tensor) -> None:
+    if _ranks() > 1:
+        dist.all_reduce(tensor)
+
+
+def _broadcast(tensor: Tensor) -> None:
+    if _ranks() > 1:
+        dist.broadcast(tensor, 0)

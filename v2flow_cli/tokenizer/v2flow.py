@@ -1,0 +1,421 @@
+"""The V2Flow tokenizer: images -> token ids -> images. Assembles the parts of this room."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from v2flow_cli.errors import ModelError
+from v2flow_cli.recipe.schema import Context, Flow, Quantizer, Resampler, Sampling, TokenizerLoss, Vocabulary
+from v2flow_cli.tokenizer.context import MaskedTransformer, grid_coordinates
+from v2flow_cli.tokenizer.flow import Condition, VelocityNetwork, solve
+from v2flow_cli.tokenizer.latents import Latents
+from v2flow_cli.tokenizer.masking import random_orders, reveal_schedule, sample_mask_ratio, seeded_orders
+from v2flow_cli.tokenizer.preprocess import V2FlowImageProcessor
+from v2flow_cli.tokenizer.quantizer import EMAQuantizer
+from v2flow_cli.tokenizer.resampler import GridResampler, VocabularyProjection
+
+EMBEDDED_MODEL = Path(__file__).resolve().parents[1] / "assets" / "default" / "tokenizer"
+SECTIONS: dict[str, type] = {
+    "vocabulary": Vocabulary,
+    "resampler": Resampler,
+    "quantizer": Quantizer,
+    "context": Context,
+    "flow": Flow,
+    "sampling": Sampling,
+}
+
+
+class V2FlowConfig(PretrainedConfig):
+    """The recipe's model sections, the autoencoder's own config, and the shape of the frozen vocabulary."""
+
+    model_type = "v2flow"
+
+    def __init__(
+        self,
+        image_size: int = 256,
+        patch_size: int = 2,
+        autoencoder: dict[str, Any] | None = None,
+        vocab_shape: Sequence[int] = (0, 0),
+        vocabulary: dict[str, Any] | None = None,
+        resampler: dict[str, Any] | None = None,
+        quantizer: dict[str, Any] | None = None,
+        context: dict[str, Any] | None = None,
+        flow: dict[str, Any] | None = None,
+        sampling: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.image_size = image_size
+        self.patch_size = patch_size
+        self.autoencoder = autoencoder
+        self.vocab_shape = list(vocab_shape)
+        self.vocabulary = vocabulary
+        self.resampler = resampler
+        self.quantizer = quantizer
+        self.context = context
+        self.flow = flow
+        self.sampling = sampling
+        super().__init__(**kwargs)
+
+    @property
+    def codebook_size(self) -> int:
+        return int((self.quantizer or {})["codebook_size"])
+
+    def section(self, name: str) -> Any:
+        """The dataclass of one section. Raises ModelError when its keys are not the schema's."""
+        values = getattr(self, name)
+        try:
+            return SECTIONS[name](**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        except (TypeError, AttributeError):
+            known = ", ".join(f.name for f in dataclasses.fields(SECTIONS[name]))
+            raise ModelError(f"config.json: section {name} does not fit this version; expected keys {known}.") from None
+
+
+@dataclass(frozen=True)
+class V2FlowOutput:
+    """Loss terms (scalars) and diagnostics of one training pass."""
+
+    flow_loss: Tensor
+    regression_loss: Tensor
+    commit_loss: Tensor
+    batch_entropy: Tensor  # nats; 0 without a vocabulary
+    word_entropy: Tensor  # nats
+    token_ids: Tensor  # (B, n)
+
+
+class V2FlowTokenizer(PreTrainedModel):
+    """Images to sequences of discrete tokens in an LLM's vocabulary space, and back.
+
+    ``V2FlowTokenizer.from_pretrained()`` loads the embedded model; pass a folder or a hub id for another.
+    """
+
+    config_class = V2FlowConfig
+    config: V2FlowConfig
+    base_model_prefix = "v2flow"
+    main_input_name = "images"
+    image_processor: V2FlowImageProcessor
+
+    def __init__(self, config: V2FlowConfig) -> None:
+        super().__init__(config)
+        context, flow = config.section("context"), config.section("flow")
+        quantizer, self.vocabulary_settings = config.section("quantizer"), config.section("vocabulary")
+        resampler: Resampler = config.section("resampler")
+        self.latents = Latents(config.autoencoder or {})
+        self.patch_size = config.patch_size
+        patch_numbers = self.latents.channels * config.patch_size**2
+        self.resampler = GridResampler(resampler, self.latents.channels, self.latents.downsampling)
+        vocab_size, embedding_size = config.vocab_shape
+        self.vocabulary: VocabularyProjection | None = None
+        if self.vocabulary_settings.llm != "none":
+            self.vocabulary = VocabularyProjection(
+                self.vocabulary_settings, resampler.hidden_size, vocab_size, embedding_size
+            )
+        else:  # the ablation without a vocabulary: a linear map to the code width takes its place
+            embedding_size = quantizer.code_size
+            self.to_code = nn.Linear(resampler.hidden_size, embedding_size)
+        self.quantizer = EMAQuantizer(quantizer, embedding_size)
+        self.context = MaskedTransformer(context, embedding_size, patch_numbers)
+        self.flow = VelocityNetwork(flow, context.hidden_size, patch_numbers)
+        self.image_processor = V2FlowImageProcessor(size=config.image_size)
+        self._digest: str | None = None
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        pass  # each part initialises itself; parameters of the frozen autoencoder are loaded
+
+    # -- sizes ---------------------------------------------------------------------------------------------
+
+    @property
+    def size_multiple(self) -> int:
+        """Image sides must be a multiple of this many pixels."""
+        rows, columns = self.resampler.token_grid(256, 256)
+        cell = 256 // min(rows, columns)
+        return math.lcm(self.latents.downsampling * self.patch_size, cell)
+
+    def num_tokens(self, height: int, width: int) -> int:
+        """Tokens of an image of ``height`` x ``width`` pixels. Raises ValueError if the sides do not fit."""
+        if height < 1 or width < 1 or height % self.size_multiple or width % self.size_multiple:
+            raise ValueError(
+                f"an image of {height} x {width} pixels does not fit; sides must be multiples of {self.size_multiple}"
+            )
+        rows, columns = self.resampler.token_grid(height, width)
+        return rows * columns
+
+    def grid_of(self, num_tokens: int) -> tuple[int, int]:
+        """(height, width) in pixels of the square image that has ``num_tokens`` tokens; ValueError if none has."""
+        side = round(math.sqrt(num_tokens / self.num_tokens(256, 256)) * 256) if num_tokens > 0 else 0
+        if side <= 0 or side % self.size_multiple or self.num_tokens(side, side) != num_tokens:
+            raise ValueError(f"no square image has {num_tokens} tokens; at {self.config.image_size} px it is "
+                             f"{self.num_tokens(self.config.image_size, self.config.image_size)}")
+        return side, side
+
+    @property
+    def digest(self) -> str:
+        """16 hex digits over everything that determines ids and their meaning; token files carry it."""
+        if self._digest is None:
+            sha = hashlib.sha256()
+            model = {name: getattr(self.config, name) for name in (*SECTIONS, "autoencoder", "patch_size")}
+            model.pop("sampling")
+            sha.update(json.dumps(model, sort_keys=True, default=list).encode())
+            for name, tensor in sorted(self.state_dict().items()):
+                sha.update(name.encode())
+                sha.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+            self._digest = sha.hexdigest()[:16]
+        return self._digest
+
+    @property
+    def codebook(self) -> Tensor:
+        """The codes (K, D) in the embedding space of the LLM whose vocabulary was used (float32)."""
+        codes = self.quantizer.codebook.float()
+        return codes if self.vocabulary is None else self.vocabulary.codebook_to_llm(codes)
+
+    # -- image -> token ids --------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Token ids (B, L) int64 of images (B, 3, H, W) in [-1, 1]; deterministic.
+
+        On a CPU images are encoded one by one: matrix products round differently with the batch size, and an id
+        on the border of two codes must not depend on the company it came in.
+        """
+        images = images.to(self.device, self.dtype)
+        self.num_tokens(*images.shape[-2:])
+        if self.device.type == "cpu" and len(images) > 1:
+            return torch.cat([self.encode(image[None]) for image in images])
+        vectors, _, _ = self.embed(self.latents.encode(images), noise_scale=0.0)
+        return self.quantizer(vectors).token_ids
+
+    def embed(self, latents: Tensor, noise_scale: float) -> tuple[Tensor, Tensor, Tensor]:
+        """(v (B, n, D), word entropy, batch entropy) of scaled latents: Eq. 4, not yet quantised."""
+        tokens = self.resampler(latents)
+        if self.vocabulary is None:
+            zero = tokens.new_zeros(())
+            return self.to_code(tokens), zero, zero
+        out = self.vocabulary(tokens, noise_scale)
+        return out.embeddings, out.mean_entropy, out.batch_entropy
+
+    # -- token ids -> image --------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def decode(
+        self,
+        token_ids: Tensor,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        guidance_scale: float | None = None,
+        num_mask_steps: int | None = None,
+        num_flow_steps: int | None = None,
+        solver: str | None = None,
+        guidance_schedule: str | None = None,
+        noise_temperature: float | None = None,
+        seeds: Sequence[int] | None = None,
+    ) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] of token ids (B, L): Algorithm 1, guided as in Eq. 7.
+
+        Args:    height, width in pixels (default: the square image with L tokens); the rest default to the
+                 config's ``sampling``. ``seeds``, one per image, make each independent of its batch.
+        Raises:  ValueError for ids out of range, or an L that fits no image.
+        """
+        defaults: Sampling = self.config.section("sampling")
+        settings = Sampling(
+            num_mask_steps=_choose(num_mask_steps, defaults.num_mask_steps),
+            num_flow_steps=_choose(num_flow_steps, defaults.num_flow_steps),
+            solver=_choose(solver, defaults.solver),
+            guidance_scale=_choose(guidance_scale, defaults.guidance_scale),
+            guidance_schedule=_choose(guidance_schedule, defaults.guidance_schedule),
+            noise_temperature=_choose(noise_temperature, defaults.noise_temperature),
+        )
+        if height is None or width is None:
+            height, width = self.grid_of(token_ids.shape[1])
+        if self.num_tokens(height, width) != token_ids.shape[1]:
+            raise ValueError(
+                f"{token_ids.shape[1]} tokens, but {height} x {width} pixels take {self.num_tokens(height, width)}"
+            )
+        if token_ids.numel() and not 0 <= int(token_ids.min()) <= int(token_ids.max()) < self.config.codebook_size:
+            raise ValueError(f"token ids must lie in [0, {self.config.codebook_size})")
+        seeds = list(range(len(token_ids))) if seeds is None else list(seeds)
+        if len(seeds) != len(token_ids):
+            raise ValueError(f"{len(seeds)} seeds for {len(token_ids)} images")
+        tokens = self.quantizer.embed(token_ids.to(self.device)).to(self.dtype)
+        return self.latents.decode(self._sample_latents(tokens, height, width, settings, seeds))
+
+    def _sample_latents(
+        self, tokens: Tensor, height: int, width: int, settings: Sampling, seeds: Sequence[int]
+    ) -> Tensor:
+        """Scaled latents (B, C, h, w): rounds of context, then flow on the positions of the round."""
+        rows, columns = self._patch_grid(height, width)
+        batch, positions = len(tokens), rows * columns
+        token_coordinates, coordinates = self._coordinates(height, width, batch)
+        orders = seeded_orders(seeds, positions, self.device)
+        noise = self._seeded_noise(seeds, positions) * settings.noise_temperature
+        patches = torch.zeros_like(noise)
+        done = 0
+        for count in reveal_schedule(positions, settings.num_mask_steps):
+            seen, now = orders[:, :done], orders[:, done : done + count]
+            visible, visible_at = _gather(patches, seen), _gather(coordinates, seen)
+            hidden_at = _gather(coordinates, now)
+            given = self.flow.condition(self.context(tokens, token_coordinates, visible, visible_at, hidden_at))
+            dummy = None
+            if settings.guidance_scale != 1:  # at 1 the dummy branch is not computed at all
+                dummy = self.flow.condition(self.context(None, None, visible, visible_at, hidden_at))
+            predict = _Guided(self.flow, given, dummy, settings, done / positions, (done + count) / positions)
+            found = solve(predict, _gather(noise, now), self.flow.path, settings.num_flow_steps, settings.solver)
+            patches = patches.scatter(1, now[..., None].expand_as(found), found)
+            done += count
+        return self._unpatchify(patches, rows, columns)
+
+    # -- training ------------------------------------------------------------------------------------------
+
+    def forward(self, images: Tensor, step: int, noise_scale: float, loss: TokenizerLoss) -> V2FlowOutput:
+        """One training pass over images (B, 3, H, W); randomness comes from torch's generators.
+
+        Source: sections 2.2 and 2.3; a share ``loss.guidance_dropout`` of the images sees the dummy D (Eq. 7).
+        """
+        latents = self.latents.encode(images)
+        vectors, word_entropy, batch_entropy = self.embed(latents, noise_scale)
+        quantized = self.quantizer(vectors, step if self.training else None)
+        patches = self._patchify(latents)
+        batch, positions, _ = patches.shape
+        token_coordinates, coordinates = self._coordinates(images.shape[-2], images.shape[-1], batch)
+        settings: Context = self.config.section("context")
+        ratio = sample_mask_ratio(settings.mask_ratio_min, settings.mask_ratio_std)
+        order = random_orders(batch, positions, images.device)
+        hidden_count = max(1, math.ceil(ratio * positions))
+        hidden, seen = order[:, :hidden_count], order[:, hidden_count:]
+        visible, visible_at = _gather(patches, seen), _gather(coordinates, seen)
+        hidden_at, target = _gather(coordinates, hidden), _gather(patches, hidden)
+        # D is one token, not n copies, so the images that see it form a batch of their own.
+        dropped = min(batch, int(loss.guidance_dropout * batch + torch.rand(()).item()))
+        tokens = quantized.embeddings.to(latents.dtype)
+        contexts = []
+        if dropped:
+            contexts.append(self.context(None, None, visible[:dropped], visible_at[:dropped], hidden_at[:dropped]))
+        if dropped < batch:
+            contexts.append(
+                self.context(
+                    tokens[dropped:], token_coordinates[dropped:], visible[dropped:], visible_at[dropped:],
+                    hidden_at[dropped:],
+                )
+            )  # fmt: skip
+        flow: Flow = self.config.section("flow")
+        flow_loss, regression = self.flow.loss(target, torch.cat(contexts), flow.time_shift, flow.repeats)
+        return V2FlowOutput(
+            flow_loss, regression, quantized.commit_loss, batch_entropy, word_entropy, quantized.token_ids
+        )
+
+    # -- shapes --------------------------------------------------------------------------------------------
+
+    def _patch_grid(self, height: int, width: int) -> tuple[int, int]:
+        side = self.latents.downsampling * self.patch_size
+        return height // side, width // side
+
+    def _coordinates(self, height: int, width: int, batch: int) -> tuple[Tensor, Tensor]:
+        """Positions of tokens (B, n, 2) and patches (B, N, 2), in patches."""
+        rows, columns = self._patch_grid(height, width)
+        tokens = grid_coordinates(*self.resampler.token_grid(height, width), rows, columns, self.device)
+        patches = grid_coordinates(rows, columns, rows, columns, self.device)
+        return tokens.expand(batch, -1, -1), patches.expand(batch, -1, -1)
+
+    def _patchify(self, latents: Tensor) -> Tensor:
+        p = self.patch_size
+        return rearrange(latents, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p)
+
+    def _unpatchify(self, patches: Tensor, rows: int, columns: int) -> Tensor:
+        p = self.patch_size
+        return rearrange(patches, "b (h w) (c p q) -> b c (h p) (w q)", h=rows, w=columns, p=p, q=p)
+
+    def _seeded_noise(self, seeds: Sequence[int], positions: int) -> Tensor:
+        shape = (positions, self.latents.channels * self.patch_size**2)
+        # Drawn on the CPU in float32, so that a seed means the same noise on every device.
+        draws = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        return torch.stack(draws).to(self.device, self.dtype)
+
+    # -- folders -------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(cls, path_or_id: str | Path | None = None, **kwargs: Any) -> V2FlowTokenizer:
+        """The tokenizer in a folder or on the hub, in eval mode; without an argument the embedded one.
+
+        Raises:  ModelError for anything that is not a complete v2flow tokenizer.
+        """
+        place = str(EMBEDDED_MODEL if path_or_id is None else path_or_id)
+        kwargs.setdefault("dtype", torch.float32)
+        try:
+            config, unused = V2FlowConfig.get_config_dict(place)
+            if config.get("model_type") != V2FlowConfig.model_type:
+                raise ModelError(
+                    f"{place}: a model of type {config.get('model_type')!r}; expected a v2flow tokenizer "
+                    "(a folder written by `v2flow train`)."
+                )
+            model, info = super().from_pretrained(place, output_loading_info=True, **kwargs)
+        except ModelError:
+            raise
+        except Exception as error:  # transformers, safetensors and the hub each raise their own kinds
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise ModelError(f"{place}: not a loadable v2flow tokenizer ({reason}).") from error
+        wrong = {k: sorted(map(str, v)) for k, v in info.items() if v and k != "error_msgs"}
+        if wrong or info.get("error_msgs"):
+            kind, names = next(iter(wrong.items()), ("errors", info.get("error_msgs")))
+            raise ModelError(f"{place}: the weights do not fit the config ({kind}: {', '.join(names[:3])}).")
+        return model.eval()
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """Write ``config.json``, ``model.safetensors`` and ``preprocessor_config.json``."""
+        super().save_pretrained(str(save_directory), **kwargs)
+        self.image_processor.save_pretrained(str(save_directory))
+
+    @torch.no_grad()
+    def autoencode(self, images: Tensor) -> Tensor:
+        """Images through the autoencoder alone: the ceiling of any reconstruction."""
+        return self.latents.decode(self.latents.encode(images.to(self.device, self.dtype)))
+
+
+class _Guided:
+    """Predicted data under guidance: w psi(V2) + (1 - w) psi(D), Eq. 7, both branches in one batch.
+
+    The velocity is affine in the predicted data, so guiding one is guiding the other. With the linear schedule
+    w grows from 1 with the share of the sampling that is done; with the constant one it is ``guidance_scale``.
+    """
+
+    def __init__(
+        self, flow: VelocityNetwork, given: Condition, dummy: Condition | None, settings: Sampling, start: float, end: float
+    ) -> None:
+        self.flow, self.guided, self.settings = flow, dummy is not None, settings
+        self.start, self.end = start, end
+        self.condition = given
+        if dummy is not None:
+            self.condition = Condition(
+                torch.cat([given.data_mean, dummy.data_mean]), torch.cat([given.modulation, dummy.modulation])
+            )
+
+    def __call__(self, z_t: Tensor, t: float) -> Tensor:
+        times = torch.full((len(z_t),), t, device=z_t.device)
+        if not self.guided:
+            return self.flow(z_t, times, self.condition)
+        both = self.flow(torch.cat([z_t, z_t]), torch.cat([times, times]), self.condition)
+        given, dummy = both.chunk(2)
+        w = self.settings.guidance_scale
+        if self.settings.guidance_schedule == "linear":
+            w = 1 + (w - 1) * (self.start + (self.end - self.start) * (1 - t))
+        return w * given + (1 - w) * dummy
+
+
+def _gather(rows: Tensor, index: Tensor) -> Tensor:
+    """rows (B, N, X) at index (B, M) -> (B, M, X)."""
+    return rows.gather(1, index[..., None].expand(-1, -1, rows.shape[-1]))
+
+
+def _choose(given: Any, default: Any) -> Any:
+    return default if given is None else given
