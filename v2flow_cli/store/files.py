@@ -12,7 +12,8 @@ from typing import BinaryIO, TypeVar
 
 from v2flow_cli.errors import DataError
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 @contextlib.contextmanager

@@ -58,7 +58,7 @@ def open_image(source: Path | bytes, name: str) -> Image.Image:
     if not content:
         raise DataError(f"{name}: the file is empty (0 bytes); expected an image.")
     try:
-        image = Image.open(io.BytesIO(content), formats=FORMATS)
+        image: Image.Image = Image.open(io.BytesIO(content), formats=FORMATS)
     except Image.DecompressionBombError as error:
         raise DataError(f"{name}: over {MAX_PIXELS:,} pixels, the limit. Make it smaller first.") from error
     except Exception as error:  # Pillow's parsers raise a dozen types on damaged headers

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -89,7 +89,9 @@ class SampleStream:
                     yield self._shards[i].read(refs[position], files)
                 offset = (offset - len(refs)) % self._world_size if offset < len(refs) else offset - len(refs)
 
-    def _one_epoch(self, epoch: int, order: np.ndarray, offset: int, files: _Files) -> Iterator[Sample]:
+    def _one_epoch(
+        self, epoch: int, order: np.ndarray, offset: int, files: _Files
+    ) -> Generator[Sample, None, int]:
         """Yields every world_size-th sample from ``offset`` on; returns the offset into the next epoch."""
         for first in range(0, len(order), self._window):
             window = [int(i) for i in order[first : first + self._window]]

@@ -87,7 +87,7 @@ class TokenManifest:
             raise TokenFileError(f"{path}: cannot be read as JSON ({error}).") from error
         if not isinstance(record, dict) or record.get("format") != FORMAT:
             return None
-        version = record.get("format_version")
+        version: Any = record.get("format_version")
         if not _is_count(version):
             raise TokenFileError(f"{path}: format_version is {version!r}; expected {FORMAT_VERSION}.")
         if version > FORMAT_VERSION:
@@ -98,7 +98,9 @@ class TokenManifest:
 
     @classmethod
     def _parse(cls, record: dict[str, Any], path: Path) -> TokenManifest:
-        digest, size, files = record.get("tokenizer_digest"), record.get("image_size"), record.get("files")
+        digest: Any = record.get("tokenizer_digest")
+        size: Any = record.get("image_size")
+        files: Any = record.get("files")
         size = [size, size] if _is_count(size) else size
         problem = None
         if not isinstance(digest, str):
@@ -113,7 +115,7 @@ class TokenManifest:
                     problem = f"{name} is {record.get(name)!r}; expected a positive integer"
         if problem:
             raise TokenFileError(f"{path}: {problem}. Encode the images again.")
-        manifest = cls(digest, tuple(size), record["codebook_size"], record["tokens_per_image"], files)
+        manifest = cls(digest, (size[0], size[1]), record["codebook_size"], record["tokens_per_image"], files)
         if record.get("count") != manifest.count:
             raise TokenFileError(
                 f"{path}: count is {record.get('count')!r}; files add up to {manifest.count}."
