@@ -13,7 +13,8 @@ from v2flow_cli.cli.console import EXIT_INTERRUPTED, log, result, result_json
 def train(
     recipe: Annotated[Path, typer.Argument(help="Recipe of kind autoencoder or tokenizer (YAML).")],
     set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe key, such as train.steps=100.")
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe key, such as train.steps=100."),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the recipe's output folder.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Validate, report sizes, and stop.")] = False,

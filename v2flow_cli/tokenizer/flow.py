@@ -133,7 +133,9 @@ TIME_FEATURES = 128
 
 def time_features(t: Tensor) -> Tensor:
     """Sines and cosines (B, 128) of times (B,) in [0, 1]."""
-    frequencies = torch.exp(-math.log(10_000) * torch.arange(TIME_FEATURES // 2, device=t.device) / (TIME_FEATURES // 2))
+    frequencies = torch.exp(
+        -math.log(10_000) * torch.arange(TIME_FEATURES // 2, device=t.device) / (TIME_FEATURES // 2)
+    )
     angles = 1000 * t.float()[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 

@@ -156,8 +156,10 @@ class V2FlowTokenizer(PreTrainedModel):
         """(height, width) in pixels of the square image that has ``num_tokens`` tokens; ValueError if none has."""
         side = round(math.sqrt(num_tokens / self.num_tokens(256, 256)) * 256) if num_tokens > 0 else 0
         if side <= 0 or side % self.size_multiple or self.num_tokens(side, side) != num_tokens:
-            raise ValueError(f"no square image has {num_tokens} tokens; at {self.config.image_size} px it is "
-                             f"{self.num_tokens(self.config.image_size, self.config.image_size)}")
+            raise ValueError(
+                f"no square image has {num_tokens} tokens; at {self.config.image_size} px it is "
+                f"{self.num_tokens(self.config.image_size, self.config.image_size)}"
+            )
         return side, side
 
     @property
@@ -353,13 +355,14 @@ class V2FlowTokenizer(PreTrainedModel):
         place = str(EMBEDDED_MODEL if path_or_id is None else path_or_id)
         kwargs.setdefault("dtype", torch.float32)
         try:
-            config, unused = V2FlowConfig.get_config_dict(place)
+            config, _ = V2FlowConfig.get_config_dict(place)
             if config.get("model_type") != V2FlowConfig.model_type:
-                raise ModelError(
-                    f"{place}: a model of type {config.get('model_type')!r}; expected a v2flow tokenizer "
-                    "(a folder written by `v2flow train`)."
-                )
-            model, info = super().from_pretrained(place, output_loading_info=True, **kwargs)
+                found = f"a model of type {config['model_type']!r}" if "model_type" in config else "no model"
+                raise ModelError(f"{place}: {found}; expected a v2flow tokenizer (a folder written by `v2flow train`).")
+            # Mismatches are reported, so that the check below can name them; none is ever ignored.
+            model, info = super().from_pretrained(
+                place, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+            )
         except ModelError:
             raise
         except Exception as error:  # transformers, safetensors and the hub each raise their own kinds
@@ -390,7 +393,13 @@ class _Guided:
     """
 
     def __init__(
-        self, flow: VelocityNetwork, given: Condition, dummy: Condition | None, settings: Sampling, start: float, end: float
+        self,
+        flow: VelocityNetwork,
+        given: Condition,
+        dummy: Condition | None,
+        settings: Sampling,
+        start: float,
+        end: float,
     ) -> None:
         self.flow, self.guided, self.settings = flow, dummy is not None, settings
         self.start, self.end = start, end

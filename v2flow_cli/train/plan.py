@@ -8,11 +8,11 @@ import torch
 
 from v2flow_cli.errors import ModelError
 from v2flow_cli.recipe import AutoencoderRecipe, TokenizerRecipe
-from v2flow_cli.train.autoencoder import AutoencoderObjective
-from v2flow_cli.train.tokenizer import TokenizerObjective, build_config
+from v2flow_cli.store.vocab_table import load_vocab_embeddings
 from v2flow_cli.tokenizer.latents import load_autoencoder_spec
 from v2flow_cli.tokenizer.v2flow import V2FlowTokenizer
-from v2flow_cli.store.vocab_table import load_vocab_embeddings
+from v2flow_cli.train.autoencoder import AutoencoderObjective
+from v2flow_cli.train.tokenizer import build_config
 
 
 def plan(recipe: AutoencoderRecipe | TokenizerRecipe) -> dict[str, Any]:

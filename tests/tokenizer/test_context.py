@@ -1,0 +1,51 @@
+import torch
+
+from v2flow_cli.recipe.schema import Context
+from v2flow_cli.tokenizer.context import MaskedTransformer, RotaryPositions, grid_coordinates, rotate
+
+
+def transformer():
+    torch.manual_seed(0)
+    return MaskedTransformer(Context(32, 2, 2, 2, 2.0, 0.0, 0.7, 0.25), token_size=8, patch_size=12).eval()
+
+
+def inputs(seen=3):
+    tokens, patches = torch.randn(2, 16, 8), torch.randn(2, 16, 12)
+    at = grid_coordinates(4, 4, 4, 4, torch.device("cpu")).expand(2, -1, -1)
+    return tokens, at, patches[:, :seen], at[:, :seen], at[:, seen:]
+
+
+def test_leaving_hidden_positions_out_changes_nothing_for_the_others():
+    model, (tokens, at, patches, seen_at, hidden_at) = transformer(), inputs()
+    whole = model(tokens, at, patches, seen_at, hidden_at)
+    part = model(tokens, at, patches, seen_at, hidden_at[:, 4:7])
+    assert torch.allclose(whole[:, 4:7], part, atol=1e-5)
+
+
+def test_tokens_and_visible_patches_both_matter():
+    model, (tokens, at, patches, seen_at, hidden_at) = transformer(), inputs()
+    base = model(tokens, at, patches, seen_at, hidden_at)
+    assert not torch.allclose(base, model(tokens + 1, at, patches, seen_at, hidden_at), atol=1e-3)
+    assert not torch.allclose(base, model(tokens, at, patches + 1, seen_at, hidden_at), atol=1e-3)
+
+
+def test_the_dummy_is_one_token_and_needs_no_tokens():
+    model, (_, _, patches, seen_at, hidden_at) = transformer(), inputs(seen=0)
+    assert model(None, None, patches, seen_at, hidden_at).shape == (2, 16, 32)
+
+
+def test_attention_depends_on_relative_positions_only():
+    model, (tokens, at, patches, seen_at, hidden_at) = transformer(), inputs()
+    base = model(tokens, at, patches, seen_at, hidden_at)
+    moved = model(tokens, at + 7, patches, seen_at + 7, hidden_at + 7)
+    assert torch.allclose(base, moved, atol=1e-4)
+
+
+def test_rotation_keeps_lengths():
+    x, angles = torch.randn(1, 2, 5, 16), RotaryPositions(16)(torch.randn(1, 5, 2))
+    assert torch.allclose(rotate(x, angles).norm(dim=-1), x.norm(dim=-1), atol=1e-5)
+
+
+def test_coarser_token_grids_sit_at_the_centres_of_their_cells():
+    centres = grid_coordinates(2, 2, 4, 4, torch.device("cpu"))
+    assert centres.tolist() == [[0.5, 0.5], [0.5, 2.5], [2.5, 0.5], [2.5, 2.5]]

@@ -1,0 +1,163 @@
+"""The loop on tiny recipes: it learns, resumes exactly, and stops where it must."""
+
+import itertools
+import json
+import os
+import signal
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from v2flow_cli.errors import ModelError, V2FlowError
+from v2flow_cli.recipe import load_recipe
+from v2flow_cli.tokenizer import V2FlowTokenizer
+from v2flow_cli.tokenizer.autoencoder import V2FlowAutoencoder, V2FlowAutoencoderConfig
+from v2flow_cli.train.loop import Interrupted, build_objective, learning_rate_at, train
+
+from ..conftest import RECIPES
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, request):
+    """A folder with photos, a tiny autoencoder and a tiny LM, and the overrides that point a recipe at them."""
+    from v2flow_cli.assets import sample_photos
+
+    root = tmp_path_factory.mktemp("world")
+    (root / "photos").mkdir()
+    for name, image in sample_photos():
+        image.resize((96, 80)).save(root / "photos" / f"{name}.png")
+    torch.manual_seed(0)
+    sizes = {"encoder_width": 16, "encoder_depth": 1, "decoder_width": 16, "decoder_depth": 1}
+    V2FlowAutoencoder(V2FlowAutoencoderConfig(latent_channels=4, scaling_factor=2.0, **sizes)).save_pretrained(
+        root / "ae"
+    )
+    llm = LlamaConfig(vocab_size=300, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    LlamaForCausalLM(llm).save_pretrained(root / "lm")
+    return root
+
+
+def recipe(world, name, output, *more):
+    sources = [f"data.sources=[{world / 'photos'}]", f"output={output}"]
+    if name == "tokenizer":
+        sources += [f"latents.autoencoder={world / 'ae'}", f"vocabulary.llm={world / 'lm'}"]
+    return load_recipe(RECIPES / "tiny" / f"{name}.yaml", [*sources, *more])
+
+
+def quiet(message):
+    pass
+
+
+@pytest.mark.parametrize("name", ["autoencoder", "tokenizer"])
+def test_resuming_equals_not_stopping(world, tmp_path, name):
+    whole = train(recipe(world, name, tmp_path / "whole", "train.steps=4"), resume=False, log=quiet)
+    first = recipe(world, name, tmp_path / "parts", "train.steps=4", "train.save_every=1")
+
+    stopped_at = []
+
+    def stop_after_two(message):
+        if message.startswith("step 2"):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted) as stop:
+        train(first, resume=False, log=stop_after_two)
+    stopped_at.append(stop.value.step)
+    assert stopped_at[0] in (2, 3)
+    parts = train(first, resume=True, log=quiet)
+    for file in ("model.safetensors",):
+        one, two = load_file(whole.folder / file), load_file(parts.folder / file)
+        assert one.keys() == two.keys()
+        assert all(torch.equal(one[k], two[k]) for k in one)
+    assert parts.images == whole.images == 16
+
+
+def test_workers_do_not_change_the_data(world, tmp_path, monkeypatch):
+    from v2flow_cli.train import crops
+
+    def batches(worker, workers):
+        monkeypatch.setattr(crops, "get_worker_info", lambda: SimpleNamespace(id=worker, num_workers=workers))
+        return list(itertools.islice(crops.CropBatches(data, 3, seed=7, start=2), 4))
+
+    data = recipe(world, "autoencoder", tmp_path).data
+    alone, first, second = batches(0, 1), batches(0, 2), batches(1, 2)
+    for one, two in zip(alone, [first[0], second[0], first[1], second[1]]):
+        assert one.keys == two.keys and torch.equal(one.images, two.images)
+
+
+def test_a_trained_tokenizer_loads_and_its_recipe_lies_beside_it(world, tmp_path):
+    done = train(recipe(world, "tokenizer", tmp_path / "t", "train.steps=3"), resume=False, log=quiet)
+    model = V2FlowTokenizer.from_pretrained(done.folder)
+    assert model.encode(torch.zeros(1, 3, 64, 64)).shape == (1, 16)
+    assert load_recipe(done.folder / "recipe.yaml").train.steps == 3
+    lines = [json.loads(line) for line in (done.folder / "metrics.jsonl").read_text().splitlines()]
+    assert {"train/flow_loss", "train/regression_loss", "train/commit_loss", "images_per_second"} <= lines[-1].keys()
+    assert "train/codebook_usage" in lines[-1]
+
+
+def test_a_run_is_not_overwritten_and_not_resumed_with_another_recipe(world, tmp_path):
+    first = recipe(world, "autoencoder", tmp_path / "a", "train.steps=2")
+    train(first, resume=False, log=quiet)
+    with pytest.raises(ModelError, match="already holds a run"):
+        train(first, resume=False, log=quiet)
+    with pytest.raises(ModelError, match="the recipe is not the one of this run"):
+        train(recipe(world, "autoencoder", tmp_path / "a", "optimizer.learning_rate=0.5"), resume=True, log=quiet)
+
+
+def test_a_damaged_checkpoint_is_passed_over(world, tmp_path):
+    made = recipe(world, "autoencoder", tmp_path / "a", "train.steps=4", "train.save_every=2")
+    train(made, resume=False, log=quiet)
+    newest = tmp_path / "a" / "checkpoints" / "step-00000004" / "model.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-8])
+    lines = []
+    train(made, resume=True, log=lines.append)
+    assert any("step-00000002 at step 2" in line for line in lines)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_samples(world, tmp_path):
+    broken = recipe(world, "autoencoder", tmp_path / "n", "loss.mse=.nan")
+    with pytest.raises(V2FlowError, match=r"step 0, rank 0: the loss is not finite .* on samples \w+"):
+        train(broken, resume=False, log=quiet)
+    assert not (tmp_path / "n" / "model.safetensors").exists()
+
+
+def test_a_dead_codebook_stops_the_run(world, tmp_path, monkeypatch):
+    monkeypatch.setattr("v2flow_cli.train.tokenizer.FLOOR_GRACE_STEPS", 0)
+    made = recipe(world, "tokenizer", tmp_path / "d", "quantizer.usage_floor=1.1")
+    with pytest.raises(V2FlowError, match=r"of the codebook is in use; the recipe's floor"):
+        train(made, resume=False, log=quiet)
+
+
+def test_it_learns(world, tmp_path):
+    made = recipe(world, "autoencoder", tmp_path / "l", "train.steps=60", "train.log_every=1", "train.save_every=60")
+    train(made, resume=False, log=quiet)
+    losses = [json.loads(x)["train/loss"] for x in (tmp_path / "l" / "metrics.jsonl").read_text().splitlines()]
+    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+
+
+def test_learning_rate_warms_up_and_falls_along_a_cosine(world, tmp_path):
+    made = recipe(world, "autoencoder", tmp_path, "optimizer.warmup_steps=10", "optimizer.learning_rate=1.0").optimizer
+    assert learning_rate_at(0, made, 110) == pytest.approx(0.1)
+    assert learning_rate_at(10, made, 110) == pytest.approx(1.0)
+    assert learning_rate_at(60, made, 110) == pytest.approx(0.51)
+    assert learning_rate_at(110, made, 110) == pytest.approx(0.02)
+
+
+def test_starting_from_another_tokenizer(world, tmp_path):
+    done = train(recipe(world, "tokenizer", tmp_path / "t", "train.steps=3"), resume=False, log=quiet)
+    again = build_objective(recipe(world, "tokenizer", tmp_path / "u", f"init_from={done.folder}"))
+    saved = load_file(done.folder / "model.safetensors")
+    assert all(torch.equal(saved[k], v) for k, v in again.model.state_dict().items())
+    with pytest.raises(ModelError, match=r"quantizer\.codebook_size is 64, but the recipe says 32"):
+        build_objective(
+            recipe(world, "tokenizer", tmp_path / "u", f"init_from={done.folder}", "quantizer.codebook_size=32")
+        )
+
+
+def test_without_a_vocabulary_and_with_ddim(world, tmp_path):
+    more = ["vocabulary.llm=none", "flow.formulation=ddim", "sampling.solver=ddim", "train.steps=2"]
+    done = train(recipe(world, "tokenizer", tmp_path / "n", *more), resume=False, log=quiet)
+    model = V2FlowTokenizer.from_pretrained(done.folder)
+    ids = model.encode(torch.zeros(1, 3, 32, 32))
+    assert torch.isfinite(model.decode(ids)).all() and model.codebook.shape == (64, 32)
