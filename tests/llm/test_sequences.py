@@ -7,7 +7,6 @@ from v2flow_cli.errors import DataError, ModelError, TokenFileError
 from v2flow_cli.llm.sequences import Samples, check_token_sets, collate, prompt_frame
 from v2flow_cli.recipe.schema import TokenPairs
 
-
 DIGEST = "0123456789abcdef"
 
 
@@ -99,7 +98,7 @@ def test_token_sets_must_belong_together(tmp_path, token_set):
         token_set(tmp_path / name, length=length, digest=digest)
     a, b, c = (str(tmp_path / n) for n in "abc")
     assert check_token_sets([a], DIGEST) == (4, 12)
-    with pytest.raises(DataError, match="one number of tokens an image.*a: 4.*b: 6"):
+    with pytest.raises(DataError, match=r"one number of tokens an image.*a: 4.*b: 6"):
         check_token_sets([a, b], DIGEST)
     with pytest.raises(TokenFileError, match="made by tokenizer ffff"):
         check_token_sets([a, c], DIGEST)

@@ -34,9 +34,11 @@ def finetune_llm(
 
     spec = load_recipe(recipe, set_ or (), kinds=("lm", "finetune"))
     if isinstance(spec, FinetuneRecipe):
-        from v2flow_cli.llm.finetune import finetune as run, plan
+        from v2flow_cli.llm.finetune import finetune as run
+        from v2flow_cli.llm.finetune import plan
     else:
-        from v2flow_cli.llm.pretrain import plan, pretrain as run
+        from v2flow_cli.llm.pretrain import plan
+        from v2flow_cli.llm.pretrain import pretrain as run
     if dry_run:
         for key, value in (estimates := plan(spec)).items():
             if not json_:

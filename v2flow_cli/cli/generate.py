@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import click
 import typer
 
 from v2flow_cli.cli.console import log, progress, result, result_json
+from v2flow_cli.cli.decode import Solver
 from v2flow_cli.errors import DataError, ModelError
 
 if TYPE_CHECKING:
@@ -44,12 +44,7 @@ def generate(
     steps: Annotated[
         int | None, typer.Option(min=1, help="ODE steps in each round. Default: the model's.")
     ] = None,
-    solver: Annotated[
-        str | None,
-        typer.Option(
-            click_type=click.Choice(["euler", "heun", "dpm++", "ddim"]), help="Default: the model's."
-        ),
-    ] = None,
+    solver: Annotated[Solver | None, typer.Option(help="ODE solver. Default: the model's.")] = None,
     seed: Annotated[str, typer.Option(help="First seed; or, as 1,5,7, the seeds themselves.")] = "0",
     save_tokens: Annotated[bool, typer.Option("--save-tokens", help="Write the token ids as .npy too.")] = False,
     model: Annotated[
@@ -105,7 +100,7 @@ def generate(
         llm.prompt(text)  # a prompt that is too long is told before anything is drawn
 
     settings = {"top_k": top_k, "top_p": top_p, "llm_guidance_scale": llm_cfg, "guidance_scale": cfg}
-    settings |= {"num_mask_steps": rounds, "num_flow_steps": steps, "solver": solver}
+    settings |= {"num_mask_steps": rounds, "num_flow_steps": steps, "solver": solver.value if solver else None}
     settings |= {"tokenizer_digest": image_tokenizer.digest, "llm_digest": llm.digest}
     start = time.perf_counter()
     drawn: dict[str, Image.Image] = {}
@@ -128,7 +123,7 @@ def generate(
                     guidance_scale=cfg,
                     num_mask_steps=rounds,
                     num_flow_steps=steps,
-                    solver=solver,
+                    solver=settings["solver"],
                     seeds=[p.seed for p in batch],
                 )
             for picture, image in zip(batch, image_tokenizer.image_processor.to_pil(images)):

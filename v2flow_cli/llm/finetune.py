@@ -1,7 +1,7 @@
 """Teach a causal LM the visual tokens (section 2.4): load, extend the vocabulary, train, save a plain folder.
 
-The loop is transformers' Trainer, under plain Python, ``accelerate launch`` or torchrun alike. What is ours: the loss on
-the answer alone, with text and visual parts logged apart, and what is trained:
+The loop is transformers' Trainer, under plain Python, ``accelerate launch`` or torchrun alike. What is ours: the
+loss on the answer alone, with text and visual parts logged apart, and what is trained:
 
     full    every weight (the paper)
     lora    adapters on every linear layer and the new rows (peft), merged into the folder that is saved
@@ -22,7 +22,14 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
 
 from v2flow_cli.errors import ModelError
 from v2flow_cli.llm.sequences import IGNORE, Samples, check_token_sets, collate, prompt_frame
@@ -52,7 +59,7 @@ class DrawingTrainer(LMTrainer):
     def __init__(self, *args: Any, vocabulary: VisualVocabulary, z_loss: float, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.vocabulary, self.z_loss = vocabulary, z_loss
-        self.model_accepts_loss_kwargs = False  # the loss is a mean over the micro-batch; Trainer divides by their number
+        self.model_accepts_loss_kwargs = False  # the loss is a mean over the micro-batch; Trainer averages those
         base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         self.keeps_logits = "logits_to_keep" in inspect.signature(base.forward).parameters
         self.sums = {"text": [0.0, 0], "visual": [0.0, 0]}
@@ -252,6 +259,7 @@ def _only_new_rows(gradient: Tensor, offset: int) -> Tensor:
 def _card(
     recipe: FinetuneRecipe, report: TrainingReport, images: int, held_out: int, vocabulary: VisualVocabulary
 ) -> str:
+    speed, size = report.sequences_per_second, recipe.train.batch_size
     loss = "none held out" if report.eval_loss is None else f"{report.eval_loss:.3f} nats on {held_out} images"
     return f"""---
 library_name: transformers
@@ -271,8 +279,9 @@ causal LM; the ids of the visual tokens and of the prompt stand in `config.json`
 |---|---|
 | data | {", ".join(recipe.data.token_sets)} ({images:,} images) |
 | image tokenizer | digest {vocabulary.tokenizer_digest} |
-| trained | mode {recipe.mode}, {report.steps:,} steps of {recipe.train.batch_size} samples, {report.parameters:,} parameters |
-| hardware, wall time | {hardware()}, {report.minutes:.1f} minutes, {report.sequences_per_second:.2f} samples/s |
+| parameters | {report.parameters:,} |
+| trained | mode {recipe.mode}, {report.steps:,} steps of {size} samples |
+| hardware, wall time | {hardware()}, {report.minutes:.1f} minutes, {speed:.2f} samples/s |
 | training loss at the end | {report.train_loss:.3f} nats an answer token |
 | held-out loss | {loss}; ln K is {math.log(vocabulary.codebook_size):.3f} |
 | made by | `v2flow finetune-llm` with `recipe.yaml` in this folder |

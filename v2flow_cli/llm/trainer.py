@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils.logging import disable_progress_bar
@@ -56,7 +56,6 @@ class RunClock(TrainerCallback, ExportableState):
         self.max_minutes, self.sequences_per_step, self.log = max_minutes, sequences_per_step, log
         self.seconds_before = 0.0  # of the runs that this one continues
         self.started = time.monotonic()
-        self.first_step = 0
         self.last_loss = math.nan
 
     @property
@@ -66,17 +65,23 @@ class RunClock(TrainerCallback, ExportableState):
     def state(self) -> dict[str, Any]:
         return {"args": {}, "attributes": {"seconds_before": self.seconds}}
 
+    @property
+    def time_is_up(self) -> bool:
+        return bool(self.max_minutes) and self.seconds > 60 * self.max_minutes
+
     def sequences_per_second(self, step: int) -> float:
-        return (step - self.first_step) * self.sequences_per_step / max(time.monotonic() - self.started, 1e-9)
+        return step * self.sequences_per_step / max(self.seconds, 1e-9)
+
+    def go_on_from(self, state: TrainerState) -> None:
+        """Take time and loss of the run that a checkpoint's ``state`` belongs to."""
+        self.seconds_before = state.stateful_callbacks[type(self).__name__]["attributes"]["seconds_before"]
+        self.last_loss = next((logs["loss"] for logs in reversed(state.log_history) if "loss" in logs), math.nan)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        saved = state.stateful_callbacks.get(type(self).__name__, {})
-        if isinstance(saved, Mapping):
-            self.seconds_before = saved.get("attributes", {}).get("seconds_before", 0.0)
-        self.started, self.first_step = time.monotonic(), state.global_step
+        self.started = time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.max_minutes and self.seconds > 60 * self.max_minutes and state.global_step < state.max_steps:
+        if self.time_is_up and state.global_step < state.max_steps:
             if self.log:
                 self.log(f"time limit: {self.max_minutes:g} minutes, stopping after step {state.global_step}")
             control.should_log = control.should_save = control.should_training_stop = True
@@ -138,7 +143,7 @@ def training_arguments(
 
 
 def run(trainer: LMTrainer, clock: RunClock, output: str | Path, resume: bool, log: Log) -> None:
-    """Train to the end, from the last checkpoint when resuming and there is one."""
+    """Train to the end, from the last checkpoint when resuming and there is one; a finished run is only loaded."""
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     trainer.add_callback(clock)
@@ -147,6 +152,14 @@ def run(trainer: LMTrainer, clock: RunClock, output: str | Path, resume: bool, l
     checkpoint = get_last_checkpoint(str(checkpoints)) if resume and checkpoints.is_dir() else None
     if checkpoint:
         log(f"resuming from {checkpoint}")
+        state = TrainerState.load_from_json(str(Path(checkpoint, "trainer_state.json")))
+        clock.go_on_from(state)
+        if state.global_step >= trainer.args.max_steps or clock.time_is_up:
+            # Trainer would take one more step before it noticed.
+            trainer._load_from_checkpoint(checkpoint)
+            trainer.state = state
+            clock.started = time.monotonic()
+            return
     trainer.train(resume_from_checkpoint=checkpoint)
 
 
@@ -219,7 +232,7 @@ def estimate(
     (matrix @ matrix).sum().item()
     flops = 2 * size**3 / (time.perf_counter() - start)
     tokens = train.batch_size * sequence
-    # About 16 activations of the hidden width a layer stay for the backward pass; logits, their softmax and its gradient.
+    # About 16 activations of the hidden width a layer stay for the backward pass; logits count three times.
     activations = config.num_hidden_layers * config.hidden_size * (2 if train.gradient_checkpointing else 16)
     bytes_used = 4 * parameters + 12 * trained + 4 * tokens // train.accumulate * (activations + 3 * vocab_size)
     return {

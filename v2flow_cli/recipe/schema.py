@@ -49,6 +49,7 @@ class TrainLoop:
     max_minutes: float = 0.0  # stop (and save) after this wall time; 0 means no limit
     log_every: int = 20  # steps
     save_every: int = 500  # steps
+    save_dtype: Literal["fp32", "bf16"] = "fp32"  # of the finished model on disk
     keep_checkpoints: int = 2
     skip_bad_steps: int = 0  # non-finite losses to skip before the run stops
 

@@ -1,0 +1,67 @@
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from v2flow_cli.cli.app import app
+
+
+@pytest.fixture
+def recipe(request, tmp_path):
+    """Arguments of a tiny run from text."""
+    (tmp_path / "text.txt").write_text("\n".join(f"a red fox number {i} runs" for i in range(200)))
+    path = request.config.rootpath / "recipes/tiny/lm.yaml"
+    return [str(path), "--set", f"text=[{tmp_path}/text.txt]", "--set", f"output={tmp_path / 'lm'}"]
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, ["finetune-llm", *map(str, arguments)])
+
+
+def test_prints_one_json_object_and_logs_to_stderr(recipe):
+    ran = invoke(*recipe, "--json")
+    assert ran.exit_code == 0, ran.stderr
+    report = json.loads(ran.stdout)
+    assert report["steps"] == 10 and report["eval_loss"] > 0
+    assert "step 10/10" in ran.stderr
+    again = invoke(*recipe)
+    assert again.exit_code == 1 and "already holds a model" in again.stderr
+    resumed = invoke(*recipe, "--resume")
+    assert resumed.exit_code == 0 and "resuming from" in resumed.stderr
+    assert "10 steps" in resumed.stdout and "nats a token" in resumed.stdout
+
+
+def test_dry_run_writes_nothing(recipe, tmp_path):
+    ran = invoke(*recipe, "--dry-run", "--json")
+    assert json.loads(ran.stdout)["parameters"] > 10_000
+    assert not (tmp_path / "lm").exists()
+    assert "parameters: " in invoke(*recipe, "--dry-run").stdout
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("model.hiden_size=3", "did you mean model.hidden_size"),
+        ("model.vocab_size=100", "expected at least 259"),
+        ("model.num_heads=3", "expected a multiple of 6"),
+        ("block_size=4000", "expected 2 to model.max_positions"),
+        ("train.accumulate=3", "expected a multiple of accumulate"),
+        ("text=[nowhere.txt]", "matches no file"),
+    ],
+)
+def test_bad_recipes(recipe, setting, message):
+    ran = invoke(*recipe, "--set", setting)
+    assert ran.exit_code == 1 and message in ran.stderr and "Traceback" not in ran.output
+
+
+def test_finetune_recipe_problems(request):
+    path = request.config.rootpath / "recipes/tiny/llm.yaml"
+    ran = invoke(path, "--set", "mode=lora", "--set", "data.caption_dropout=1.5", "--set", "mode=lorra")
+    assert ran.exit_code == 1 and "did you mean lora" in ran.stderr
+    ran = invoke(path, "--set", "mode=lora", "--set", "data.caption_dropout=1.5")
+    assert "expected a lora section" in ran.stderr and "expected a share in [0, 1)" in ran.stderr
+
+
+def test_refuses_recipes_of_train(request):
+    ran = invoke(request.config.rootpath / "recipes/default/tokenizer.yaml")
+    assert ran.exit_code == 1 and "use `v2flow train`" in ran.stderr

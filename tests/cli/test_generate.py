@@ -1,0 +1,123 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
+
+from v2flow_cli.cli.app import app
+from v2flow_cli.llm.pretrain import train_tokenizer
+from v2flow_cli.llm.sequences import prompt_frame
+from v2flow_cli.llm.vocabulary import VisualVocabulary, add_visual_tokens, extend_tables
+from v2flow_cli.tokenizer import V2FlowTokenizer
+
+
+@pytest.fixture(scope="module")
+def artist(tiny_tokenizer_folder, tmp_path_factory):
+    """Arguments for an untrained LLM that draws tokens of the tiny tokenizer."""
+    image_tokenizer = V2FlowTokenizer.from_pretrained(tiny_tokenizer_folder)
+    text_tokenizer = train_tokenizer(["a red fox", "two dogs on a beach"], 300)
+    words = len(text_tokenizer)
+    sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=words, max_position_embeddings=256, **sizes))
+    extend_tables(model, words, 64, None, seed=0)
+    vocabulary = VisualVocabulary(
+        words, 64, words + 64, words + 65, 4, image_tokenizer.digest, *prompt_frame(text_tokenizer), 1
+    )
+    model.config.v2flow = vocabulary.record() | {"weights_digest": "feedfeedfeedfeed"}
+    folder = tmp_path_factory.mktemp("llm")
+    model.save_pretrained(folder)
+    add_visual_tokens(text_tokenizer, words, 64).save_pretrained(folder)
+    return ["--model", str(folder), "--tokenizer", str(tiny_tokenizer_folder)]
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, ["generate", *map(str, arguments)])
+
+
+def test_draws_pictures_with_their_story_inside(artist, tmp_path):
+    ran = invoke("a red fox", "狐", *artist, "-o", tmp_path / "o", "-n", 2, "--temp", 0.9, "--seed", 5, "--json")
+    assert ran.exit_code == 0, ran.output
+    told = json.loads(ran.stdout)
+    names = sorted(path.name for path in (tmp_path / "o").iterdir())
+    assert names == ["a-red-fox-t0.9-s5.png", "a-red-fox-t0.9-s6.png", "狐-t0.9-s5.png", "狐-t0.9-s6.png"]
+    assert [entry["seed"] for entry in told["images"]] == [5, 6, 5, 6]
+    text = Image.open(tmp_path / "o" / "狐-t0.9-s6.png").text
+    assert text["v2flow:prompt"] == "狐" and text["v2flow:seed"] == "6" and text["v2flow:temperature"] == "0.9"
+    assert text["v2flow:llm_digest"] == "feedfeedfeedfeed" and len(text["v2flow:tokenizer_digest"]) == 16
+    assert "v2flow:solver" not in text  # left to the model
+
+
+def test_a_picture_is_the_same_alone_and_in_company(artist, tmp_path):
+    common = [*artist, "--temp", "1.2", "--save-tokens", "--top-k", 50, "--top-p", 0.99, "--llm-cfg", 2]
+    assert invoke("a red fox", "two dogs", *common, "-o", tmp_path / "a", "-n", 3).exit_code == 0
+    alone = invoke("two dogs", *common, "-o", tmp_path / "b", "--seed", 2, "--batch-size", 1)
+    assert alone.exit_code == 0, alone.output
+    name = "two-dogs-t1.2-s2"
+    ids = [np.load(tmp_path / side / f"{name}.npy") for side in "ab"]
+    assert (ids[0] == ids[1]).all() and ids[0].shape == (4,) and ids[0].dtype == np.uint16
+    pixels = [np.asarray(Image.open(tmp_path / side / f"{name}.png")).astype(int) for side in "ab"]
+    assert abs(pixels[0] - pixels[1]).max() <= 1
+    decoded = CliRunner().invoke(
+        app, ["decode", str(tmp_path / "a"), "-o", str(tmp_path / "d"), "--model", artist[-1]]
+    )
+    assert decoded.exit_code == 0, decoded.output  # the saved tokens are a token set as any other
+    assert len(list((tmp_path / "d").glob("*.png"))) == 6
+
+
+def test_several_temperatures_give_a_labelled_grid(artist, tmp_path):
+    ran = invoke("a red fox", *artist, "-o", tmp_path / "o", "--temp", "0.5,0.9,1.3", "--seed", "1,2")
+    assert ran.exit_code == 0, ran.output
+    assert len(list((tmp_path / "o").glob("*.png"))) == 7
+    sheet = Image.open(tmp_path / "o" / "a-red-fox-grid.png")
+    single = Image.open(tmp_path / "o" / "a-red-fox-t0.9-s2.png")
+    width, height = single.size
+    column, row = 90 + width + 4, 56 + height + 4
+    assert np.array_equal(np.asarray(sheet.crop((column, row, column + width, row + height))), np.asarray(single))
+    assert np.asarray(sheet)[:56].min() < 128  # something is written above
+
+
+def test_decoder_options_act(artist, tmp_path):
+    pictures = []
+    for number, options in enumerate([[], ["--rounds", 1], ["--steps", 5], ["--solver", "heun"], ["--cfg", 4]]):
+        out = tmp_path / str(number)
+        assert invoke("a red fox", *artist, "-o", out, *options).exit_code == 0
+        pictures.append(np.asarray(Image.open(out / "a-red-fox-t1-s0.png")).tobytes())
+    assert len(set(pictures)) >= 4  # guidance alone may be invisible in an untrained model
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([""], "prompt 1 is empty"),
+        (["fox", "  \n"], "prompt 2 is empty"),
+        (["x" * 10_000], "beside the image. Give a shorter prompt."),
+        (["fox", "--temp", "hot"], "--temp hot: expected numbers"),
+        (["fox", "--temp", "nan"], "--temp nan: expected numbers from 0 up"),
+        (["fox", "--seed", "-1"], "--seed -1: expected numbers from 0 up"),
+        (["fox", "--seed", "1,2", "-n", "3"], "give a count with a first seed, or a list of seeds"),
+    ],
+)
+def test_bad_input(artist, tmp_path, arguments, message):
+    ran = invoke(*arguments, *artist, "-o", tmp_path / "o")
+    assert ran.exit_code == 1 and message in ran.stderr and not (tmp_path / "o").exists()
+
+
+def test_refuses_to_overwrite_and_foreign_models(artist, tmp_path, tiny_tokenizer_folder):
+    out = tmp_path / "o"
+    assert invoke("fox", *artist, "-o", out).exit_code == 0
+    again = invoke("fox", *artist, "-o", out)
+    assert again.exit_code == 1 and "exists already" in again.stderr
+    assert invoke("fox", *artist, "-o", out, "--force").exit_code == 0
+
+    other = V2FlowTokenizer.from_pretrained(tiny_tokenizer_folder)
+    with torch.no_grad():
+        next(other.parameters()).add_(1.0)
+    other.save_pretrained(tmp_path / "other")
+    ran = invoke("fox", *artist[:2], "--tokenizer", tmp_path / "other", "-o", tmp_path / "p")
+    assert ran.exit_code == 1 and "draws tokens of tokenizer" in ran.stderr
+    ran = invoke("fox", "--model", tiny_tokenizer_folder, *artist[2:], "-o", tmp_path / "p")
+    assert ran.exit_code == 1 and "cannot be loaded as a causal LM" in ran.stderr
