@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from v2flow_cli.recipe.schema import AutoencoderRecipe
 from v2flow_cli.tokenizer.autoencoder import V2FlowAutoencoder, V2FlowAutoencoderConfig
+from v2flow_cli.tokenizer.hardware import DTYPES
 
 
 class AutoencoderObjective(nn.Module):
@@ -61,4 +62,4 @@ class AutoencoderObjective(nn.Module):
         std = (self.latent_square - self.latent_mean**2).sqrt().item()
         self.model.config.shift_factor = self.latent_mean.item()
         self.model.config.scaling_factor = 1.0 / max(std, 1e-6)
-        self.model.save_pretrained(folder)
+        self.model.to(DTYPES[self.recipe.train.save_dtype]).save_pretrained(folder)

@@ -119,7 +119,7 @@ def train(recipe: AutoencoderRecipe | TokenizerRecipe, *, resume: bool, log: Log
     meter = Meter(folder / "metrics.jsonl", log, enabled=accelerator.is_main_process)
     run_start, earlier_seconds = time.monotonic(), state.seconds
     with _stop_requested() as stop:
-        while state.step < loop.steps:
+        while state.step < loop.steps and not (loop.max_minutes and state.seconds > 60 * loop.max_minutes):
             set_learning_rate(optimizer, learning_rate_at(state.step, recipe.optimizer, loop.steps))
             torch.manual_seed(_step_seed(loop.seed, state.step + state.bad_steps, rank))
             terms, keys, waited = _forward_backward(accelerator, model, batches, loop.accumulate, state.step)
@@ -140,19 +140,17 @@ def train(recipe: AutoencoderRecipe | TokenizerRecipe, *, resume: bool, log: Log
             state.images_seen += loop.batch_size
             average.update(objective, state.step)
             terms.update(objective.after_step(state.step))
-            state.seconds = earlier_seconds + time.monotonic() - run_start
+            # The slowest rank's clock, so that all ranks leave the loop at the same step.
+            state.seconds = _largest(accelerator, earlier_seconds + time.monotonic() - run_start)
             meter.add(terms, images=loop.batch_size, waited=waited)
             if state.step % loop.log_every == 0 or state.step == loop.steps:
                 meter.write(state, optimizer.param_groups[0]["lr"])
-            out_of_time = bool(loop.max_minutes) and state.seconds > 60 * loop.max_minutes
-            stopping = _any_rank(accelerator, bool(stop) or out_of_time)
-            if stopping or state.step % loop.save_every == 0 or state.step == loop.steps:
+            interrupted = _any_rank(accelerator, bool(stop))
+            if interrupted or state.step % loop.save_every == 0:
                 save()
-            if bool(stop) and stopping:
+            if interrupted:
                 raise Interrupted(state.step)
-            if stopping:
-                log(f"stopped after {state.seconds / 60:.1f} minutes at step {state.step}")
-                break
+        save()
     average.copy_to(objective)
     if accelerator.is_main_process:
         objective.eval()
@@ -271,9 +269,14 @@ def _all_finite(accelerator: Accelerator, loss: Tensor) -> bool:
 
 
 def _any_rank(accelerator: Accelerator, flag: bool) -> bool:
+    return _largest(accelerator, float(flag)) > 0
+
+
+def _largest(accelerator: Accelerator, value: float) -> float:
+    """The largest of all ranks' values, on every rank."""
     if accelerator.num_processes == 1:
-        return flag
-    return accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), reduction="sum").item() > 0
+        return value
+    return accelerator.gather(torch.tensor([value], device=accelerator.device)).max().item()
 
 
 def _step_seed(seed: int, step: int, rank: int) -> int:
@@ -304,7 +307,7 @@ def _check_same_recipe(where: Path, counters: dict[str, Any], recipe: Any, ranks
 
 
 # Keys that a resumed run may change without changing what it computes at a given step.
-FREE_TO_CHANGE = {"max_minutes", "log_every", "save_every", "keep_checkpoints", "skip_bad_steps", "workers", "output"}
+FREE_TO_CHANGE = {"max_minutes", "log_every", "save_every", "keep_checkpoints", "skip_bad_steps", "workers", "output", "save_dtype"}
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from v2flow_cli.errors import ModelError, V2FlowError
 from v2flow_cli.recipe.schema import TokenizerRecipe
 from v2flow_cli.store.vocab_table import load_vocab_embeddings
+from v2flow_cli.tokenizer.hardware import DTYPES
 from v2flow_cli.tokenizer.latents import load_autoencoder_spec
 from v2flow_cli.tokenizer.v2flow import SECTIONS, V2FlowConfig, V2FlowTokenizer
 
@@ -74,7 +75,7 @@ class TokenizerObjective(nn.Module):
 
     def export(self, folder: Path) -> None:
         """Save the model folder that ``V2FlowTokenizer.from_pretrained`` loads."""
-        self.model.save_pretrained(folder)
+        self.model.to(DTYPES[self.recipe.train.save_dtype]).save_pretrained(folder)
 
 
 def build_config(recipe: TokenizerRecipe, autoencoder: dict, vocab_shape: tuple[int, int]) -> V2FlowConfig:

@@ -1,0 +1,45 @@
+# Every target sets up what it needs: a .venv here, with the project and tested versions of its packages.
+PYTHON ?= python3
+IMAGES ?=
+PY := .venv/bin/python
+V2FLOW := .venv/bin/v2flow
+DATA ?= ../shared/data
+
+.PHONY: demo test test-slow lint default-model default-model-dry-run clean
+
+demo: .venv/installed  ## Photos to tokens and back, a sentence to a picture, one page that shows it
+	$(PY) -m v2flow_cli.demo --out demo $(if $(IMAGES),--images "$(IMAGES)")
+
+test: .venv/installed  ## The everyday suite
+	$(PY) -m pytest
+
+test-slow: .venv/installed  ## The long tests too
+	$(PY) -m pytest -m "not gpu and not network"
+
+lint: .venv/installed
+	$(PY) -m ruff check .
+	$(PY) -m mypy v2flow_cli
+
+# The embedded model, stage by stage; each stage resumes where it stopped. DATA holds photos/, captioned/, text/.
+default-model: .venv/installed
+	$(V2FLOW) train recipes/default/autoencoder.yaml --resume
+	$(V2FLOW) finetune-llm recipes/default/lm.yaml --resume
+	$(V2FLOW) train recipes/default/tokenizer.yaml --resume
+	$(V2FLOW) encode $(DATA)/captioned $(DATA)/photos -o runs/default/tokens --model runs/default/tokenizer
+	$(V2FLOW) finetune-llm recipes/default/llm.yaml --resume
+	cp runs/default/tokenizer/*.json runs/default/tokenizer/*.safetensors v2flow_cli/assets/default/tokenizer/
+	cp runs/default/llm/*.json runs/default/llm/*.safetensors runs/default/llm/*.jinja v2flow_cli/assets/default/llm/
+
+default-model-dry-run: .venv/installed
+	$(V2FLOW) train recipes/default/autoencoder.yaml --dry-run
+	$(V2FLOW) finetune-llm recipes/default/lm.yaml --dry-run
+	$(V2FLOW) train recipes/default/tokenizer.yaml --dry-run
+
+clean:
+	rm -rf .venv demo build dist
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --upgrade pip
+	$(PY) -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
