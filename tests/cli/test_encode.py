@@ -108,7 +108,7 @@ def test_a_damaged_shard_and_its_neighbours(run, tars, tmp_path):
 def test_bad_images_are_listed_and_the_good_ones_kept(run, folder, tmp_path):
     (folder / "text.jpg").write_text("text")
     (folder / "zero.png").touch()
-    (folder / "cut.png").write_bytes((folder / "odd" / "1.png").read_bytes()[:100])
+    (folder / "cut.png").write_bytes((folder / "odd" / "1.png").read_bytes()[:3000])
     done = run(folder, "-o", tmp_path / "tokens", "--json")
     assert done.exit_code == 1
     failed = {f["source"].rsplit("/", 1)[-1]: f["reason"] for f in json.loads(done.stdout)["failed"]}

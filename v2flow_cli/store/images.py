@@ -62,7 +62,9 @@ def open_image(source: Path | bytes, name: str) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise DataError(f"{name}: over {MAX_PIXELS:,} pixels, the limit. Make it smaller first.") from error
     except Exception as error:  # Pillow's parsers raise a dozen types on damaged headers
-        raise DataError(f"{name}: not an image of a known format ({', '.join(FORMATS)}).") from error
+        raise DataError(
+            f"{name}: not an image of a known format ({', '.join(FORMATS)}), or its header is damaged."
+        ) from error
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise DataError(
