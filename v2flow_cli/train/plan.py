@@ -23,32 +23,32 @@ def plan(recipe: AutoencoderRecipe | TokenizerRecipe) -> dict[str, Any]:
     """
     loop = recipe.train
     report: dict[str, Any] = {"kind": recipe.kind, "output": recipe.output}
-    missing = []
-    with torch.device("meta"):
-        if isinstance(recipe, AutoencoderRecipe):
-            objective = AutoencoderObjective(recipe)
-            report["parameters"] = _count(objective.model)
-            report["encoder_parameters"] = _count(objective.model.encoder)
-        else:
-            spec, shape = {"class": "pixels"}, (32_000, recipe.quantizer.code_size)
+    missing: list[str] = []
+    if isinstance(recipe, AutoencoderRecipe):
+        with torch.device("meta"):
+            autoencoder = AutoencoderObjective(recipe).model
+        report["parameters"] = _count(autoencoder)
+        report["encoder_parameters"] = _count(autoencoder.encoder)
+    else:
+        spec, shape = {"class": "pixels"}, (32_000, recipe.quantizer.code_size)
+        try:
+            spec, _ = load_autoencoder_spec(recipe.latents.autoencoder)
+        except ModelError as error:
+            missing.append(str(error))
+        if recipe.vocabulary.llm != "none":
             try:
-                spec, _ = load_autoencoder_spec(recipe.latents.autoencoder)
+                shape = tuple(load_vocab_embeddings(recipe.vocabulary.llm).shape)
             except ModelError as error:
                 missing.append(str(error))
-            if recipe.vocabulary.llm != "none":
-                try:
-                    shape = tuple(load_vocab_embeddings(recipe.vocabulary.llm).shape)
-                except ModelError as error:
-                    missing.append(str(error))
+        with torch.device("meta"):
             model = V2FlowTokenizer(build_config(recipe, spec, shape))
-            report.update({f"{name}_parameters": _count(part) for name, part in model.named_children()})
-            report["trained_parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
-            report["vocabulary"] = "none" if recipe.vocabulary.llm == "none" else f"{shape[0]} x {shape[1]}"
-            size = recipe.image_size
-            tokens = model.num_tokens(size, size)
-            report["tokens_per_image"] = tokens
-            bits = tokens * (recipe.quantizer.codebook_size - 1).bit_length()
-            report["bits_per_pixel"] = round(bits / size**2, 4)
+        report.update({f"{name}_parameters": _count(part) for name, part in model.named_children()})
+        report["trained_parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        report["vocabulary"] = "none" if recipe.vocabulary.llm == "none" else f"{shape[0]} x {shape[1]}"
+        size = recipe.image_size
+        report["tokens_per_image"] = tokens = model.num_tokens(size, size)
+        bits = tokens * (recipe.quantizer.codebook_size - 1).bit_length()
+        report["bits_per_pixel"] = round(bits / size**2, 4)
     report["steps"], report["images"] = loop.steps, loop.steps * loop.batch_size
     if missing:
         report["missing"] = missing

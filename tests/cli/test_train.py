@@ -1,0 +1,45 @@
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from v2flow_cli.cli.app import app
+
+from ..conftest import RECIPES
+
+
+def v2flow(*arguments):
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def test_dry_run_reports_sizes_and_trains_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = v2flow("train", RECIPES / "tiny" / "autoencoder.yaml", "--dry-run", "--json")
+    report = json.loads(done.stdout)
+    assert done.exit_code == 0 and report["parameters"] > 1000 and report["images"] == 24
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_dry_run_says_which_earlier_stage_is_missing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = v2flow("train", RECIPES / "tiny" / "tokenizer.yaml", "--dry-run", "--json")
+    report = json.loads(done.stdout)
+    assert len(report["missing"]) == 2 and report["tokens_per_image"] > 0
+
+
+@pytest.mark.parametrize(
+    "arguments,expected",
+    [
+        (["nowhere.yaml"], "nowhere.yaml: no such recipe"),
+        ([RECIPES / "tiny" / "lm.yaml"], "use `v2flow finetune-llm`"),
+        ([RECIPES / "tiny" / "autoencoder.yaml", "--set", "train.stpes=3"], "did you mean train.steps?"),
+        ([RECIPES / "tiny" / "autoencoder.yaml", "--set", "data.sources=[nowhere]"], "nowhere"),
+        ([RECIPES / "tiny" / "tokenizer.yaml"], "runs/tiny/autoencoder: not an autoencoder folder"),
+    ],
+)
+def test_bad_input_is_one_message(tmp_path, monkeypatch, arguments, expected):
+    monkeypatch.chdir(tmp_path)
+    done = v2flow("train", *arguments)
+    assert done.exit_code == 1
+    assert expected in done.stderr and "Traceback" not in done.stderr
+    assert done.stdout == ""
