@@ -1,6 +1,6 @@
 """``python -m v2flow_cli.demo``: the whole road on a few photos, and one page that shows it.
 
-photos -> tokens -> photos at two guidance scales -> pictures from a sentence -> a short bench -> ``index.html``
+photos -> tokens -> photos at two guidance scales -> pictures from a sentence -> a bench -> ``index.html``
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def demo(
     llm: Annotated[str | None, typer.Option(help="LLM: folder or hub id. Default: the embedded one.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
 ) -> None:
-    """Photos to tokens, tokens to photos, a sentence to pictures, a short bench, and one page that shows it all."""
+    """Photos to tokens and back, a sentence to pictures, a short bench, and one page that shows it all."""
     from v2flow_cli.store.images import find_images
 
     files = find_images([images]) if images is not None else _write_sample_photos(out / "photos")
@@ -98,14 +98,14 @@ def demo(
     tokens = bench.result.tokens_per_image
     page = Page(
         title=f"Photos as {tokens:,} words each, and back",
-        lead=f"A tokenizer turns a photo into {tokens:,} codes out of {tokenizer.config.codebook_size:,}: words that "
-        "a language model can read and write. A decoder turns the words back into a picture. Everything on this "
-        "page was computed on this machine.",
+        lead=f"A tokenizer turns a photo into {tokens:,} of its {tokenizer.config.codebook_size:,} codes: "
+        "words that a language model can read and write. A decoder turns the words back into a picture. "
+        "Everything on this page was computed on this machine.",
         bench=bench,
         colours=token_colours(tokenizer.codebook),
         command="python -m v2flow_cli.demo",
         drawn=drawn,
-        drawn_note="Written word by word by a small language model that was given nothing but the sentence, then "
+        drawn_note="Written word by word by a language model that was given nothing but the sentence, then "
         "decoded like the photos above. A higher temperature takes more risks.",
         failed=failed,
     )

@@ -100,10 +100,13 @@ def evaluate(
     for names, batch in _batches(tokenizer, photos, size, batch_size, dtype, seed):
         counter.add(batch.token_ids)
         digest.update(batch.reference.numpy().tobytes())
-        pictures = {}
+        pictures, measured = {}, []
         for system in systems:
             pictures[system.name], sizes = system.reconstruct(batch)
-            figures += _measure(names, system.name, batch.reference, pictures[system.name], sizes, lpips)
+            measured.append(
+                _measure(names, system.name, batch.reference, pictures[system.name], sizes, lpips)
+            )
+        figures += [f for of_image in zip(*measured) for f in of_image]
         for i in range(min(len(names), keep - len(kept))):
             shown = {system: images[i].numpy() for system, images in pictures.items()}
             ids = batch.token_ids[i].cpu().numpy()

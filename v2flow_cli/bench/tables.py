@@ -88,7 +88,7 @@ def _table(
     marked: Sequence[bool] = (),
     tall: bool = False,
 ) -> str:
-    """A table of text columns, then number columns; a first click sorts text upwards, numbers downwards."""
+    """A table of text columns, then number columns; a first click sorts text up, numbers down."""
     kinds = ["text"] * len(texts) + ["number"] * len(numbers)
     head = "".join(
         f'<th scope="col" class="{kind}"><button type="button">{escape(label)}</button></th>'
@@ -101,10 +101,10 @@ def _table(
             for (html, key), kind in zip(row, kinds)
         )
         lines.append(f"<tr{' class=ours' if i < len(marked) and marked[i] else ''}>{cells}</tr>")
-    kind = "scroll tall" if tall else "scroll"
+    kind, caption = "scroll tall" if tall else "scroll", escape(caption)
     return (
-        f'<div class="{kind}" tabindex="0" role="region" aria-label="{escape(caption)}">'
-        f'<table class="sorts"><caption>{escape(caption)}</caption><thead><tr>{head}</tr></thead>'
+        f'<div class="{kind}" tabindex="0" role="region" aria-label="{caption}">'
+        f'<table class="sorts"><caption><span>{caption}</span></caption><thead><tr>{head}</tr></thead>'
         f"<tbody>{''.join(lines)}</tbody></table></div>"
     )
 

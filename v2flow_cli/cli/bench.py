@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import click
 import typer
 
 from v2flow_cli.cli.console import fail, is_main_process, log, progress, result, result_json
+from v2flow_cli.cli.decode import Schedule, Solver
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from v2flow_cli.bench.metrics import Estimate
     from v2flow_cli.bench.run import Bench
 
 COMMANDS = ("train", "encode", "decode", "shard", "finetune-llm", "generate", "bench")
+
+
+class LpipsNet(str, Enum):
+    alex = "alex"
+    vgg = "vgg"
+    squeeze = "squeeze"
 
 
 def bench(
@@ -39,18 +48,9 @@ def bench(
     steps: Annotated[
         int | None, typer.Option(min=1, help="ODE steps in each round. Default: the model's.")
     ] = None,
-    solver: Annotated[
-        str | None,
-        typer.Option(
-            click_type=click.Choice(["euler", "heun", "dpm++", "ddim"]), help="Default: the model's."
-        ),
-    ] = None,
+    solver: Annotated[Solver | None, typer.Option(help="Default: the model's.")] = None,
     schedule: Annotated[
-        str | None,
-        typer.Option(
-            click_type=click.Choice(["constant", "linear"]),
-            help="Guidance over the rounds. Default: the model's.",
-        ),
+        Schedule | None, typer.Option(help="Guidance over the rounds. Default: the model's.")
     ] = None,
     noise: Annotated[
         float | None,
@@ -65,9 +65,7 @@ def bench(
     csv: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the figures of every single image.")
     ] = None,
-    lpips_net: Annotated[
-        str, typer.Option(click_type=click.Choice(["alex", "vgg", "squeeze"]), help="Backbone of LPIPS.")
-    ] = "alex",
+    lpips_net: Annotated[LpipsNet, typer.Option(help="Backbone of LPIPS.")] = LpipsNet.alex,
     lpips_download: Annotated[
         bool, typer.Option("--lpips-download", help="Fetch the backbone where the torch hub cache lacks it.")
     ] = False,
@@ -98,11 +96,10 @@ def bench(
 
     from itertools import islice
 
-    from v2flow_cli.assets import sample_photos
     from v2flow_cli.bench.photos import PhotoReader
 
     reader = PhotoReader(images) if images else None
-    photos = islice(reader if reader is not None else sample_photos(), limit)
+    photos = islice(reader if reader is not None else _sample_photos(), limit)
     total = reader.count if reader is not None else None
     total = min(total, limit) if total is not None and limit is not None else total
 
@@ -114,7 +111,7 @@ def bench(
 
     target = pick_device(device)
     tokenizer = V2FlowTokenizer.from_pretrained(model).to(target)
-    lpips, lpips_note = _lpips(lpips_net, lpips_download, target)
+    lpips, lpips_note = _lpips(lpips_net.value, lpips_download, target)
     with progress("bench", total) as tick:
         found = run_bench(
             tokenizer,
@@ -132,8 +129,8 @@ def bench(
             tick=tick,
             num_mask_steps=rounds,
             num_flow_steps=steps,
-            solver=solver,
-            guidance_schedule=schedule,
+            solver=solver.value if solver else None,
+            guidance_schedule=schedule.value if schedule else None,
             noise_temperature=noise,
         )
     waits = help_seconds(COMMANDS) if speed else {}
@@ -177,6 +174,12 @@ def bench(
         log(f"left out: {failure.source}: {failure.reason}")
     if failed:
         fail(f"{len(failed)} of the images could not be measured; the figures are of the other ones.")
+
+
+def _sample_photos() -> Sequence[tuple[str, Image.Image]]:
+    from v2flow_cli.assets import sample_photos
+
+    return sample_photos()
 
 
 def _scales(text: str | None) -> list[float | None]:

@@ -1,0 +1,141 @@
+"""``v2flow bench`` through Typer's runner."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from v2flow_cli.cli.app import app
+
+
+@pytest.fixture
+def imgs(tmp_path: Path, sample_images) -> Path:
+    folder = tmp_path / "imgs"
+    folder.mkdir()
+    for i, image in enumerate(sample_images[:3]):
+        image.resize((64, 48)).save(folder / f"{i}.png")
+    return folder
+
+
+@pytest.fixture
+def run(tiny_tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))  # no LPIPS weights there
+
+    def invoke(*arguments: object, speed: bool = False):
+        options = ["--model", str(tiny_tokenizer_folder), "--device", "cpu", "--dtype", "fp32"]
+        options += [] if speed else ["--no-speed"]
+        return CliRunner().invoke(app, ["bench", *map(str, arguments), *options])
+
+    return invoke
+
+
+def test_json_has_protocol_and_figures(run, imgs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("v2flow_cli.cli.bench.COMMANDS", ("bench",))  # all of them take 24 processes
+    done = run(imgs, "--json", speed=True)
+    assert done.exit_code == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["protocol"]["count"] == 3 and found["protocol"]["image_size"] == 32
+    systems = [row["system"] for row in found["measured"]]
+    assert systems == ["v2flow", "autoencoder alone", "JPEG", "WebP", "AVIF"]
+    assert all(row["psnr_db"] is not None and row["lpips"] is None for row in found["measured"])
+    assert found["codebook"]["tokens"] == 12 and found["codebook"]["codebook_size"] == 64
+    assert found["speed"]["encode_images_per_s"] > 0 and found["speed"]["batch_size"] == 8
+    assert set(found["help_seconds"]) == {"", "bench"}
+    assert found["failed"] == [] and "LPIPS is left out" in found["notes"][0]
+    assert "LPIPS is left out" in done.stderr
+
+
+def test_table_of_measured_and_published_rows(run, imgs: Path) -> None:
+    done = run(imgs, "--res", 256, "--limit", 1, "--no-codecs")
+    assert done.exit_code == 0, done.stderr
+    assert "Measured on 1 images at 256 px" in done.stdout and "autoencoder alone" in done.stdout
+    assert "Published, not measured here" in done.stdout and "Open-MAGVIT2" in done.stdout
+    assert "codebook:" in done.stdout and "JPEG" not in done.stdout
+
+
+def test_default_images_are_the_samples(run) -> None:
+    found = json.loads(run("--json", "--no-codecs").stdout)
+    assert found["protocol"]["count"] == 5
+
+
+def test_guidance_scales_really_act(run, imgs: Path) -> None:
+    rows = json.loads(run(imgs, "--json", "--cfg", "1,3", "--no-codecs").stdout)["measured"]
+    assert [row["system"] for row in rows[:2]] == ["v2flow, guidance 1", "v2flow, guidance 3"]
+    assert [row["settings"]["guidance_scale"] for row in rows[:2]] == [1, 3]
+    assert rows[0]["psnr_db"] != rows[1]["psnr_db"]
+
+
+def test_sampling_options_really_act(run, imgs: Path) -> None:
+    def psnr(*options: object) -> float:
+        done = run(imgs, "--json", "--no-codecs", *options)
+        assert done.exit_code == 0, done.stderr
+        return json.loads(done.stdout)["measured"][0]["psnr_db"]
+
+    plain = psnr("--noise", 1)
+    assert psnr("--noise", 1) == plain
+    for options in (["--seed", 1], ["--steps", 7], ["--rounds", 3], ["--solver", "heun"]):
+        assert psnr("--noise", 1, *options) != plain
+    assert psnr("--noise", 0) != plain
+    guided = ("--noise", 1, "--cfg", 3, "--rounds", 4, "--schedule")
+    assert psnr(*guided, "linear") != psnr(*guided, "constant")
+
+
+def test_report_and_csv(run, imgs: Path, tmp_path: Path) -> None:
+    page, table = tmp_path / "out" / "page.html", tmp_path / "figures.csv"
+    done = run(imgs, "--report", page, "--csv", table, "--report-images", 2)
+    assert done.exit_code == 0, done.stderr
+    assert f"wrote {page}" in done.stdout and f"wrote {table}" in done.stdout
+    text = page.read_text(encoding="utf-8")
+    assert text.count('<article class="photo">') == 2 and "The first 2 of 3 photos" in text
+    assert len(table.read_text().splitlines()) == 1 + 3 * 5
+    assert sorted(p.name for p in page.parent.iterdir()) == ["page.html"]
+
+
+def test_bad_images_are_listed_and_the_rest_measured(run, imgs: Path, tmp_path: Path) -> None:
+    (imgs / "text.jpg").write_text("not a picture")
+    (imgs / "cut.png").write_bytes((imgs / "0.png").read_bytes()[:500])
+    page = tmp_path / "page.html"
+    done = run(imgs, "--json", "--report", page)
+    assert done.exit_code == 1
+    found = json.loads(done.stdout)
+    assert found["protocol"]["count"] == 3
+    assert {Path(f["source"]).name for f in found["failed"]} == {"text.jpg", "cut.png"}
+    assert "left out" in done.stderr and "2 of the images could not be measured" in done.stderr
+    assert "2 files left out" in page.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["missing/"], 1, "no such file or folder"),
+        (["imgs", "--res", 33], 1, "--res 33"),
+        (["imgs", "--cfg", "high"], 2, "expected different numbers"),
+        (["imgs", "--cfg", "2,2"], 2, "expected different numbers"),
+        (["imgs", "--solver", "magic"], 2, "magic"),
+        (["imgs", "--report", "imgs/0.png/page.html"], 1, "cannot be written"),
+        (["imgs", "--device", "cuda:99"], 1, "not available"),
+    ],
+)
+def test_bad_requests(
+    run, imgs: Path, monkeypatch: pytest.MonkeyPatch, arguments: list, code: int, message: str
+) -> None:
+    monkeypatch.chdir(imgs.parent)
+    done = run(*arguments) if "--device" not in arguments else CliRunner().invoke(app, ["bench", *arguments])
+    assert done.exit_code == code
+    assert message in done.stderr and "Traceback" not in done.stderr
+    assert done.stdout == "" or "--report" in arguments
+
+
+def test_a_folder_of_bad_images_only(run, tmp_path: Path) -> None:
+    (tmp_path / "bad.jpg").write_text("x")
+    done = run(tmp_path)
+    assert done.exit_code == 1 and "nothing to measure" in done.stderr
+
+
+def test_a_100_megapixel_image_is_refused_before_decoding(run, imgs: Path) -> None:
+    Image.new("1", (10_000, 10_000)).save(imgs / "huge.png")
+    done = run(imgs, "--json", "--no-codecs")
+    assert done.exit_code == 1
+    assert "100,000,000 pixels" in json.loads(done.stdout)["failed"][0]["reason"]
