@@ -30,6 +30,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     set_seed,
 )
+from transformers.utils.logging import disable_progress_bar
 
 from v2flow_cli.errors import ModelError
 from v2flow_cli.llm.sequences import IGNORE, Samples, check_token_sets, collate, prompt_frame
@@ -204,6 +205,7 @@ def _loading(name: str) -> Iterator[None]:
 
 def load_llm(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal LM and its text tokenizer from a folder or hub id.  Raises: ModelError."""
+    disable_progress_bar()
     with _loading(name):
         return AutoModelForCausalLM.from_pretrained(name, dtype=dtype), AutoTokenizer.from_pretrained(name)
 
