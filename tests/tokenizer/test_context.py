@@ -1,7 +1,7 @@
 import torch
 
 from v2flow_cli.recipe.schema import Context
-from v2flow_cli.tokenizer.context import MaskedTransformer, RotaryPositions, grid_coordinates, rotate
+from v2flow_cli.tokenizer.context import MaskedTransformer, RotaryPositions, grid_cells, grid_coordinates, rotate
 
 
 def transformer():
@@ -12,32 +12,33 @@ def transformer():
 def inputs(seen=3):
     tokens, patches = torch.randn(2, 16, 8), torch.randn(2, 16, 12)
     at = grid_coordinates(4, 4, 4, 4, torch.device("cpu")).expand(2, -1, -1)
-    return tokens, at, patches[:, :seen], at[:, :seen], at[:, seen:]
+    cells = grid_cells(4, 4, 4, 4, torch.device("cpu")).expand(2, -1)
+    return tokens, at, patches[:, :seen], at[:, :seen], at[:, seen:], cells[:, seen:]
 
 
 def test_leaving_hidden_positions_out_changes_nothing_for_the_others():
-    model, (tokens, at, patches, seen_at, hidden_at) = transformer(), inputs()
-    whole = model(tokens, at, patches, seen_at, hidden_at)
-    part = model(tokens, at, patches, seen_at, hidden_at[:, 4:7])
+    model, (tokens, at, patches, seen_at, hidden_at, cells) = transformer(), inputs()
+    whole = model(tokens, at, patches, seen_at, hidden_at, cells)
+    part = model(tokens, at, patches, seen_at, hidden_at[:, 4:7], cells[:, 4:7])
     assert torch.allclose(whole[:, 4:7], part, atol=1e-5)
 
 
 def test_tokens_and_visible_patches_both_matter():
-    model, (tokens, at, patches, seen_at, hidden_at) = transformer(), inputs()
-    base = model(tokens, at, patches, seen_at, hidden_at)
-    assert not torch.allclose(base, model(tokens + 1, at, patches, seen_at, hidden_at), atol=1e-3)
-    assert not torch.allclose(base, model(tokens, at, patches + 1, seen_at, hidden_at), atol=1e-3)
+    model, (tokens, at, patches, seen_at, hidden_at, cells) = transformer(), inputs()
+    base = model(tokens, at, patches, seen_at, hidden_at, cells)
+    assert not torch.allclose(base, model(tokens + 1, at, patches, seen_at, hidden_at, cells), atol=1e-3)
+    assert not torch.allclose(base, model(tokens, at, patches + 1, seen_at, hidden_at, cells), atol=1e-3)
 
 
 def test_the_dummy_is_one_token_and_needs_no_tokens():
-    model, (_, _, patches, seen_at, hidden_at) = transformer(), inputs(seen=0)
-    assert model(None, None, patches, seen_at, hidden_at).shape == (2, 16, 32)
+    model, (_, _, patches, seen_at, hidden_at, cells) = transformer(), inputs(seen=0)
+    assert model(None, None, patches, seen_at, hidden_at, cells).shape == (2, 16, 32)
 
 
 def test_attention_depends_on_relative_positions_only():
-    model, (tokens, at, patches, seen_at, hidden_at) = transformer(), inputs()
-    base = model(tokens, at, patches, seen_at, hidden_at)
-    moved = model(tokens, at + 7, patches, seen_at + 7, hidden_at + 7)
+    model, (tokens, at, patches, seen_at, hidden_at, cells) = transformer(), inputs()
+    base = model(tokens, at, patches, seen_at, hidden_at, cells)
+    moved = model(tokens, at + 7, patches, seen_at + 7, hidden_at + 7, cells)
     assert torch.allclose(base, moved, atol=1e-4)
 
 
@@ -49,3 +50,9 @@ def test_rotation_keeps_lengths():
 def test_coarser_token_grids_sit_at_the_centres_of_their_cells():
     centres = grid_coordinates(2, 2, 4, 4, torch.device("cpu"))
     assert centres.tolist() == [[0.5, 0.5], [0.5, 2.5], [2.5, 0.5], [2.5, 2.5]]
+
+
+def test_each_patch_lies_in_the_cell_of_its_token():
+    # Four by four patches over 2 x 4 tokens: rows 0 and 1 share the first row of tokens.
+    cells = grid_cells(2, 4, 4, 4, torch.device("cpu")).view(4, 4)
+    assert cells.tolist() == [[0, 1, 2, 3], [0, 1, 2, 3], [4, 5, 6, 7], [4, 5, 6, 7]]

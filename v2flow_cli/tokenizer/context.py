@@ -93,11 +93,13 @@ class MaskedTransformer(nn.Module):
         patches: Tensor,
         patch_coordinates: Tensor,
         hidden_coordinates: Tensor,
+        hidden_cells: Tensor,
     ) -> Tensor:
         """Context (B, M, W) of M hidden positions.
 
         Args:    tokens (B, n, D), or None for the dummy D; token_coordinates (B, n, 2), in patches;
-                 patches (B, v, P), the visible ones; their coordinates (B, v, 2); hidden_coordinates (B, M, 2).
+                 patches (B, v, P), the visible ones; their coordinates (B, v, 2); hidden_coordinates (B, M, 2);
+                 hidden_cells (B, M), the index of the token in whose cell each hidden position lies.
         """
         batch = len(hidden_coordinates)
         if tokens is None or token_coordinates is None:
@@ -111,13 +113,24 @@ class MaskedTransformer(nn.Module):
         for block in self.encoder:
             known = block(known, angles, known.shape[1])
         count = known.shape[1]
-        questions = self.mask_token.to(known.dtype).expand(batch, hidden_coordinates.shape[1], -1)
-        x = torch.cat([self.norm_encoder(known), questions], dim=1)
+        known = self.norm_encoder(known)
+        # Departs: a mask token starts from the encoded token of its own cell, so that the decoder does not have to
+        # learn first to look where it stands. Under the dummy D that is D itself.
+        cells = hidden_cells if tokens is not None else torch.zeros_like(hidden_cells)
+        own = known.gather(1, cells[..., None].expand(-1, -1, known.shape[-1]))
+        x = torch.cat([known, own + self.mask_token.to(known.dtype)], dim=1)
         angles = torch.cat([angles, self.positions(hidden_coordinates)], dim=2)
         for block in self.decoder[:-1]:
             x = block(x, angles, count)
         x = self.decoder[-1](x, angles, count, skip=count)
         return self.norm_out(x)
+
+
+def grid_cells(rows: int, columns: int, height: int, width: int, device: torch.device) -> Tensor:
+    """For each of ``height`` x ``width`` patches the index (height * width,) of the grid cell it lies in."""
+    y = torch.arange(height, device=device) * rows // height
+    x = torch.arange(width, device=device) * columns // width
+    return (y[:, None] * columns + x).flatten()
 
 
 def grid_coordinates(rows: int, columns: int, height: float, width: float, device: torch.device) -> Tensor:

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from v2flow_cli.recipe.schema import Quantizer
 
+STATISTICS_RATE = 0.05  # of the running mean and standard deviation, per step
+
 
 @dataclass(frozen=True)
 class QuantizerOutput:
@@ -24,6 +26,9 @@ class QuantizerOutput:
 class EMAQuantizer(nn.Module):
     """A codebook (K, D) moved by exponential averages of the vectors that chose each code.
 
+    Vectors are first standardised by running statistics. Silent: the paper does not say how; soft mixtures of
+    thousands of words all lie within a narrow cone, where a cosine hardly tells them apart and the decoder sees
+    little but their mean. One diagonal affine map keeps them in the vocabulary's space (``vectors`` undoes it).
     With ``distance: cosine`` vectors and codes have unit length. For the first ``start_step`` steps nothing is
     quantised, and the codebook is a ring of the newest real vectors; from then on it is averaged. A codebook
     drawn while the encoder is still constant dies at once. All arithmetic is float32, also under autocast.
@@ -35,11 +40,16 @@ class EMAQuantizer(nn.Module):
         self.register_buffer("codebook", F.normalize(torch.randn(settings.codebook_size, code_size), dim=-1))
         self.register_buffer("counts", torch.ones(settings.codebook_size))  # running vectors per step
         self.register_buffer("ring_position", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("mean", torch.zeros(code_size))
+        self.register_buffer("std", torch.ones(code_size))
 
     def forward(self, vectors: Tensor, step: int | None = None) -> QuantizerOutput:
         """Quantise (B, N, D). ``step`` is the training step, which also updates the codebook; None freezes it."""
         with torch.autocast(vectors.device.type, enabled=False):
-            vectors = self._prepare(vectors.float())
+            if step is not None:
+                self._follow(vectors.detach().float(), first=step == 0)
+            # Copies: the next batch moves the statistics in place, maybe before this one's gradient is taken.
+            vectors = self._prepare((vectors.float() - self.mean.clone()) / self.std.clone())
             if step is not None and step < self.settings.start_step:
                 self._fill_ring(vectors.detach())
                 ids = torch.zeros(vectors.shape[:-1], dtype=torch.int64, device=vectors.device)
@@ -50,6 +60,13 @@ class EMAQuantizer(nn.Module):
                 self._update(vectors.detach(), ids)
             commit_loss = (vectors - codes).square().sum(-1).mean()
             return QuantizerOutput(vectors + (codes - vectors).detach(), ids, commit_loss)
+
+    @property
+    def vectors(self) -> Tensor:
+        """The codes (K, D) in the space that vectors come from: standardisation undone."""
+        # A standardised vector has length sqrt(D) on average; the cosine codebook keeps its direction alone.
+        length = self.codebook.shape[1] ** 0.5 if self.settings.distance == "cosine" else 1.0
+        return self.codebook * (length * self.std) + self.mean
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """Codebook vectors (B, N, D) of token ids (B, N)."""
@@ -67,11 +84,20 @@ class EMAQuantizer(nn.Module):
         return F.normalize(vectors, dim=-1) if self.settings.distance == "cosine" else vectors
 
     @torch.no_grad()
+    def _follow(self, vectors: Tensor, first: bool) -> None:
+        """Move the running mean and standard deviation of each dimension towards this batch's."""
+        flat = _gather_ranks(vectors.flatten(0, -2))
+        rate = 1.0 if first else STATISTICS_RATE
+        self.mean.lerp_(flat.mean(0), rate)
+        self.std.lerp_(flat.std(0).clamp_min(1e-6), rate)
+
+    @torch.no_grad()
     def _fill_ring(self, vectors: Tensor) -> None:
         rows = _gather_ranks(vectors.flatten(0, -2))[-len(self.codebook) :]
         places = (torch.arange(len(rows), device=rows.device) + self.ring_position) % len(self.codebook)
         self.codebook[places] = rows
         self.ring_position.add_(len(rows)).remainder_(len(self.codebook))
+        self.counts.fill_(len(rows) / len(self.codebook))  # every code starts as an average one
 
     @torch.no_grad()
     def _update(self, vectors: Tensor, ids: Tensor) -> None:

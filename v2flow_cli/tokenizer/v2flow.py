@@ -18,7 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from v2flow_cli.errors import ModelError
 from v2flow_cli.recipe.schema import Context, Flow, Quantizer, Resampler, Sampling, TokenizerLoss, Vocabulary
-from v2flow_cli.tokenizer.context import MaskedTransformer, grid_coordinates
+from v2flow_cli.tokenizer.context import MaskedTransformer, grid_cells, grid_coordinates
 from v2flow_cli.tokenizer.flow import Condition, VelocityNetwork, solve
 from v2flow_cli.tokenizer.latents import Latents
 from v2flow_cli.tokenizer.masking import random_orders, reveal_schedule, sample_mask_ratio, seeded_orders
@@ -179,7 +179,7 @@ class V2FlowTokenizer(PreTrainedModel):
     @property
     def codebook(self) -> Tensor:
         """The codes (K, D) in the embedding space of the LLM whose vocabulary was used (float32)."""
-        codes = self.quantizer.codebook.float()
+        codes = self.quantizer.vectors.float()
         return codes if self.vocabulary is None else self.vocabulary.codebook_to_llm(codes)
 
     # -- image -> token ids --------------------------------------------------------------------------------
@@ -259,7 +259,7 @@ class V2FlowTokenizer(PreTrainedModel):
         """Scaled latents (B, C, h, w): rounds of context, then flow on the positions of the round."""
         rows, columns = self._patch_grid(height, width)
         batch, positions = len(tokens), rows * columns
-        token_coordinates, coordinates = self._coordinates(height, width, batch)
+        token_coordinates, coordinates, cells = self._positions(height, width, batch)
         orders = seeded_orders(seeds, positions, self.device)
         noise = self._seeded_noise(seeds, positions) * settings.noise_temperature
         patches = torch.zeros_like(noise)
@@ -267,11 +267,11 @@ class V2FlowTokenizer(PreTrainedModel):
         for count in reveal_schedule(positions, settings.num_mask_steps):
             seen, now = orders[:, :done], orders[:, done : done + count]
             visible, visible_at = _gather(patches, seen), _gather(coordinates, seen)
-            hidden_at = _gather(coordinates, now)
-            given = self.flow.condition(self.context(tokens, token_coordinates, visible, visible_at, hidden_at))
+            asked = (_gather(coordinates, now), cells.gather(1, now))
+            given = self.flow.condition(self.context(tokens, token_coordinates, visible, visible_at, *asked))
             dummy = None
             if settings.guidance_scale != 1:  # at 1 the dummy branch is not computed at all
-                dummy = self.flow.condition(self.context(None, None, visible, visible_at, hidden_at))
+                dummy = self.flow.condition(self.context(None, None, visible, visible_at, *asked))
             predict = _Guided(self.flow, given, dummy, settings, done / positions, (done + count) / positions)
             found = solve(predict, _gather(noise, now), self.flow.path, settings.num_flow_steps, settings.solver)
             patches = patches.scatter(1, now[..., None].expand_as(found), found)
@@ -290,27 +290,27 @@ class V2FlowTokenizer(PreTrainedModel):
         quantized = self.quantizer(vectors, step if self.training else None)
         patches = self._patchify(latents)
         batch, positions, _ = patches.shape
-        token_coordinates, coordinates = self._coordinates(images.shape[-2], images.shape[-1], batch)
+        token_coordinates, coordinates, cells = self._positions(images.shape[-2], images.shape[-1], batch)
         settings: Context = self.config.section("context")
         ratio = sample_mask_ratio(settings.mask_ratio_min, settings.mask_ratio_std)
         order = random_orders(batch, positions, images.device)
         hidden_count = max(1, math.ceil(ratio * positions))
         hidden, seen = order[:, :hidden_count], order[:, hidden_count:]
         visible, visible_at = _gather(patches, seen), _gather(coordinates, seen)
-        hidden_at, target = _gather(coordinates, hidden), _gather(patches, hidden)
+        hidden_at, hidden_cells, target = (
+            _gather(coordinates, hidden),
+            cells.gather(1, hidden),
+            _gather(patches, hidden),
+        )
         # D is one token, not n copies, so the images that see it form a batch of their own.
         dropped = min(batch, int(loss.guidance_dropout * batch + torch.rand(()).item()))
         tokens = quantized.embeddings.to(latents.dtype)
         contexts = []
-        if dropped:
-            contexts.append(self.context(None, None, visible[:dropped], visible_at[:dropped], hidden_at[:dropped]))
-        if dropped < batch:
-            contexts.append(
-                self.context(
-                    tokens[dropped:], token_coordinates[dropped:], visible[dropped:], visible_at[dropped:],
-                    hidden_at[dropped:],
-                )
-            )  # fmt: skip
+        for part, known in ((slice(0, dropped), False), (slice(dropped, batch), True)):
+            if part.start < part.stop:
+                given = (tokens[part], token_coordinates[part]) if known else (None, None)
+                rest = (visible, visible_at, hidden_at, hidden_cells)
+                contexts.append(self.context(*given, *(x[part] for x in rest)))
         flow: Flow = self.config.section("flow")
         flow_loss, regression = self.flow.loss(target, torch.cat(contexts), flow.time_shift, flow.repeats)
         return V2FlowOutput(
@@ -323,12 +323,14 @@ class V2FlowTokenizer(PreTrainedModel):
         side = self.latents.downsampling * self.patch_size
         return height // side, width // side
 
-    def _coordinates(self, height: int, width: int, batch: int) -> tuple[Tensor, Tensor]:
-        """Positions of tokens (B, n, 2) and patches (B, N, 2), in patches."""
+    def _positions(self, height: int, width: int, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Positions of tokens (B, n, 2) and patches (B, N, 2), in patches, and each patch's token (B, N)."""
         rows, columns = self._patch_grid(height, width)
-        tokens = grid_coordinates(*self.resampler.token_grid(height, width), rows, columns, self.device)
+        grid = self.resampler.token_grid(height, width)
+        tokens = grid_coordinates(*grid, rows, columns, self.device)
         patches = grid_coordinates(rows, columns, rows, columns, self.device)
-        return tokens.expand(batch, -1, -1), patches.expand(batch, -1, -1)
+        cells = grid_cells(*grid, rows, columns, self.device)
+        return tokens.expand(batch, -1, -1), patches.expand(batch, -1, -1), cells.expand(batch, -1)
 
     def _patchify(self, latents: Tensor) -> Tensor:
         p = self.patch_size
