@@ -1,0 +1,130 @@
+"""Write ``docs/recipes.md`` from the comments of ``v2flow_cli/recipe/schema.py``.
+
+    python docs/make_recipe_reference.py
+
+Standard library only: the schema is read as text, so nothing is imported and a field's meaning stands in one place.
+"""
+
+from __future__ import annotations
+
+import ast
+import io
+import tokenize
+from dataclasses import dataclass
+from pathlib import Path
+
+DOCS = Path(__file__).resolve().parent
+SCHEMA = DOCS.parent / "v2flow_cli" / "recipe" / "schema.py"
+REFERENCE = DOCS / "recipes.md"
+
+INTRODUCTION = """\
+# Recipes
+
+<!-- Written by docs/make_recipe_reference.py from v2flow_cli/recipe/schema.py; edit that file, then run this one. -->
+
+A recipe is one YAML file: everything that the result of a training depends on. Its top-level `kind` says which of
+the four trees below it holds. A key without a default must be there; unknown, missing and mistyped keys are reported
+together, each with its path and the nearest valid name. Rules that span several keys (`problems` in the schema) are
+checked before anything is loaded.
+
+    v2flow train recipes/tiny/autoencoder.yaml --set data.sources=[photos/] --set train.steps=20
+    v2flow train recipes/default/tokenizer.yaml --dry-run
+    v2flow finetune-llm recipes/default/lm.yaml --set 'text=[my/*.txt]'
+
+`--set` takes a dotted path and a YAML value, and wins over the file. The resolved recipe is saved as `recipe.yaml`
+beside what it made. `recipes/tiny/` holds runs of seconds, `recipes/default/` the embedded model
+([default model](default-model.md)).
+"""
+
+
+@dataclass(frozen=True)
+class Field:
+    name: str
+    annotation: str
+    default: str  # empty where the key is required
+    meaning: str
+
+
+@dataclass(frozen=True)
+class Section:
+    """A dataclass of the schema."""
+
+    name: str
+    meaning: str
+    fields: tuple[Field, ...]
+
+
+def read_sections(source: str) -> dict[str, Section]:
+    """The dataclasses of the schema's text, by name, in order; a field's meaning is the comment on its line."""
+    comments = {
+        token.start[0]: token.string.lstrip("# ")
+        for token in tokenize.generate_tokens(io.StringIO(source).readline)
+        if token.type == tokenize.COMMENT
+    }
+    sections = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.ClassDef):
+            fields = tuple(
+                Field(
+                    item.target.id,
+                    ast.unparse(item.annotation),
+                    "" if item.value is None else ast.unparse(item.value),
+                    comments.get(item.end_lineno or item.lineno, ""),
+                )
+                for item in node.body
+                if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)
+            )
+            sections[node.name] = Section(node.name, ast.get_docstring(node) or "", fields)
+    return sections
+
+
+def reference(source: str) -> str:
+    """The page for the schema's text."""
+    sections = read_sections(source)
+    recipes = [s for s in sections.values() if s.fields and s.fields[0].name == "kind"]
+    parts = [INTRODUCTION]
+    for recipe in recipes:
+        kind = recipe.fields[0].annotation.removeprefix("Literal['").removesuffix("']")
+        parts += [f"## kind: {kind}\n", _text(recipe.meaning) + "\n", _table(recipe, sections)]
+    parts.append("## Sections\n")
+    for section in sections.values():
+        if section not in recipes:
+            parts += [f"### {section.name}\n", _text(section.meaning) + "\n", _table(section, sections)]
+    return "\n".join(parts)
+
+
+def _text(text: str) -> str:
+    return text.replace("``", "`").replace("|", "&#124;")
+
+
+def _table(section: Section, sections: dict[str, Section]) -> str:
+    rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
+    for field in section.fields:
+        base = field.annotation.removesuffix(" | None")
+        kind = _type(field.annotation)
+        if base in sections:
+            kind = kind.replace(base, f"[{base}](#{base.lower()})")
+        default = f"`{field.default}`" if field.default else "required"
+        rows.append(f"| `{field.name}` | {kind} | {default} | {_text(field.meaning)} |")
+    return "\n".join(rows) + "\n"
+
+
+def _type(annotation: str) -> str:
+    """An annotation as a reader of YAML says it."""
+    optional = annotation.endswith(" | None")
+    annotation = annotation.removesuffix(" | None")
+    tree = ast.parse(annotation, mode="eval").body
+    if isinstance(tree, ast.Subscript) and isinstance(tree.value, ast.Name):
+        items = tree.slice.elts if isinstance(tree.slice, ast.Tuple) else [tree.slice]
+        words = [ast.unparse(item) for item in items]
+        if tree.value.id == "Literal":
+            annotation = ", ".join(f"`{ast.literal_eval(item)}`" for item in items)
+        elif words[-1] == "...":
+            annotation = f"list of {words[0]}"
+        else:
+            annotation = f"list of {len(words)} {words[0]}"
+    return f"{annotation}, or null" if optional else annotation
+
+
+if __name__ == "__main__":
+    REFERENCE.write_text(reference(SCHEMA.read_text(encoding="utf-8")), encoding="utf-8")

@@ -1,0 +1,108 @@
+"""What the pages say holds: the recipe reference is current, links lead somewhere, quoted commands exist."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import typer.main
+
+from v2flow_cli.cli.app import app
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+FENCE = re.compile(r"^```.*?^```", re.M | re.S)
+
+
+def test_the_recipe_reference_is_that_of_the_schema(monkeypatch):
+    script = ROOT / "docs" / "make_recipe_reference.py"
+    spec = importlib.util.spec_from_file_location("make_recipe_reference", script)
+    maker = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "make_recipe_reference", maker)  # dataclasses look themselves up there
+    spec.loader.exec_module(maker)
+    expected = maker.reference(maker.SCHEMA.read_text(encoding="utf-8"))
+    written = maker.REFERENCE.read_text(encoding="utf-8")
+    assert written == expected, "docs/recipes.md is out of date: run `python docs/make_recipe_reference.py`"
+
+
+def anchors(page: Path) -> set[str]:
+    """Anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", FENCE.sub("", page.read_text(encoding="utf-8")), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_relative_links_lead_somewhere(page):
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    broken = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if "://" in target:
+            continue
+        path, _, anchor = target.partition("#")
+        found = (page.parent / path).resolve() if path else page
+        if not found.exists() or (anchor and anchor not in anchors(found)):
+            broken.append(target)
+    assert broken == []
+
+
+def quoted_commands() -> list[tuple[str, str]]:
+    """(where, command line) of every ``v2flow`` line in the pages, the commands' help and the recipes' headers."""
+    found = []
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+        lines = re.findall(r"^ {4,}(v2flow .+)$", text, re.M)
+        lines += re.findall(r"^(v2flow .+)$", "\n".join(FENCE.findall(text)), re.M)
+        lines += re.findall(r"`(v2flow [^`]+)`", text)
+        lines += [f"v2flow {rest}" for rest in re.findall(r"-m v2flow_cli\.cli\.app (.+)$", text, re.M)]
+        found += [(page.name, line) for line in lines]
+    for name, command in COMMANDS.items():
+        found += [(f"{name} --help", line) for line in re.findall(r"^\s*(v2flow .+)$", command.help, re.M)]
+    for recipe in sorted((ROOT / "recipes").rglob("*.yaml")):
+        lines = re.findall(r"^#\s+(v2flow .+)$", recipe.read_text(encoding="utf-8"), re.M)
+        found += [(str(recipe.relative_to(ROOT)), line) for line in lines]
+    return found
+
+
+@pytest.mark.parametrize(("where", "line"), quoted_commands())
+def test_quoted_commands_parse(where, line):
+    line = re.sub(r"\[(-[^\[\]]*)\](\.\.\.)?", r"\1", line)  # optional parts of a synopsis
+    _, name, *arguments = shlex.split(line, comments=True)
+    if name == "--help" or name == "COMMAND":
+        return
+    assert name in COMMANDS, f"{where}: {line}: no such command"
+    if not arguments or "--help" in arguments:  # the command named, not run
+        return
+    # Parses all options and values as a run would, and stops there; a wrong one raises a usage error.
+    COMMANDS[name].make_context(name, arguments)
+
+
+def test_wrong_commands_would_be_noticed():
+    for arguments in (["imgs/", "-o", "x", "--resolution", "4"], ["imgs/"], ["imgs/", "-o", "x", "--res", "big"]):
+        with pytest.raises(Exception) as error:
+            COMMANDS["encode"].make_context("encode", arguments)
+        assert error.value.exit_code == 2  # a usage error
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_files_named_in_the_pages_exist(page):
+    text = page.read_text(encoding="utf-8")
+    named = re.findall(r"`((?:recipes|tests|docs|v2flow_cli)/[\w./-]+\.(?:py|yaml|md|html))(?:::(\w+))?`", text)
+    missing = [path for path, _ in named if not (ROOT / path).is_file()]
+    assert missing == []
+    names = [(path, name) for path, name in named if name]
+    lost = [f"{p}::{n}" for p, n in names if not re.search(rf"\b(def|class) {n}\b", (ROOT / p).read_text("utf-8"))]
+    assert lost == []
+
+
+def test_the_python_of_the_readme_runs(tmp_path, monkeypatch, tiny_tokenizer_folder, sample_images):
+    monkeypatch.setattr("v2flow_cli.tokenizer.v2flow.EMBEDDED_MODEL", tiny_tokenizer_folder)
+    monkeypatch.chdir(tmp_path)
+    sample_images[0].save("photo.jpg")
+    (code,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
+    exec(compile(code, "README.md", "exec"), {})
+    assert (tmp_path / "decoded.png").is_file()
