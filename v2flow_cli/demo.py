@@ -182,6 +182,7 @@ def _draw(
 def main() -> None:
     """Entry point; a V2FlowError is one message and exit code 1."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         typer.run(demo)

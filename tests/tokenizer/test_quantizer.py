@@ -21,7 +21,7 @@ def test_ids_by_hand():
     for distance in ("euclidean", "cosine"):
         out = quantizer(distance)(vectors)
         assert out.token_ids.tolist() == [[0, 1, 2, 3]]
-        assert torch.allclose(out.embeddings, quantizer().codebook[None])
+        assert torch.allclose(out.embeddings, quantizer(distance).embed(torch.tensor([[0, 1, 2, 3]])))
 
 
 def test_euclidean_and_cosine_differ_where_they_must():
@@ -63,7 +63,7 @@ def test_nothing_is_quantised_before_the_start_and_the_ring_holds_real_vectors()
     vectors = F.normalize(torch.randn(1, 4, 2), dim=-1)
     first, second = made(vectors, step=0), made(-vectors, step=1)
     assert torch.equal(first.commit_loss, torch.tensor(0.0))
-    rows = torch.cat([first.embeddings[0], second.embeddings[0]])
+    rows = torch.cat([first.embeddings[0], second.embeddings[0]]) / 2**0.5
     assert (torch.cdist(made.codebook, rows).min(1).values < 1e-5).all()
     assert torch.allclose(made.counts, torch.full((6,), 4 / 6))
 
@@ -74,7 +74,7 @@ def test_vectors_are_standardised_and_the_codes_map_back():
     cone = 50 + torch.tensor([0.1, 3.0]) * torch.randn(1, 500, 2)
     out = made(cone, step=0)
     standard = (cone - cone.mean((0, 1))) / cone[0].std(0)
-    assert torch.allclose(out.embeddings, F.normalize(standard, dim=-1), atol=1e-3)
+    assert torch.allclose(out.embeddings, 2**0.5 * F.normalize(standard, dim=-1), atol=1e-3)
     assert made.vectors.mean(0) == pytest.approx(cone[0].mean(0), rel=0.02)
     assert made.vectors.std(0) == pytest.approx(cone[0].std(0), rel=0.3)
 

@@ -94,6 +94,9 @@ def test_a_trained_tokenizer_loads_and_its_recipe_lies_beside_it(world, tmp_path
     lines = [json.loads(line) for line in (done.folder / "metrics.jsonl").read_text().splitlines()]
     assert {"train/flow_loss", "train/regression_loss", "train/commit_loss", "images_per_second"} <= lines[-1].keys()
     assert "train/codebook_usage" in lines[-1]
+    card = (done.folder / "README.md").read_text()
+    assert "3 steps of 4 crops of 64 px (12 crops)" in card and "16 tokens of 64 codes" not in card
+    assert "256 tokens of 64 codes for a 256 px image" in card
 
 
 def test_a_run_is_not_overwritten_and_not_resumed_with_another_recipe(world, tmp_path):

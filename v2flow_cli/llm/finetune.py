@@ -41,7 +41,6 @@ from v2flow_cli.llm.trainer import (
     TrainingReport,
     check_output,
     estimate,
-    hardware,
     run,
     save_folder,
     training_arguments,
@@ -50,6 +49,7 @@ from v2flow_cli.llm.vocabulary import VisualVocabulary, add_visual_tokens, exten
 from v2flow_cli.recipe.load import dump_recipe
 from v2flow_cli.recipe.schema import FinetuneRecipe, Lora
 from v2flow_cli.tokenizer import V2FlowTokenizer
+from v2flow_cli.tokenizer.hardware import describe_hardware
 
 HELD_OUT_MAX = 512  # images that the held-out loss is taken on
 
@@ -283,7 +283,7 @@ causal LM; the ids of the visual tokens and of the prompt stand in `config.json`
 | image tokenizer | digest {vocabulary.tokenizer_digest} |
 | parameters | {report.parameters:,} |
 | trained | mode {recipe.mode}, {report.steps:,} steps of {size} samples |
-| hardware, wall time | {hardware()}, {report.minutes:.1f} minutes, {speed:.2f} samples/s |
+| hardware, wall time | {describe_hardware()}, {report.minutes:.1f} minutes, {speed:.2f} samples/s |
 | training loss at the end | {report.train_loss:.3f} nats an answer token |
 | held-out loss | {loss}; ln K is {math.log(vocabulary.codebook_size):.3f} |
 | made by | `v2flow finetune-llm` with `recipe.yaml` in this folder |

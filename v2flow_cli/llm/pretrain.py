@@ -27,13 +27,13 @@ from v2flow_cli.llm.trainer import (
     TrainingReport,
     check_output,
     estimate,
-    hardware,
     run,
     save_folder,
     training_arguments,
 )
 from v2flow_cli.recipe.load import dump_recipe
 from v2flow_cli.recipe.schema import LMModel, LMRecipe
+from v2flow_cli.tokenizer.hardware import describe_hardware
 
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
 # A single turn: the instruction on a line of its own after one BOS, then the answer and EOS.
@@ -225,7 +225,7 @@ It is the text side of a v2flow model: its vocabulary table is what the image to
 |---|---|
 | text | {", ".join(recipe.text)} ({tokens:,} tokens) |
 | seen | {report.steps:,} steps of {recipe.train.batch_size} x {recipe.block_size} tokens ({seen:,} tokens) |
-| hardware, wall time | {hardware()}, {report.minutes:.1f} minutes, {speed:,.0f} tokens/s |
+| hardware, wall time | {describe_hardware()}, {report.minutes:.1f} minutes, {speed:,.0f} tokens/s |
 | training loss at the end | {report.train_loss:.3f} nats a token |
 | loss on held-out blocks | {report.eval_loss:.3f} nats a token |
 | made by | `v2flow finetune-llm` with `recipe.yaml` in this folder |

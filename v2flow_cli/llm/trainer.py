@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import platform
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -244,10 +243,3 @@ def estimate(
         "memory_gib": bytes_used / 2**30,
         "minutes": 6 * parameters * tokens * train.steps / flops / 60,
     }
-
-
-def hardware() -> str:
-    """One phrase on what the run ran on."""
-    if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    return f"{torch.get_num_threads()} CPU thread(s), {platform.machine()}"

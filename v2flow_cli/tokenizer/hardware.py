@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import platform
 import time
 
 import torch
@@ -41,6 +42,13 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if name not in DTYPES:
         raise V2FlowError(f"--dtype {name}: expected auto, fp32 or bf16.")
     return DTYPES[name]
+
+
+def describe_hardware() -> str:
+    """One process's hardware in a few words, for model cards and benches."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    return f"{torch.get_num_threads()} CPU threads ({platform.machine()}, {torch.backends.cpu.get_cpu_capability()})"
 
 
 @functools.cache

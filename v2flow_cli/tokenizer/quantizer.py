@@ -42,6 +42,9 @@ class EMAQuantizer(nn.Module):
         self.register_buffer("ring_position", torch.zeros((), dtype=torch.int64))
         self.register_buffer("mean", torch.zeros(code_size))
         self.register_buffer("std", torch.ones(code_size))
+        # A standardised vector has length sqrt(D) on average; the cosine codebook keeps its direction alone. What
+        # leaves the quantiser is at the standard scale again: unit vectors would drown in the decoder's residuals.
+        self.length = code_size**0.5 if settings.distance == "cosine" else 1.0
 
     def forward(self, vectors: Tensor, step: int | None = None) -> QuantizerOutput:
         """Quantise (B, N, D). ``step`` is the training step, which also updates the codebook; None freezes it."""
@@ -53,24 +56,22 @@ class EMAQuantizer(nn.Module):
             if step is not None and step < self.settings.start_step:
                 self._fill_ring(vectors.detach())
                 ids = torch.zeros(vectors.shape[:-1], dtype=torch.int64, device=vectors.device)
-                return QuantizerOutput(vectors, ids, vectors.new_zeros(()))
+                return QuantizerOutput(self.length * vectors, ids, vectors.new_zeros(()))
             ids = self.nearest(vectors.detach())
             codes = self.codebook[ids]
             if step is not None:
                 self._update(vectors.detach(), ids)
             commit_loss = (vectors - codes).square().sum(-1).mean()
-            return QuantizerOutput(vectors + (codes - vectors).detach(), ids, commit_loss)
+            return QuantizerOutput(self.length * (vectors + (codes - vectors).detach()), ids, commit_loss)
 
     @property
     def vectors(self) -> Tensor:
         """The codes (K, D) in the space that vectors come from: standardisation undone."""
-        # A standardised vector has length sqrt(D) on average; the cosine codebook keeps its direction alone.
-        length = self.codebook.shape[1] ** 0.5 if self.settings.distance == "cosine" else 1.0
-        return self.codebook * (length * self.std) + self.mean
+        return self.codebook * (self.length * self.std) + self.mean
 
     def embed(self, token_ids: Tensor) -> Tensor:
-        """Codebook vectors (B, N, D) of token ids (B, N)."""
-        return self.codebook[token_ids]
+        """Codes (B, N, D) of token ids (B, N), at the scale of ``QuantizerOutput.embeddings``."""
+        return self.length * self.codebook[token_ids]
 
     def nearest(self, vectors: Tensor) -> Tensor:
         """Ids of the nearest codes, the lowest id where two are equally near."""

@@ -20,15 +20,22 @@ class GridResampler(nn.Module):
     """RegStage blocks, a spatial downsampler, RegStage blocks and a read-out MLP, on a grid of tokens.
 
     Scaled latents (B, C, h, w) become tokens (B, n, d_v), flattened row by row.
+
+    Raises:  ValueError for an autoencoder whose latents are coarser than the token grid.
     """
 
     def __init__(self, settings: Resampler, in_channels: int, pixels_per_latent: int) -> None:
         super().__init__()
         width = settings.hidden_size
-        self.pixels_per_latent = pixels_per_latent
         self.tokens_per_256px = settings.tokens_per_256px
         self.stem = nn.Conv2d(in_channels, width, 3, padding=1)
         self.before = _reg_stage(settings.depth[0], width)
+        rows, columns = REFERENCE_GRIDS[settings.tokens_per_256px]
+        merge = REFERENCE_PX // pixels_per_latent // rows, REFERENCE_PX // pixels_per_latent // columns
+        if 0 in merge:
+            raise ValueError(f"{pixels_per_latent} pixels a latent are too coarse for {rows} x {columns} tokens at 256 px")
+        # A strided convolution, as in latent diffusion: averaging neighbours would hide which of them had what.
+        self.downsample = nn.Conv2d(width, width, merge, stride=merge)
         self.after = _reg_stage(settings.depth[1], width)
         self.readout = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
 
@@ -38,11 +45,8 @@ class GridResampler(nn.Module):
         return height * rows // REFERENCE_PX, width * columns // REFERENCE_PX
 
     def forward(self, latents: Tensor) -> Tensor:
-        h, w = latents.shape[-2:]
         x = self.stem(latents.contiguous(memory_format=torch.channels_last))
-        x = self.before(x)
-        grid = self.token_grid(h * self.pixels_per_latent, w * self.pixels_per_latent)
-        x = F.silu(F.adaptive_avg_pool2d(x, grid))
+        x = F.silu(self.downsample(self.before(x)))
         x = self.after(x)
         return self.readout(x.flatten(2).transpose(1, 2))
 

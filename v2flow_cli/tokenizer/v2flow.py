@@ -274,6 +274,7 @@ class V2FlowTokenizer(PreTrainedModel):
                 dummy = self.flow.condition(self.context(None, None, visible, visible_at, *asked))
             predict = _Guided(self.flow, given, dummy, settings, done / positions, (done + count) / positions)
             found = solve(predict, _gather(noise, now), self.flow.path, settings.num_flow_steps, settings.solver)
+            found = found.to(patches.dtype)  # under autocast the network answers in bf16
             patches = patches.scatter(1, now[..., None].expand_as(found), found)
             done += count
         return self._unpatchify(patches, rows, columns)

@@ -23,6 +23,7 @@ from v2flow_cli.recipe.schema import Optimizer, TrainLoop
 from v2flow_cli.store.checkpoint import list_checkpoints, load_newest, save_checkpoint
 from v2flow_cli.tokenizer.hardware import pick_dtype
 from v2flow_cli.train.autoencoder import AutoencoderObjective
+from v2flow_cli.train.card import write_card
 from v2flow_cli.train.crops import CropBatch, crop_loader
 from v2flow_cli.train.state import TrainState, WeightAverage, flatten_optimizer, restore_optimizer
 from v2flow_cli.train.tokenizer import TokenizerObjective
@@ -155,6 +156,16 @@ def train(recipe: AutoencoderRecipe | TokenizerRecipe, *, resume: bool, log: Log
     if accelerator.is_main_process:
         objective.eval()
         objective.export(folder)
+        text = write_card(
+            recipe,
+            steps=state.step,
+            images=state.images_seen,
+            seconds=state.seconds,
+            processes=ranks,
+            precision=accelerator.mixed_precision if accelerator.mixed_precision != "no" else "fp32",
+            metrics=meter.last,
+        )
+        (folder / "README.md").write_text(text, encoding="utf-8")
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return Trained(folder, state.step, state.images_seen, state.seconds, meter.last)
