@@ -4,6 +4,7 @@ IMAGES ?=
 PY := .venv/bin/python
 V2FLOW := .venv/bin/v2flow
 DATA ?= ../shared/data
+PAIRS ?= $(DATA)/captioned/captioned-00[01].tar $(DATA)/photos/photos-00[01].tar
 
 .PHONY: demo test test-slow lint default-model default-model-dry-run clean
 
@@ -20,12 +21,13 @@ lint: .venv/installed
 	$(PY) -m ruff check .
 	$(PY) -m mypy v2flow_cli
 
-# The embedded model, stage by stage; each stage resumes where it stopped. DATA holds photos/, captioned/, text/.
+# The embedded model, stage by stage; each stage resumes where it stopped. DATA holds photos/, captioned/, text/;
+# PAIRS are the captioned shards that the LLM learns to draw from.
 default-model: .venv/installed
 	$(V2FLOW) train recipes/default/autoencoder.yaml --resume
 	$(V2FLOW) finetune-llm recipes/default/lm.yaml --resume
 	$(V2FLOW) train recipes/default/tokenizer.yaml --resume
-	$(V2FLOW) encode $(DATA)/captioned $(DATA)/photos -o runs/default/tokens --model runs/default/tokenizer
+	$(V2FLOW) encode $(PAIRS) -o runs/default/tokens --model runs/default/tokenizer
 	$(V2FLOW) finetune-llm recipes/default/llm.yaml --resume
 	cp runs/default/tokenizer/*.json runs/default/tokenizer/*.safetensors v2flow_cli/assets/default/tokenizer/
 	cp runs/default/llm/*.json runs/default/llm/*.safetensors runs/default/llm/*.jinja v2flow_cli/assets/default/llm/

@@ -14,7 +14,7 @@ torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
 def build_tiny_tokenizer():
-    """A V2FlowTokenizer with random weights: 32 px images are 4 tokens of 64 codes; its LLM has 300 words of width 32."""
+    """A V2FlowTokenizer with random weights: 32 px images are 4 tokens of 64 codes; 300 LLM words of width 32."""
     from v2flow_cli.recipe import load_recipe
     from v2flow_cli.tokenizer import V2FlowTokenizer
     from v2flow_cli.train.tokenizer import build_config

@@ -1,7 +1,7 @@
 """The tokenizer of the paper in pure torch: reads no data set, prints nothing.
 
 Read ``v2flow.py`` first: it assembles, in this order, ``preprocess``, ``latents`` (with ``autoencoder``),
-``resampler``, ``quantizer``, ``masking``, ``context`` and ``flow``.
+``resampler``, ``quantizer``, ``masking``, ``context``, ``flow`` and ``sampling``.
 """
 
 from v2flow_cli.tokenizer.preprocess import V2FlowImageProcessor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -158,7 +159,7 @@ def solve(predict: Predict, noise: Tensor, path: Path, steps: int, solver: str) 
     """
     times = flow_times(steps)
     z, previous = noise, None  # previous: (data, log-SNR) of the step before
-    for t, s in zip(times, times[1:]):
+    for t, s in itertools.pairwise(times):
         data = predict(z, t)
         if s == 0:
             return data

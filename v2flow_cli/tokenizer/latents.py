@@ -70,8 +70,8 @@ def load_autoencoder_spec(path_or_id: str) -> tuple[dict[str, Any], dict[str, Te
     name = config.get("_class_name")
     if name not in DIFFUSERS_CLASSES:
         raise ModelError(
-            f"{path_or_id}: an autoencoder of class {name!r}; expected V2FlowAutoencoder, {', '.join(DIFFUSERS_CLASSES)}, "
-            "or the word pixels."
+            f"{path_or_id}: an autoencoder of class {name!r}; expected V2FlowAutoencoder, "
+            f"{', '.join(DIFFUSERS_CLASSES)}, or the word pixels."
         )
     model = getattr(diffusers, name).from_pretrained(path_or_id)
     spec = {k: v for k, v in dict(model.config).items() if not k.startswith("_")}

@@ -43,3 +43,8 @@ def reveal_schedule(positions: int, rounds: int) -> list[int]:
         counts.append(hidden - left)
         hidden = left
     return counts
+
+
+def gather(rows: Tensor, index: Tensor) -> Tensor:
+    """The rows (B, M, X) of ``rows`` (B, N, X) at ``index`` (B, M)."""
+    return rows.gather(1, index[..., None].expand(-1, -1, rows.shape[-1]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ def to_uint8(images: Tensor) -> Tensor:
 class V2FlowImageProcessor(BaseImageProcessor):
     """Shorter side to ``size`` (bicubic), centre crop to a square, pixels to [-1, 1]."""
 
-    model_input_names = ["pixel_values"]
+    model_input_names: ClassVar = ["pixel_values"]
 
     def __init__(self, size: int = 256, **kwargs: Any) -> None:
         super().__init__(**kwargs)

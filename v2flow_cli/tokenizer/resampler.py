@@ -33,7 +33,9 @@ class GridResampler(nn.Module):
         rows, columns = REFERENCE_GRIDS[settings.tokens_per_256px]
         merge = REFERENCE_PX // pixels_per_latent // rows, REFERENCE_PX // pixels_per_latent // columns
         if 0 in merge:
-            raise ValueError(f"{pixels_per_latent} pixels a latent are too coarse for {rows} x {columns} tokens at 256 px")
+            raise ValueError(
+                f"{pixels_per_latent} pixels a latent are too coarse for {rows} x {columns} tokens at 256 px"
+            )
         # A strided convolution, as in latent diffusion: averaging neighbours would hide which of them had what.
         self.downsample = nn.Conv2d(width, width, merge, stride=merge)
         self.after = _reg_stage(settings.depth[1], width)

@@ -19,12 +19,13 @@ from transformers import PretrainedConfig, PreTrainedModel
 from v2flow_cli.errors import ModelError
 from v2flow_cli.recipe.schema import Context, Flow, Quantizer, Resampler, Sampling, TokenizerLoss, Vocabulary
 from v2flow_cli.tokenizer.context import MaskedTransformer, grid_cells, grid_coordinates
-from v2flow_cli.tokenizer.flow import Condition, VelocityNetwork, solve
+from v2flow_cli.tokenizer.flow import VelocityNetwork
 from v2flow_cli.tokenizer.latents import Latents
-from v2flow_cli.tokenizer.masking import random_orders, reveal_schedule, sample_mask_ratio, seeded_orders
+from v2flow_cli.tokenizer.masking import gather, random_orders, sample_mask_ratio, seeded_orders
 from v2flow_cli.tokenizer.preprocess import V2FlowImageProcessor
 from v2flow_cli.tokenizer.quantizer import EMAQuantizer
 from v2flow_cli.tokenizer.resampler import GridResampler, VocabularyProjection
+from v2flow_cli.tokenizer.sampling import Places, sample_patches
 
 EMBEDDED_MODEL = Path(__file__).resolve().parents[1] / "assets" / "default" / "tokenizer"
 SECTIONS: dict[str, type] = {
@@ -251,33 +252,17 @@ class V2FlowTokenizer(PreTrainedModel):
         if len(seeds) != len(token_ids):
             raise ValueError(f"{len(seeds)} seeds for {len(token_ids)} images")
         tokens = self.quantizer.embed(token_ids.to(self.device)).to(self.dtype)
-        return self.latents.decode(self._sample_latents(tokens, height, width, settings, seeds))
-
-    def _sample_latents(
-        self, tokens: Tensor, height: int, width: int, settings: Sampling, seeds: Sequence[int]
-    ) -> Tensor:
-        """Scaled latents (B, C, h, w): rounds of context, then flow on the positions of the round."""
         rows, columns = self._patch_grid(height, width)
-        batch, positions = len(tokens), rows * columns
-        token_coordinates, coordinates, cells = self._positions(height, width, batch)
-        orders = seeded_orders(seeds, positions, self.device)
-        noise = self._seeded_noise(seeds, positions) * settings.noise_temperature
-        patches = torch.zeros_like(noise)
-        done = 0
-        for count in reveal_schedule(positions, settings.num_mask_steps):
-            seen, now = orders[:, :done], orders[:, done : done + count]
-            visible, visible_at = _gather(patches, seen), _gather(coordinates, seen)
-            asked = (_gather(coordinates, now), cells.gather(1, now))
-            given = self.flow.condition(self.context(tokens, token_coordinates, visible, visible_at, *asked))
-            dummy = None
-            if settings.guidance_scale != 1:  # at 1 the dummy branch is not computed at all
-                dummy = self.flow.condition(self.context(None, None, visible, visible_at, *asked))
-            predict = _Guided(self.flow, given, dummy, settings, done / positions, (done + count) / positions)
-            found = solve(predict, _gather(noise, now), self.flow.path, settings.num_flow_steps, settings.solver)
-            found = found.to(patches.dtype)  # under autocast the network answers in bf16
-            patches = patches.scatter(1, now[..., None].expand_as(found), found)
-            done += count
-        return self._unpatchify(patches, rows, columns)
+        patches = sample_patches(
+            self.context,
+            self.flow,
+            Places(*self._positions(height, width, len(tokens))),
+            tokens,
+            noise=settings.noise_temperature * self._seeded_noise(seeds, rows * columns),
+            orders=seeded_orders(seeds, rows * columns, self.device),
+            settings=settings,
+        )
+        return self.latents.decode(self._unpatchify(patches, rows, columns))
 
     # -- training ------------------------------------------------------------------------------------------
 
@@ -297,11 +282,11 @@ class V2FlowTokenizer(PreTrainedModel):
         order = random_orders(batch, positions, images.device)
         hidden_count = max(1, math.ceil(ratio * positions))
         hidden, seen = order[:, :hidden_count], order[:, hidden_count:]
-        visible, visible_at = _gather(patches, seen), _gather(coordinates, seen)
+        visible, visible_at = gather(patches, seen), gather(coordinates, seen)
         hidden_at, hidden_cells, target = (
-            _gather(coordinates, hidden),
+            gather(coordinates, hidden),
             cells.gather(1, hidden),
-            _gather(patches, hidden),
+            gather(patches, hidden),
         )
         # D is one token, not n copies, so the images that see it form a batch of their own.
         dropped = min(batch, int(loss.guidance_dropout * batch + torch.rand(()).item()))
@@ -386,47 +371,6 @@ class V2FlowTokenizer(PreTrainedModel):
     def autoencode(self, images: Tensor) -> Tensor:
         """Images through the autoencoder alone: the ceiling of any reconstruction."""
         return self.latents.decode(self.latents.encode(images.to(self.device, self.dtype)))
-
-
-class _Guided:
-    """Predicted data under guidance: w psi(V2) + (1 - w) psi(D), Eq. 7, both branches in one batch.
-
-    The velocity is affine in the predicted data, so guiding one is guiding the other. With the linear schedule
-    w grows from 1 with the share of the sampling that is done; with the constant one it is ``guidance_scale``.
-    """
-
-    def __init__(
-        self,
-        flow: VelocityNetwork,
-        given: Condition,
-        dummy: Condition | None,
-        settings: Sampling,
-        start: float,
-        end: float,
-    ) -> None:
-        self.flow, self.guided, self.settings = flow, dummy is not None, settings
-        self.start, self.end = start, end
-        self.condition = given
-        if dummy is not None:
-            self.condition = Condition(
-                torch.cat([given.data_mean, dummy.data_mean]), torch.cat([given.modulation, dummy.modulation])
-            )
-
-    def __call__(self, z_t: Tensor, t: float) -> Tensor:
-        times = torch.full((len(z_t),), t, device=z_t.device)
-        if not self.guided:
-            return self.flow(z_t, times, self.condition)
-        both = self.flow(torch.cat([z_t, z_t]), torch.cat([times, times]), self.condition)
-        given, dummy = both.chunk(2)
-        w = self.settings.guidance_scale
-        if self.settings.guidance_schedule == "linear":
-            w = 1 + (w - 1) * (self.start + (self.end - self.start) * (1 - t))
-        return w * given + (1 - w) * dummy
-
-
-def _gather(rows: Tensor, index: Tensor) -> Tensor:
-    """rows (B, N, X) at index (B, M) -> (B, M, X)."""
-    return rows.gather(1, index[..., None].expand(-1, -1, rows.shape[-1]))
 
 
 def _choose(given: Any, default: Any) -> Any:

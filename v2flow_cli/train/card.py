@@ -20,8 +20,8 @@ def write_card(
     if isinstance(recipe, TokenizerRecipe):
         title = "A V2Flow image tokenizer"
         what = (
-            f"{recipe.resampler.tokens_per_256px} tokens of {recipe.quantizer.codebook_size:,} codes for a 256 px image, "
-            f"in the vocabulary space of `{recipe.vocabulary.llm}`, on the latents of `{recipe.latents.autoencoder}`."
+            f"{recipe.resampler.tokens_per_256px} tokens of {recipe.quantizer.codebook_size:,} codes for a 256 px "
+            f"image, in the vocabulary space of `{recipe.vocabulary.llm}`, on the latents of `{recipe.latents.autoencoder}`."
         )
         use = "v2flow encode imgs/ -o tokens/ --model FOLDER"
     else:
@@ -31,10 +31,13 @@ def write_card(
     losses = ", ".join(f"{name.removeprefix('train/')} {value:.4g}" for name, value in metrics.items())
     rows = {
         "data": ", ".join(recipe.data.sources),
-        "training": f"{steps:,} steps of {recipe.train.batch_size} crops of {recipe.data.crop_size} px ({images:,} crops)",
-        "hardware, wall time": f"{processes} process(es) on {describe_hardware()}, {precision}, {seconds / 60:.1f} minutes",
+        "training": f"{steps:,} steps of {recipe.train.batch_size} crops of {recipe.data.crop_size} px "
+        f"({images:,} crops)",
+        "hardware, wall time": f"{processes} process(es) on {describe_hardware()}, {precision}, "
+        f"{seconds / 60:.1f} minutes",
         "last logged means": losses or "none",
         "made by": "`v2flow train` with `recipe.yaml` in this folder",
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
-    return f"---\nlibrary_name: v2flow\ntags: [v2flow]\n---\n\n# {title}\n\n{what}\n\n    {use}\n\n| | |\n|---|---|\n{table}\n"
+    head = "---\nlibrary_name: v2flow\ntags: [v2flow]\n---\n"
+    return f"{head}\n# {title}\n\n{what}\n\n    {use}\n\n| | |\n|---|---|\n{table}\n"

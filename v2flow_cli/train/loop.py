@@ -312,13 +312,22 @@ def _check_same_recipe(where: Path, counters: dict[str, Any], recipe: Any, ranks
     ]
     if changed:
         raise ModelError(
-            f"{where}: the recipe is not the one of this run ({'; '.join(sorted(changed)[:6])}). Resume with the recipe "
-            "beside the checkpoints, or start anew in another `output`."
+            f"{where}: the recipe is not the one of this run ({'; '.join(sorted(changed)[:6])}). Resume with the "
+            "recipe beside the checkpoints, or start anew in another `output`."
         )
 
 
 # Keys that a resumed run may change without changing what it computes at a given step.
-FREE_TO_CHANGE = {"max_minutes", "log_every", "save_every", "keep_checkpoints", "skip_bad_steps", "workers", "output", "save_dtype"}
+FREE_TO_CHANGE = {
+    "max_minutes",
+    "log_every",
+    "save_every",
+    "save_dtype",
+    "keep_checkpoints",
+    "skip_bad_steps",
+    "workers",
+    "output",
+}
 
 
 @contextmanager
