@@ -30,17 +30,13 @@ BATCH_SIZE = 4
 
 
 def demo(
-    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for everything that is made.")] = Path(
-        "demo"
-    ),
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for everything that is made.")] = Path("demo"),
     images: Annotated[
         Path | None, typer.Option(help="Folder of photos. Default: five sample photos of scikit-image.")
     ] = None,
     prompt: Annotated[str, typer.Option(help="What to draw.")] = "a red fox",
     limit: Annotated[int, typer.Option(min=1, help="Most photos to show.")] = 12,
-    model: Annotated[
-        str | None, typer.Option(help="Tokenizer: folder or hub id. Default: the embedded one.")
-    ] = None,
+    model: Annotated[str | None, typer.Option(help="Tokenizer: folder or hub id. Default: the embedded one.")] = None,
     llm: Annotated[str | None, typer.Option(help="LLM: folder or hub id. Default: the embedded one.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
 ) -> None:

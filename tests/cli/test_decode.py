@@ -50,8 +50,7 @@ def tokens(tmp_path, model):
 
 def pictures(folder):
     return {
-        p.relative_to(folder).as_posix(): np.asarray(Image.open(p)).astype(int)
-        for p in sorted(folder.rglob("*.png"))
+        p.relative_to(folder).as_posix(): np.asarray(Image.open(p)).astype(int) for p in sorted(folder.rglob("*.png"))
     }
 
 

@@ -113,11 +113,7 @@ def test_bad_images_are_listed_and_the_good_ones_kept(run, folder, tmp_path):
     assert done.exit_code == 1
     failed = {f["source"].rsplit("/", 1)[-1]: f["reason"] for f in json.loads(done.stdout)["failed"]}
     assert failed.keys() == {"text.jpg", "zero.png", "cut.png"}
-    assert (
-        "empty" in failed["zero.png"]
-        and "not an image" in failed["text.jpg"]
-        and "damaged" in failed["cut.png"]
-    )
+    assert "empty" in failed["zero.png"] and "not an image" in failed["text.jpg"] and "damaged" in failed["cut.png"]
     assert "text.jpg" in done.stderr and "Traceback" not in done.output
     assert TokenManifest.load(tmp_path / "tokens").count == 5
 

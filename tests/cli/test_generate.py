@@ -61,9 +61,7 @@ def test_a_picture_is_the_same_alone_and_in_company(artist, tmp_path):
     assert (ids[0] == ids[1]).all() and ids[0].shape == (4,) and ids[0].dtype == np.uint16
     pixels = [np.asarray(Image.open(tmp_path / side / f"{name}.png")).astype(int) for side in "ab"]
     assert abs(pixels[0] - pixels[1]).max() <= 1
-    decoded = CliRunner().invoke(
-        app, ["decode", str(tmp_path / "a"), "-o", str(tmp_path / "d"), "--model", artist[-1]]
-    )
+    decoded = CliRunner().invoke(app, ["decode", str(tmp_path / "a"), "-o", str(tmp_path / "d"), "--model", artist[-1]])
     assert decoded.exit_code == 0, decoded.output  # the saved tokens are a token set as any other
     assert len(list((tmp_path / "d").glob("*.png"))) == 6
 

@@ -45,9 +45,7 @@ def test_class_folders_and_json(folder, tmp_path):
 
 def test_table(folder, tmp_path):
     (tmp_path / "t.csv").write_text("file,caption\nred_fox/2.png,a fox\nlost.png,gone\n")
-    done = run(
-        folder, "-o", tmp_path / "out", "--captions", tmp_path / "t.csv", "--res", "20", "--prefix", "fox"
-    )
+    done = run(folder, "-o", tmp_path / "out", "--captions", tmp_path / "t.csv", "--res", "20", "--prefix", "fox")
     assert done.exit_code == 1
     assert "lost.png: listed in" in done.stderr
     assert captions_in(tmp_path / "out") == [("a fox",)]

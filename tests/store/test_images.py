@@ -36,12 +36,7 @@ def png_claiming(width: int, height: int) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(b"\0"))
-        + chunk(b"IEND", b"")
-    )
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
 
 
 @pytest.mark.parametrize("format", ["PNG", "WEBP", "BMP", "TIFF", "PPM"])
@@ -118,9 +113,7 @@ def test_deep_tiff(mode, colour, expected):
 
 def test_palette_with_and_without_transparency():
     image = photo().quantize(16)
-    assert np.array_equal(
-        np.asarray(open_image(encoded(image, "PNG"), "x")), np.asarray(image.convert("RGB"))
-    )
+    assert np.array_equal(np.asarray(open_image(encoded(image, "PNG"), "x")), np.asarray(image.convert("RGB")))
     image = Image.new("P", (2, 1), 0)
     image.putpalette([10, 20, 30, 200, 0, 0])
     image.putpixel((1, 0), 1)

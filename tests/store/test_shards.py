@@ -70,9 +70,7 @@ def test_every_truncation_is_noticed(tmp_path):
 
 
 def test_a_damaged_header_is_noticed_not_taken_for_the_end(tmp_path):
-    content = bytearray(
-        write_tar(tmp_path / "t.tar", [(f"{i}.jpg", b"x" * 700) for i in range(4)]).read_bytes()
-    )
+    content = bytearray(write_tar(tmp_path / "t.tar", [(f"{i}.jpg", b"x" * 700) for i in range(4)]).read_bytes())
     content[2 * (512 + 1024) + 3] ^= 1
     (tmp_path / "t.tar").write_bytes(content)
     with pytest.raises(DataError, match="damaged or cut short at byte 3,072, in sample 2"):
@@ -159,9 +157,7 @@ def test_shards_are_bounded_and_the_same_twice(tmp_path):
         save_image(tmp_path / "src" / f"{i}.png", (i, i, i))
     size = 4 * 1024 + 100  # two blocks a sample: four samples fit
     for out in ("one", "two"):
-        write_shards(
-            sources_from_sidecars(tmp_path / "src"), tmp_path / out, prefix="s", shard_bytes=size, workers=3
-        )
+        write_shards(sources_from_sidecars(tmp_path / "src"), tmp_path / out, prefix="s", shard_bytes=size, workers=3)
     names = sorted(p.name for p in (tmp_path / "one").iterdir())
     assert names == ["manifest.json", "s-000000.tar", "s-000001.tar", "s-000002.tar"]
     for name in names:
@@ -199,9 +195,7 @@ def test_bad_images_are_listed_and_the_rest_is_kept(tmp_path):
 def test_a_smaller_side_is_made_once_and_never_larger(tmp_path):
     save_image(tmp_path / "large.png", size=(300, 200))
     save_image(tmp_path / "small.png", size=(30, 20))
-    write_shards(
-        sources_from_sidecars(tmp_path), tmp_path / "out", prefix="s", shard_bytes=10**6, short_side=100
-    )
+    write_shards(sources_from_sidecars(tmp_path), tmp_path / "out", prefix="s", shard_bytes=10**6, short_side=100)
     sizes = [Image.open(io.BytesIO(c)).size for _, c, _ in iterate_shard(tmp_path / "out" / "s-000000.tar")]
     assert sizes == [(150, 100), (30, 20)]
 

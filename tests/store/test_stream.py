@@ -60,8 +60,7 @@ def test_resume_and_ranks_keep_the_one_order(tars, window, world_size):
 @pytest.mark.parametrize("world_size", [1, 3, 25])
 def test_epoch_is_one_sorted_pass(tars, world_size):
     parts = [
-        [s.key for s in SampleStream([tars], seed=0, rank=r, world_size=world_size).epoch()]
-        for r in range(world_size)
+        [s.key for s in SampleStream([tars], seed=0, rank=r, world_size=world_size).epoch()] for r in range(world_size)
     ]
     assert [parts[i % world_size][i // world_size] for i in range(20)] == [f"k{i:02d}" for i in range(20)]
     assert sum(map(len, parts)) == 20

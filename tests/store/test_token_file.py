@@ -134,9 +134,7 @@ def test_a_damaged_manifest(tmp_path, content):
 
 def test_another_tokenizer_is_refused():
     MANIFEST.check_tokenizer("0123456789abcdef", "x.npy")
-    with pytest.raises(
-        TokenFileError, match="made by tokenizer 0123456789abcdef, but the model at hand is ffff"
-    ):
+    with pytest.raises(TokenFileError, match="made by tokenizer 0123456789abcdef, but the model at hand is ffff"):
         MANIFEST.check_tokenizer("ffff", "x.npy")
 
 

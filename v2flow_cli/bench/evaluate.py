@@ -103,9 +103,7 @@ def evaluate(
         pictures, measured = {}, []
         for system in systems:
             pictures[system.name], sizes = system.reconstruct(batch)
-            measured.append(
-                _measure(names, system.name, batch.reference, pictures[system.name], sizes, lpips)
-            )
+            measured.append(_measure(names, system.name, batch.reference, pictures[system.name], sizes, lpips))
         figures += [f for of_image in zip(*measured) for f in of_image]
         for i in range(min(len(names), keep - len(kept))):
             shown = {system: images[i].numpy() for system, images in pictures.items()}

@@ -143,9 +143,7 @@ class CodebookFigures:
     distinct: int
     usage: float  # distinct / K, in [0, 1]
     perplexity: float  # exp of the entropy, in [1, K]
-    entropy_bits: (
-        float  # bits a token would cost under an ideal order-0 code; log2 K when all codes are as likely
-    )
+    entropy_bits: float  # bits a token would cost under an ideal order-0 code; log2 K when all codes are as likely
 
 
 class CodebookCounter:

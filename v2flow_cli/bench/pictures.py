@@ -12,9 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 ERROR_FULL_SCALE = 64  # grey levels of mean absolute error that get the brightest colour
-_ERROR_RAMP = np.array(
-    [[8, 8, 16], [74, 22, 92], [186, 54, 85], [246, 140, 50], [252, 248, 190]], dtype=np.float64
-)
+_ERROR_RAMP = np.array([[8, 8, 16], [74, 22, 92], [186, 54, 85], [246, 140, 50], [252, 248, 190]], dtype=np.float64)
 
 
 def error_map(reference: np.ndarray, picture: np.ndarray) -> np.ndarray:

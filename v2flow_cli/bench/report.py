@@ -81,9 +81,7 @@ def _stats(page: Page) -> str:
         share = f"{row.bits_per_pixel:.3f} bits a pixel, 1/{raw / row.bytes_per_image:,.0f} of the raw pixels"
         items.append((f"{row.bytes_per_image:,.0f} bytes", share))
     items.append((f"{row.psnr.mean:.2f} dB", f"PSNR over {_count(row.psnr.count, 'photo')}, {row.system}"))
-    items.append(
-        (f"{codebook.distinct:,} codes", f"of {codebook.codebook_size:,} in {codebook.tokens:,} tokens")
-    )
+    items.append((f"{codebook.distinct:,} codes", f"of {codebook.codebook_size:,} in {codebook.tokens:,} tokens"))
     cells = "".join(f"<li><b>{escape(big)}</b><span>{escape(small)}</span></li>" for big, small in items)
     return f'<ul class="stats">{cells}</ul>'
 
@@ -96,10 +94,7 @@ def _failed(page: Page) -> str:
     if not page.failed:
         return ""
     lines = "".join(f"<li>{escape(line)}</li>" for line in page.failed)
-    return (
-        f'<section class="failed"><h3>{_count(len(page.failed), "file")} left out</h3>'
-        f"<ul>{lines}</ul></section>"
-    )
+    return f'<section class="failed"><h3>{_count(len(page.failed), "file")} left out</h3><ul>{lines}</ul></section>'
 
 
 def _photos(page: Page) -> str:
@@ -157,9 +152,7 @@ def _choice(number: int, i: int, name: str, label: str, note: str, pixels: np.nd
     )
 
 
-def _variants(
-    page: Page, image: KeptImage, token_map: np.ndarray
-) -> Iterable[tuple[str, str, np.ndarray, bool]]:
+def _variants(page: Page, image: KeptImage, token_map: np.ndarray) -> Iterable[tuple[str, str, np.ndarray, bool]]:
     """(label, note, pixels, enlarge without smoothing) of everything the photo can be compared with."""
     mains = [s for s in page.bench.main_systems if s in image.pictures]
     others = [s for s in image.pictures if s not in mains]
@@ -267,9 +260,7 @@ def _protocol(page: Page) -> str:
 
 
 def _definitions(lines: Sequence[tuple[str, str]]) -> str:
-    return (
-        "<dl>" + "".join(f"<dt>{escape(term)}</dt><dd>{escape(text)}</dd>" for term, text in lines) + "</dl>"
-    )
+    return "<dl>" + "".join(f"<dt>{escape(term)}</dt><dd>{escape(text)}</dd>" for term, text in lines) + "</dl>"
 
 
 def _count(n: int, noun: str) -> str:

@@ -71,9 +71,7 @@ def run_bench(
     first = list(itertools.islice(stream, batch_size))
     speed = None
     if with_speed and first:  # before anything else has filled the memory
-        speed = _speed(
-            tokenizer, first, size, batch_size, dtype, {"guidance_scale": guidance_scales[0], **settings}
-        )
+        speed = _speed(tokenizer, first, size, batch_size, dtype, {"guidance_scale": guidance_scales[0], **settings})
     systems = [
         tokenizer_system(tokenizer, _name(scale), budget, dtype=dtype, guidance_scale=scale, **settings)
         for scale in guidance_scales

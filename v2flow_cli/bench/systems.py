@@ -60,9 +60,7 @@ def tokenizer_system(
     def reconstruct(batch: Batch) -> tuple[Tensor, Sequence[int]]:
         height, width = batch.images.shape[-2:]
         with inference(tokenizer, dtype):
-            images = tokenizer.decode(
-                batch.token_ids, height=height, width=width, seeds=batch.seeds, **settings
-            )
+            images = tokenizer.decode(batch.token_ids, height=height, width=width, seeds=batch.seeds, **settings)
         return to_uint8(images), [bytes_per_image] * len(images)
 
     given = {key: value for key, value in settings.items() if value is not None}

@@ -70,9 +70,7 @@ def image_table(bench: Bench) -> str:
         for f in figures[:MAX_IMAGE_ROWS]
     ]
     more = f", the first {len(rows):,} of {len(figures):,} lines" if len(rows) < len(figures) else ""
-    return _table(
-        f"Every photo on its own{more}.", ("photo", "system"), ("bytes", *_QUALITY), rows, tall=True
-    )
+    return _table(f"Every photo on its own{more}.", ("photo", "system"), ("bytes", *_QUALITY), rows, tall=True)
 
 
 def show_number(value: float, digits: int) -> str:
@@ -97,8 +95,7 @@ def _table(
     lines = []
     for i, row in enumerate(rows):
         cells = "".join(
-            f'<td class="{kind}" data-value="{escape(key)}">{html}</td>'
-            for (html, key), kind in zip(row, kinds)
+            f'<td class="{kind}" data-value="{escape(key)}">{html}</td>' for (html, key), kind in zip(row, kinds)
         )
         lines.append(f"<tr{' class=ours' if i < len(marked) and marked[i] else ''}>{cells}</tr>")
     kind, caption = "scroll tall" if tall else "scroll", escape(caption)

@@ -45,39 +45,25 @@ def bench(
         typer.Option(metavar="SCALE,...", help="Guidance scales; 1 means none. Default: the model's."),
     ] = None,
     rounds: Annotated[int | None, typer.Option(min=1, help="Unmasking rounds. Default: the model's.")] = None,
-    steps: Annotated[
-        int | None, typer.Option(min=1, help="ODE steps in each round. Default: the model's.")
-    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="ODE steps in each round. Default: the model's.")] = None,
     solver: Annotated[Solver | None, typer.Option(help="Default: the model's.")] = None,
-    schedule: Annotated[
-        Schedule | None, typer.Option(help="Guidance over the rounds. Default: the model's.")
-    ] = None,
+    schedule: Annotated[Schedule | None, typer.Option(help="Guidance over the rounds. Default: the model's.")] = None,
     noise: Annotated[
         float | None,
         typer.Option(min=0.0, help="Factor on the initial noise; 0 is the mean. Default: the model's."),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Stop after this many images.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 8,
-    report: Annotated[
-        Path | None, typer.Option(metavar="FILE.html", help="Write a page that shows it all.")
-    ] = None,
+    report: Annotated[Path | None, typer.Option(metavar="FILE.html", help="Write a page that shows it all.")] = None,
     report_images: Annotated[int, typer.Option(min=0, help="Images shown on the page.")] = 12,
-    csv: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write the figures of every single image.")
-    ] = None,
+    csv: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the figures of every single image.")] = None,
     lpips_net: Annotated[LpipsNet, typer.Option(help="Backbone of LPIPS.")] = LpipsNet.alex,
     lpips_download: Annotated[
         bool, typer.Option("--lpips-download", help="Fetch the backbone where the torch hub cache lacks it.")
     ] = False,
-    codecs: Annotated[
-        bool, typer.Option("--codecs/--no-codecs", help="JPEG, WebP, AVIF at the same bytes.")
-    ] = True,
-    speed: Annotated[
-        bool, typer.Option("--speed/--no-speed", help="Images/s, memory, and time of --help.")
-    ] = True,
-    seed: Annotated[
-        int, typer.Option(help="Seed of the noise; each image's own is drawn from it and its name.")
-    ] = 0,
+    codecs: Annotated[bool, typer.Option("--codecs/--no-codecs", help="JPEG, WebP, AVIF at the same bytes.")] = True,
+    speed: Annotated[bool, typer.Option("--speed/--no-speed", help="Images/s, memory, and time of --help.")] = True,
+    seed: Annotated[int, typer.Option(help="Seed of the noise; each image's own is drawn from it and its name.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto (bf16 where it is fast), fp32 or bf16.")] = "auto",
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
@@ -191,9 +177,7 @@ def _scales(text: str | None) -> list[float | None]:
     except ValueError:
         scales = []
     if not scales or not all(0 <= scale < 1000 for scale in scales) or len({*scales}) < len(scales):
-        raise typer.BadParameter(
-            f"{text}: expected different numbers from 0 on, such as 1,3", param_hint="--cfg"
-        )
+        raise typer.BadParameter(f"{text}: expected different numbers from 0 on, such as 1,3", param_hint="--cfg")
     return list(scales)
 
 
@@ -276,9 +260,7 @@ def _print(found: Bench, waits: dict[str, float]) -> None:
         )
     if waits:
         slowest = max(waits, key=lambda command: waits[command])
-        result(
-            f"--help: {waits['']:.2f} s; the slowest command, {slowest or 'v2flow'}: {waits[slowest]:.2f} s"
-        )
+        result(f"--help: {waits['']:.2f} s; the slowest command, {slowest or 'v2flow'}: {waits[slowest]:.2f} s")
 
 
 def _show(value: Estimate | None, digits: int) -> str:

@@ -41,9 +41,7 @@ def decode(
         float | None, typer.Option(min=0.0, help="Guidance scale; 1 means none. Default: the model's.")
     ] = None,
     rounds: Annotated[int | None, typer.Option(min=1, help="Unmasking rounds. Default: the model's.")] = None,
-    steps: Annotated[
-        int | None, typer.Option(min=1, help="ODE steps in each round. Default: the model's.")
-    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="ODE steps in each round. Default: the model's.")] = None,
     solver: Annotated[Solver | None, typer.Option(help="ODE solver. Default: the model's.")] = None,
     schedule: Annotated[
         Schedule | None, typer.Option(help="Guidance from the first to the last round. Default: the model's.")
@@ -52,9 +50,7 @@ def decode(
         float | None,
         typer.Option(min=0.0, help="Factor on the initial noise; 0 is the mean. Default: the model's."),
     ] = None,
-    seed: Annotated[
-        int, typer.Option(help="Seed of the noise; each image's own is drawn from it and its key.")
-    ] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the noise; each image's own is drawn from it and its key.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Images decoded at a time.")] = 8,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto (bf16 where it is fast), fp32 or bf16.")] = "auto",

@@ -25,9 +25,7 @@ def encode(
     res: Annotated[
         int | None, typer.Option(min=1, help="Side of the centre crop in pixels. Default: the model's.")
     ] = None,
-    batch_size: Annotated[
-        int, typer.Option(min=1, help="Images encoded at a time; the ids do not depend on it.")
-    ] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images encoded at a time; the ids do not depend on it.")] = 8,
     workers: Annotated[int, typer.Option(min=1, help="Threads that read and decode images.")] = 2,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto (bf16 where it is fast), fp32 or bf16.")] = "auto",

@@ -41,9 +41,7 @@ def generate(
         float | None, typer.Option(min=0.0, help="Guidance scale of the decoder. Default: the model's.")
     ] = None,
     rounds: Annotated[int | None, typer.Option(min=1, help="Unmasking rounds. Default: the model's.")] = None,
-    steps: Annotated[
-        int | None, typer.Option(min=1, help="ODE steps in each round. Default: the model's.")
-    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="ODE steps in each round. Default: the model's.")] = None,
     solver: Annotated[Solver | None, typer.Option(help="ODE solver. Default: the model's.")] = None,
     seed: Annotated[str, typer.Option(help="First seed; or, as 1,5,7, the seeds themselves.")] = "0",
     save_tokens: Annotated[bool, typer.Option("--save-tokens", help="Write the token ids as .npy too.")] = False,
@@ -143,8 +141,7 @@ def generate(
     if json_:
         images_out = [p.__dict__ | {"path": str(out / f"{p.name}.png")} for p in pictures]
         result_json(
-            {"images": images_out, "grids": [str(out / f"{g}-grid.png") for g in grids], "seconds": seconds}
-            | settings
+            {"images": images_out, "grids": [str(out / f"{g}-grid.png") for g in grids], "seconds": seconds} | settings
         )
         return
     for name in [*names, *(f"{g}-grid" for g in grids)]:
@@ -160,7 +157,7 @@ def plan_pictures(prompts: Sequence[str], seeds: Sequence[int], temperatures: Se
     pictures, slugs = [], set()
     for number, prompt in enumerate(dict.fromkeys(prompts), 1):
         if not prompt.strip():
-            raise DataError(f"prompt {number} is empty; say what to draw, such as \"a red fox\".")
+            raise DataError(f'prompt {number} is empty; say what to draw, such as "a red fox".')
         base = re.sub(r"\W+", "-", prompt.lower()).strip("-_")[:40].strip("-_") or "picture"
         slug = base if base not in slugs else f"{base}-{number}"
         slugs.add(slug)

@@ -23,14 +23,10 @@ def shard(
             "with columns file and caption; only the images it lists are taken.",
         ),
     ] = "sidecars",
-    shard_mb: Annotated[
-        float, typer.Option(min=0.001, help="Size of a tar in MB (10^6 bytes), at most.")
-    ] = 256.0,
+    shard_mb: Annotated[float, typer.Option(min=0.001, help="Size of a tar in MB (10^6 bytes), at most.")] = 256.0,
     res: Annotated[
         int | None,
-        typer.Option(
-            min=1, help="Make the shorter side at most this many pixels (JPEG). Default: bytes as they are."
-        ),
+        typer.Option(min=1, help="Make the shorter side at most this many pixels (JPEG). Default: bytes as they are."),
     ] = None,
     prefix: Annotated[str, typer.Option(help="Tars are named PREFIX-000000.tar and so on.")] = "shard",
     workers: Annotated[int, typer.Option(min=1, help="Threads that read and check images.")] = 2,

@@ -44,7 +44,8 @@ def train(
                 result(f"{key}: {value:,}" if isinstance(value, int) else f"{key}: {value}")
         return
 
-    from v2flow_cli.train.loop import Interrupted, train as run
+    from v2flow_cli.train.loop import Interrupted
+    from v2flow_cli.train.loop import train as run
 
     try:
         trained = run(tree, resume=resume, log=log)

@@ -111,9 +111,7 @@ def plan(recipe: LMRecipe) -> dict[str, int | float]:
     with torch.device("meta"):
         model = LlamaForCausalLM(llama_config(recipe.model, recipe.model.vocab_size))
     size, vocab_size = model.num_parameters(), recipe.model.vocab_size
-    return {"text_files": len(files)} | estimate(
-        recipe.train, size, size, recipe.block_size, vocab_size, model.config
-    )
+    return {"text_files": len(files)} | estimate(recipe.train, size, size, recipe.block_size, vocab_size, model.config)
 
 
 def find_text(patterns: Iterable[str]) -> list[Path]:

@@ -1,7 +1,7 @@
 """Training samples and prompts: one builder for both (section 2.4).
 
-    prompt  [prefix] caption [suffix] begin-of-image        the LLM's own chat template around the caption
-    answer  visual tokens, end-of-image, EOS                the only labels, unless the recipe says otherwise
+prompt  [prefix] caption [suffix] begin-of-image        the LLM's own chat template around the caption
+answer  visual tokens, end-of-image, EOS                the only labels, unless the recipe says otherwise
 """
 
 from __future__ import annotations

@@ -70,9 +70,7 @@ def open_token_files(
     return opened, report
 
 
-def _open(
-    tokenizer: V2FlowTokenizer, file: FoundFile, manifest: TokenManifest | None, out: Path
-) -> TokenRows:
+def _open(tokenizer: V2FlowTokenizer, file: FoundFile, manifest: TokenManifest | None, out: Path) -> TokenRows:
     length = None if manifest is None else manifest.tokens_per_image
     ids = load_token_ids(file.path, tokenizer.config.codebook_size, length)
     try:

@@ -49,9 +49,7 @@ def check_absent(paths: Iterable[Path], force: bool) -> None:
         raise DataError(f"{existing[0]}: exists already{more}. Use --force to overwrite, or another -o.")
 
 
-def map_ahead(
-    function: Callable[[Item], Result], items: Iterable[Item], workers: int, ahead: int
-) -> Iterator[Result]:
+def map_ahead(function: Callable[[Item], Result], items: Iterable[Item], workers: int, ahead: int) -> Iterator[Result]:
     """``map`` in threads, in order, with at most ``ahead`` results made or waiting at a time."""
     pending: deque[Future[Result]] = deque()
     pool = ThreadPoolExecutor(max(1, workers))

@@ -21,9 +21,7 @@ MAX_PIXELS = 50_000_000  # checked before decoding: a small file can claim any s
 
 #: Formats that Pillow decodes itself; EPS, for one, would start another program.
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")
-SUFFIXES = frozenset(
-    ".jpg .jpeg .jpe .jfif .png .webp .avif .gif .bmp .tif .tiff .ppm .pgm .pbm .pnm".split()
-)
+SUFFIXES = frozenset(".jpg .jpeg .jpe .jfif .png .webp .avif .gif .bmp .tif .tiff .ppm .pgm .pbm .pnm".split())
 
 _TURNS = {  # EXIF orientation -> what undoes it
     2: Image.Transpose.FLIP_LEFT_RIGHT,

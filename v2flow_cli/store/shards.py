@@ -123,9 +123,7 @@ def safe_key(key: str, taken: set[str] | None = None) -> str:
             result is added.
     """
     parts = [_UNSAFE.sub("_", part) for part in re.split(r"[/\\]", key) if part.strip(". ")]
-    safe = (
-        "/".join(part if len(part.encode()) <= _LONGEST_PART else _shorten(part) for part in parts) or "image"
-    )
+    safe = "/".join(part if len(part.encode()) <= _LONGEST_PART else _shorten(part) for part in parts) or "image"
     if taken is None:
         return safe
     unique, number = safe, 2

@@ -89,9 +89,7 @@ class SampleStream:
                     yield self._shards[i].read(refs[position], files)
                 offset = (offset - len(refs)) % self._world_size if offset < len(refs) else offset - len(refs)
 
-    def _one_epoch(
-        self, epoch: int, order: np.ndarray, offset: int, files: _Files
-    ) -> Generator[Sample, None, int]:
+    def _one_epoch(self, epoch: int, order: np.ndarray, offset: int, files: _Files) -> Generator[Sample, None, int]:
         """Yields every world_size-th sample from ``offset`` on; returns the offset into the next epoch."""
         for first in range(0, len(order), self._window):
             window = [int(i) for i in order[first : first + self._window]]

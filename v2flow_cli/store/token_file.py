@@ -117,9 +117,7 @@ class TokenManifest:
             raise TokenFileError(f"{path}: {problem}. Encode the images again.")
         manifest = cls(digest, (size[0], size[1]), record["codebook_size"], record["tokens_per_image"], files)
         if record.get("count") != manifest.count:
-            raise TokenFileError(
-                f"{path}: count is {record.get('count')!r}; files add up to {manifest.count}."
-            )
+            raise TokenFileError(f"{path}: count is {record.get('count')!r}; files add up to {manifest.count}.")
         return manifest
 
 

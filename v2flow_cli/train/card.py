@@ -21,7 +21,8 @@ def write_card(
         title = "A V2Flow image tokenizer"
         what = (
             f"{recipe.resampler.tokens_per_256px} tokens of {recipe.quantizer.codebook_size:,} codes for a 256 px "
-            f"image, in the vocabulary space of `{recipe.vocabulary.llm}`, on the latents of `{recipe.latents.autoencoder}`."
+            f"image, in the vocabulary space of `{recipe.vocabulary.llm}`, on the latents of "
+            f"`{recipe.latents.autoencoder}`."
         )
         use = "v2flow encode imgs/ -o tokens/ --model FOLDER"
     else:
