@@ -24,7 +24,7 @@ MAY_IMPORT = {
 LAST = {"cli", "demo"}  # the command line and the demo may import everything
 FILES = sorted(PACKAGE.rglob("*.py"))
 UNSAFE = re.compile(
-    r"allow_pickle\s*=\s*True|trust_remote_code\s*=\s*True|pickle\.load|torch\.load\(|except:\s*$", re.M
+    r"allow_pickle\s*=\s*True|trust_remote_code\s*=\s*True|pickle\.load|torch\.load\(|\.cuda\(|except:\s*$", re.M
 )
 
 

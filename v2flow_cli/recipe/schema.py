@@ -28,11 +28,11 @@ class ImageData:
 class Optimizer:
     """AdamW with linear warm-up; the learning rate is the one really used (already scaled to the batch)."""
 
-    learning_rate: float
-    betas: tuple[float, float]
+    learning_rate: float  # peak
+    betas: tuple[float, float]  # of AdamW's two running averages
     weight_decay: float  # matrices only: never on norms, biases, embeddings or the flow head
-    warmup_steps: int
-    schedule: Literal["constant", "cosine"]
+    warmup_steps: int  # linear rise of the learning rate
+    schedule: Literal["constant", "cosine"]  # after the warm-up; cosine falls to 2% of the peak
     clip_norm: float  # largest gradient norm; larger ones are scaled down
 
 
@@ -44,7 +44,7 @@ class TrainLoop:
     batch_size: int  # images per step over all ranks
     accumulate: int  # micro-batches per step
     ema_decay: float  # of the exponential moving average of the weights, per step
-    seed: int
+    seed: int  # of initial weights, data order, crops and noise
     precision: Literal["auto", "fp32", "bf16"]  # auto: bf16 where the hardware is fast at it
     max_minutes: float = 0.0  # stop (and save) after this wall time; 0 means no limit
     log_every: int = 20  # steps
@@ -58,11 +58,11 @@ class TrainLoop:
 class AutoencoderModel:
     """The small convolutional autoencoder, f8: images (3, H, W) to latents (C, H/8, W/8)."""
 
-    latent_channels: int
+    latent_channels: int  # C, channels of a latent
     encoder_width: int  # channels at 1/8 resolution; half of it at 1/4
     encoder_depth: int  # residual blocks at 1/8 resolution
-    decoder_width: int
-    decoder_depth: int
+    decoder_width: int  # as encoder_width
+    decoder_depth: int  # as encoder_depth
     latent_noise: float  # standard deviation of the training noise on unit-variance latents
 
 
@@ -70,8 +70,8 @@ class AutoencoderModel:
 class AutoencoderLoss:
     """Weights of the pixel losses."""
 
-    mse: float
-    l1: float
+    mse: float  # mean squared error, pixels in [-1, 1]
+    l1: float  # mean absolute error
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class Vocabulary:
 class Resampler:
     """RegStage blocks, spatial downsampler, RegStage blocks, read-out (section 2.2)."""
 
-    hidden_size: int
+    hidden_size: int  # channels, and the width d_v of a token
     depth: tuple[int, int]  # RegStage blocks before and after the downsampler
     tokens_per_256px: int  # n for a 256 x 256 image: 64, 128 or 256; other sizes in proportion
 
@@ -128,9 +128,9 @@ class Quantizer:
 
     codebook_size: int  # K
     code_size: int  # width of a code; ignored (the LLM's width) unless vocabulary.llm is "none"
-    distance: Literal["cosine", "euclidean"]
-    ema_decay: float
-    start_step: int  # steps without quantisation before k-means draws the codebook from real vectors
+    distance: Literal["cosine", "euclidean"]  # by which a code is the nearest
+    ema_decay: float  # of a code's running count and mean, per step
+    start_step: int  # steps without quantisation; then the codebook is the newest real vectors
     revive_after: float  # a code whose running count per step falls below this share of the mean is redrawn
     usage_floor: float  # training stops when noise-free usage stays under this share
 
@@ -139,12 +139,12 @@ class Quantizer:
 class Context:
     """Masked transformer encoder-decoder (section 2.3)."""
 
-    hidden_size: int
-    encoder_depth: int
-    decoder_depth: int
-    num_heads: int
-    mlp_ratio: float
-    dropout: float
+    hidden_size: int  # width of the transformer
+    encoder_depth: int  # blocks over tokens and visible patches
+    decoder_depth: int  # blocks that also answer the hidden patches
+    num_heads: int  # attention heads
+    mlp_ratio: float  # hidden width of a block's MLP over hidden_size
+    dropout: float  # of both branches of a block
     mask_ratio_min: float  # truncated normal of the mask ratio: minimum,
     mask_ratio_std: float  # and standard deviation around 1
 
@@ -153,9 +153,9 @@ class Context:
 class Flow:
     """Velocity network: an AdaLN MLP on each position (Eq. 2, 3, 5)."""
 
-    formulation: Literal["rectified_flow", "ddim"]
-    hidden_size: int
-    depth: int
+    formulation: Literal["rectified_flow", "ddim"]  # Eq. 2, or the diffusion path of Table 3
+    hidden_size: int  # width of the MLP
+    depth: int  # residual blocks
     time_shift: float  # s in t' = s t / (1 + (s - 1) t); more weight on noisy times
     repeats: int  # noise draws per position and step
 
@@ -164,11 +164,11 @@ class Flow:
 class Sampling:
     """How ``decode`` samples unless told otherwise (Algorithm 1, Eq. 7)."""
 
-    num_mask_steps: int
-    num_flow_steps: int
-    solver: Literal["euler", "heun", "dpm++", "ddim"]
+    num_mask_steps: int  # rounds of unmasking
+    num_flow_steps: int  # solver steps in each round
+    solver: Literal["euler", "heun", "dpm++", "ddim"]  # of the ODE, Eq. 1
     guidance_scale: float  # 1 means no guidance
-    guidance_schedule: Literal["constant", "linear"]
+    guidance_schedule: Literal["constant", "linear"]  # linear rises from 1 as the sampling goes on
     noise_temperature: float  # factor on the initial noise
 
 
@@ -176,9 +176,9 @@ class Sampling:
 class TokenizerLoss:
     """Weights of the loss terms, each logged under its own name."""
 
-    flow: float
+    flow: float  # Eq. 3
     regression: float  # auxiliary: patches from the context by one linear layer
-    commit: float
+    commit: float  # squared distance of a vector to its code
     batch_entropy: float  # bonus for the entropy of the batch's mean word distribution
     guidance_dropout: float  # share of images whose tokens become the dummy D (Eq. 7)
 

@@ -8,7 +8,6 @@ of each, so that the newest good one is found by itself.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -16,10 +15,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from v2flow_cli.errors import ModelError
+from v2flow_cli.store.files import sha256_of
 
 FORMAT_VERSION = 1
 
@@ -27,21 +28,28 @@ FORMAT_VERSION = 1
 def save_checkpoint(
     root: Path, step: int, groups: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], keep: int
 ) -> Path:
-    """Write ``groups`` (name -> tensors) and ``state`` (JSON) for ``step`` and drop all but the newest ``keep``."""
-    root.mkdir(parents=True, exist_ok=True)
+    """Write ``groups`` (name -> tensors) and ``state`` (JSON) for ``step`` and drop all but the newest ``keep``.
+
+    Raises:  ModelError when it cannot be written.
+    """
     final = root / f"step-{step:08d}"
     partial = root / f".{final.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    hashes = {}
-    for name, tensors in groups.items():
-        file = partial / f"{name}.safetensors"
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, file)
-        hashes[file.name] = _sha256(file)
-    record = {"format_version": FORMAT_VERSION, "step": step, "sha256": hashes, "state": dict(state)}
-    (partial / "state.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(partial, final)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        hashes = {}
+        for name, tensors in groups.items():
+            file = partial / f"{name}.safetensors"
+            save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, file)
+            hashes[file.name] = sha256_of(file)
+        record = {"format_version": FORMAT_VERSION, "step": step, "sha256": hashes, "state": dict(state)}
+        (partial / "state.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(partial, final)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise ModelError(f"{final}: the checkpoint cannot be written ({error}). Earlier ones are untouched.") from None
     for old in list_checkpoints(root)[:-keep]:
         shutil.rmtree(old)
     return final
@@ -61,7 +69,7 @@ def load_newest(root: Path) -> tuple[Path, dict[str, dict[str, Tensor]], dict[st
     for folder in reversed(found):
         record = _read_state(folder)
         if record is None or any(
-            not (folder / name).is_file() or _sha256(folder / name) != digest
+            not (folder / name).is_file() or sha256_of(folder / name) != digest
             for name, digest in record["sha256"].items()
         ):
             continue
@@ -84,15 +92,3 @@ def _read_state(folder: Path) -> dict[str, Any] | None:
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise ModelError(f"{folder}: written by a newer v2flow (checkpoint format {version}); update v2flow.")
     return record
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _hash(stream)
-
-
-def _hash(stream: Any) -> str:  # Python 3.10
-    digest = hashlib.sha256()
-    while block := stream.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()

@@ -1,8 +1,9 @@
-"""Writing without half files, refusing to overwrite, and reading ahead in threads."""
+"""Writing without half files, refusing to overwrite, hashing, and reading ahead in threads."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -62,3 +63,11 @@ def map_ahead(function: Callable[[Item], Result], items: Iterable[Item], workers
             yield pending.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def sha256_of(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import csv
 import glob
-import hashlib
 import io
 import json
 from collections.abc import Callable, Iterable, Iterator
@@ -19,7 +18,7 @@ from PIL import Image
 from webdataset import TarWriter
 
 from v2flow_cli.errors import DataError
-from v2flow_cli.store.files import map_ahead, replacing, write_bytes
+from v2flow_cli.store.files import map_ahead, replacing, sha256_of, write_bytes
 from v2flow_cli.store.images import FoundFile, find_images, open_image, read_bytes
 from v2flow_cli.store.shards import read_captions, safe_key
 
@@ -235,14 +234,6 @@ def _remove(paths: Iterable[Path]) -> None:
 def _tar_bytes(sample: dict[str, Any]) -> int:
     """What the members take in a tar: a header block each, and data in whole blocks of 512 bytes."""
     return sum(512 + -(-len(v) // 512) * 512 for k, v in sample.items() if k != "__key__")
-
-
-def sha256_of(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _save_manifest(report: ShardReport, out: Path) -> None:
