@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from v2flow_cli.errors import ModelError, V2FlowError
-from v2flow_cli.recipe import load_recipe
+from v2flow_cli.recipe import dump_recipe, load_recipe
 from v2flow_cli.tokenizer import V2FlowTokenizer
 from v2flow_cli.tokenizer.autoencoder import V2FlowAutoencoder, V2FlowAutoencoderConfig
 from v2flow_cli.train.loop import Interrupted, build_objective, learning_rate_at, train
@@ -164,3 +164,28 @@ def test_without_a_vocabulary_and_with_ddim(world, tmp_path):
     model = V2FlowTokenizer.from_pretrained(done.folder)
     ids = model.encode(torch.zeros(1, 3, 32, 32))
     assert torch.isfinite(model.decode(ids)).all() and model.codebook.shape == (64, 32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["autoencoder", "tokenizer"])
+def test_two_processes_train_one_model(world, tmp_path, name):
+    import subprocess
+    import sys
+
+    made = recipe(world, name, tmp_path / "two", "train.steps=4")
+    file = tmp_path / "recipe.yaml"
+    file.write_text(dump_recipe(made))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29517"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [*launch, "-m", "v2flow_cli.cli.app", "train", str(file), "--json"],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    (line,) = done.stdout.strip().splitlines()  # the first process alone speaks
+    assert json.loads(line)["images"] == 16
+    if name == "tokenizer":
+        V2FlowTokenizer.from_pretrained(tmp_path / "two").encode(torch.zeros(1, 3, 32, 32))

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from torch import Tensor, nn
 
 from v2flow_cli.errors import ModelError, V2FlowError
@@ -249,7 +249,9 @@ def _accelerator(loop: TrainLoop) -> Accelerator:
     if precision == "auto":
         device = Accelerator().device
         precision = "bf16" if pick_dtype("auto", device) is torch.bfloat16 else "fp32"
-    return Accelerator(mixed_precision="bf16" if precision == "bf16" else "no")
+    # A step in which no image, or every image, sees the dummy D leaves some weights without a gradient.
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+    return Accelerator(mixed_precision="bf16" if precision == "bf16" else "no", kwargs_handlers=[unused])
 
 
 def _forward_backward(
