@@ -35,15 +35,15 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode="markdown",
+    rich_markup_mode=None,  # plain help: drawing it with rich costs a third of the half second it may take
 )
 app.command("train")(train.train)
-app.command("encode")(encode.encode)
+app.command("encode", short_help="Turn images into token ids.")(encode.encode)
 app.command("decode")(decode.decode)
-app.command("shard")(shard.shard)
-app.command("finetune-llm")(finetune_llm.finetune_llm)
+app.command("shard", short_help="Pack images and captions into WebDataset tars.")(shard.shard)
+app.command("finetune-llm", short_help="Teach a causal LM the visual tokens, or pretrain one.")(finetune_llm.finetune_llm)
 app.command("generate")(generate.generate)
-app.command("bench")(bench.bench)
+app.command("bench", short_help="Measure what reconstruction loses, and speed.")(bench.bench)
 
 
 def _version(show: bool) -> None:

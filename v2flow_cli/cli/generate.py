@@ -65,7 +65,7 @@ def generate(
 
         v2flow generate "a red fox" --temp 0.5,0.9,1.3 --seed 1,2 -o foxes/
 
-        v2flow generate "a boat" "a dog on a beach" -n 4 --top-k 500 --llm-cfg 3 --save-tokens
+        v2flow generate "a boat" "a dog" -n 4 --top-k 500 --save-tokens
     """
     temperatures, seeds = _numbers("--temp", temp, float), _numbers("--seed", seed, int)
     if len(seeds) > 1 and count > 1:
