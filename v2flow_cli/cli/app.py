@@ -41,7 +41,9 @@ app.command("train")(train.train)
 app.command("encode", short_help="Turn images into token ids.")(encode.encode)
 app.command("decode")(decode.decode)
 app.command("shard", short_help="Pack images and captions into WebDataset tars.")(shard.shard)
-app.command("finetune-llm", short_help="Teach a causal LM the visual tokens, or pretrain one.")(finetune_llm.finetune_llm)
+app.command("finetune-llm", short_help="Teach a causal LM the visual tokens, or pretrain one.")(
+    finetune_llm.finetune_llm
+)
 app.command("generate")(generate.generate)
 app.command("bench", short_help="Measure what reconstruction loses, and speed.")(bench.bench)
 

@@ -44,7 +44,8 @@ def decode(
     steps: Annotated[int | None, typer.Option(min=1, help="ODE steps in each round. Default: the model's.")] = None,
     solver: Annotated[Solver | None, typer.Option(help="ODE solver. Default: the model's.")] = None,
     schedule: Annotated[
-        Schedule | None, typer.Option(help="linear raises the guidance from 1 as sampling goes on. Default: the model's.")
+        Schedule | None,
+        typer.Option(help="linear raises the guidance from 1 as sampling goes on. Default: the model's."),
     ] = None,
     noise: Annotated[
         float | None,
