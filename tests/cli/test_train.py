@@ -43,3 +43,12 @@ def test_bad_input_is_one_message(tmp_path, monkeypatch, arguments, expected):
     assert done.exit_code == 1
     assert expected in done.stderr and "Traceback" not in done.stderr
     assert done.stdout == ""
+
+
+def test_an_output_that_cannot_be_written_is_one_message(tmp_path, monkeypatch, sample_images):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    sample_images[0].resize((96, 80)).save(tmp_path / "photos" / "a.png")
+    (tmp_path / "file").write_text("")
+    done = v2flow("train", RECIPES / "tiny" / "autoencoder.yaml", "--set", "output=file/run")
+    assert done.exit_code == 1 and "file/run/recipe.yaml: cannot be written" in done.stderr

@@ -21,6 +21,7 @@ from v2flow_cli.errors import ModelError, V2FlowError
 from v2flow_cli.recipe import AutoencoderRecipe, TokenizerRecipe, dump_recipe
 from v2flow_cli.recipe.schema import Optimizer, TrainLoop
 from v2flow_cli.store.checkpoint import list_checkpoints, load_newest, save_checkpoint
+from v2flow_cli.store.files import write_bytes
 from v2flow_cli.tokenizer.hardware import pick_dtype
 from v2flow_cli.train.autoencoder import AutoencoderObjective
 from v2flow_cli.train.card import write_card
@@ -105,8 +106,7 @@ def train(recipe: AutoencoderRecipe | TokenizerRecipe, *, resume: bool, log: Log
         accelerator.wait_for_everyone()
 
     if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+        write_bytes(folder / "recipe.yaml", dump_recipe(recipe).encode())
     batches = iter(
         crop_loader(
             recipe.data,
@@ -165,7 +165,7 @@ def train(recipe: AutoencoderRecipe | TokenizerRecipe, *, resume: bool, log: Log
             precision=accelerator.mixed_precision if accelerator.mixed_precision != "no" else "fp32",
             metrics=meter.last,
         )
-        (folder / "README.md").write_text(text, encoding="utf-8")
+        write_bytes(folder / "README.md", text.encode())
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return Trained(folder, state.step, state.images_seen, state.seconds, meter.last)
