@@ -65,3 +65,9 @@ def test_finetune_recipe_problems(request):
 def test_refuses_recipes_of_train(request):
     ran = invoke(request.config.rootpath / "recipes/default/tokenizer.yaml")
     assert ran.exit_code == 1 and "use `v2flow train`" in ran.stderr
+
+
+def test_an_output_that_cannot_be_written_is_one_message(tmp_path, recipe):
+    (tmp_path / "file").write_text("")
+    done = invoke(*recipe, "--set", f"output={tmp_path / 'file' / 'run'}")
+    assert done.exit_code == 1 and "cannot be written" in done.stderr

@@ -163,7 +163,7 @@ def run(trainer: LMTrainer, clock: RunClock, output: str | Path, resume: bool, l
 
 
 def check_output(output: str | Path, resume: bool) -> None:
-    """Raises ModelError where a new run would write over an old one."""
+    """Make the output folder. Raises ModelError where it cannot be written, or holds a run that would be lost."""
     folder = Path(output)
     if folder.exists() and not folder.is_dir():
         raise ModelError(f"output {output} is a file; expected a folder to write the model to.")
@@ -172,6 +172,14 @@ def check_output(output: str | Path, resume: bool) -> None:
             f"output {output} already holds a model or checkpoints. Continue it with --resume, choose "
             "another folder with --set output=FOLDER, or delete it."
         )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ModelError(
+            f"output {output} cannot be written ({error.strerror}). Choose another with --set output=FOLDER."
+        ) from None
 
 
 def save_folder(
@@ -193,7 +201,6 @@ def save_folder(
     dtype = torch.bfloat16 if save_dtype == "bf16" else torch.float32
     state_dict = {name: tensor.to(dtype) for name, tensor in (state_dict or model.state_dict()).items()}
     model.to(dtype)  # save_pretrained writes the model's own dtype into the config
-    Path(output).mkdir(parents=True, exist_ok=True)
     model.config.use_cache = True  # Trainer turns it off
     if hasattr(model.config, "v2flow"):
         model.config.v2flow["weights_digest"] = weights_digest(state_dict)
