@@ -75,6 +75,11 @@ def test_non_square_images(tiny_tokenizer):
     assert tiny_tokenizer.decode(ids, height=32, width=64).shape == (1, 3, 32, 64)
 
 
+def test_a_grid_has_one_length(tiny_tokenizer):
+    assert not tiny_tokenizer.flexible
+    assert tiny_tokenizer.max_tokens == tiny_tokenizer.num_tokens(32, 32) == 4
+
+
 def test_sizes_that_do_not_fit_are_refused(tiny_tokenizer):
     with pytest.raises(ValueError, match="multiples of 16"):
         tiny_tokenizer.encode(torch.zeros(1, 3, 40, 40))

@@ -153,13 +153,22 @@ class V2FlowTokenizer(PreTrainedModel):
         rows, columns = self.resampler.token_grid(height, width)
         return rows * columns
 
+    @property
+    def flexible(self) -> bool:
+        """True if every prefix of an image's tokens decodes; False if an image has exactly ``num_tokens``."""
+        return False
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens of an image of the config's size; a flexible tokenizer takes 1 to this many, at any size."""
+        return self.num_tokens(self.config.image_size, self.config.image_size)
+
     def grid_of(self, num_tokens: int) -> tuple[int, int]:
         """(height, width) in pixels of the square image that has ``num_tokens`` tokens; ValueError if none has."""
         side = round(math.sqrt(num_tokens / self.num_tokens(256, 256)) * 256) if num_tokens > 0 else 0
         if side <= 0 or side % self.size_multiple or self.num_tokens(side, side) != num_tokens:
             raise ValueError(
-                f"no square image has {num_tokens} tokens; at {self.config.image_size} px it is "
-                f"{self.num_tokens(self.config.image_size, self.config.image_size)}"
+                f"no square image has {num_tokens} tokens; at {self.config.image_size} px it is {self.max_tokens}"
             )
         return side, side
 
