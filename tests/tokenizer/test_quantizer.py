@@ -3,13 +3,14 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 
 from v2flow_cli.recipe.schema import Quantizer
 from v2flow_cli.tokenizer.quantizer import EMAQuantizer
 
 
-def quantizer(distance="euclidean", size=4, start_step=0, revive_after=0.0, decay=0.5):
-    settings = Quantizer(size, 2, distance, decay, start_step, revive_after, usage_floor=0.0)
+def quantizer(distance="euclidean", size=4, start_step=0, revive_after=0.0, decay=0.5, **more):
+    settings = Quantizer(size, 2, distance, decay, start_step, revive_after, usage_floor=0.0, **more)
     made = EMAQuantizer(settings, 2)
     if size == 4:
         made.codebook.copy_(torch.tensor([[1.0, 0], [0, 1], [-1, 0], [0, -1]]))
@@ -59,7 +60,7 @@ def test_ema_update_by_hand(monkeypatch):
 
 
 def test_nothing_is_quantised_before_the_start_and_the_ring_holds_real_vectors():
-    made = quantizer("cosine", size=6, start_step=5)
+    made = quantizer("cosine", size=6, start_step=2)
     vectors = F.normalize(torch.randn(1, 4, 2), dim=-1)
     first, second = made(vectors, step=0), made(-vectors, step=1)
     assert torch.equal(first.commit_loss, torch.tensor(0.0))
@@ -90,6 +91,55 @@ def test_dead_codes_are_reborn_with_their_state():
     assert (made.codebook.abs().amax(1) < 10).float().mean() > 0.8
 
 
+def test_kmeans_by_hand(monkeypatch):
+    monkeypatch.setattr("v2flow_cli.tokenizer.quantizer.STATISTICS_RATE", 0.0)  # vectors as they are
+    made = quantizer(size=2, start_step=4, kmeans_steps=2)
+    made.codebook.copy_(torch.tensor([[0.0, 1.0], [10.0, 0.0]]))  # of the ring, the first vectors of each mean
+    made(torch.tensor([[[1.0, 0.0], [2.0, 2.0]]]), step=1)
+    made(torch.tensor([[[12.0, 0.0], [2.0, 4.0]]]), step=2)
+    assert torch.allclose(made.codebook, torch.tensor([[5 / 4, 7 / 4], [11.0, 0.0]]))
+
+
+def test_kmeans_finds_the_clusters_that_the_ring_only_samples():
+    def codebook_error(kmeans_steps):
+        torch.manual_seed(0)
+        made = quantizer(size=8, start_step=60, kmeans_steps=kmeans_steps)
+        for step in range(60):
+            angles = torch.arange(8).repeat(8) * torch.pi / 4
+            circle = torch.stack([angles.cos(), angles.sin()], -1) + 0.1 * torch.randn(64, 2)
+            made(circle[torch.randperm(64)][None], step=step)
+        assert torch.allclose(made.counts, torch.tensor(8.0))  # every code starts as an average one
+        points = circle[None] / made.std
+        return (points - made.codebook[made.nearest(points)]).square().sum(-1).mean()
+
+    assert codebook_error(50) < 0.7 * codebook_error(0)
+
+
+def test_a_code_can_be_found_dead_long_before_its_count_is_forgotten():
+    def steps_to_revival(**more):
+        torch.manual_seed(0)
+        made = quantizer(size=64, revive_after=0.1, decay=0.99, **more)
+        made.codebook[0] = 1000.0
+        made.counts.fill_(8.0)
+        for step in range(400):
+            made(torch.randn(1, 512, 2), step=step)
+            if made.codebook[0, 0] < 100:
+                return step
+        return 400
+
+    assert steps_to_revival() > 200
+    assert steps_to_revival(usage_decay=0.9) < 30
+
+
+def test_a_code_reborn_begins_as_an_average_one_in_every_count():
+    torch.manual_seed(0)
+    made = quantizer(size=8, revive_after=0.5, decay=0.9, usage_decay=0.5)
+    made.codebook[:] = torch.tensor([[0.0, 0.0]] + [[100.0, 100.0]] * 7)
+    for step in range(4):
+        made(torch.randn(1, 64, 2), step=step)
+    assert (made.usage >= 0.5 * made.usage.mean()).all() and (made.codebook.abs() < 10).all()
+
+
 def test_a_frozen_codebook_never_changes():
     made = quantizer()
     before = made.codebook.clone()
@@ -100,3 +150,29 @@ def test_a_frozen_codebook_never_changes():
 def test_float32_under_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert quantizer()(torch.randn(1, 3, 2).bfloat16()).embeddings.dtype == torch.float32
+
+
+def _one_rank(rank, folder):
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    torch.manual_seed(rank)
+    made = quantizer("cosine", size=64, start_step=4, revive_after=0.3, decay=0.9, kmeans_steps=2, usage_decay=0.7)
+    made.load_state_dict(quantizer_state())
+    for step in range(12):
+        made(torch.randn(1, 48, 2), step=step)
+    save_file(made.state_dict(), f"{folder}/{rank}.safetensors")
+    dist.destroy_process_group()
+
+
+def quantizer_state():
+    torch.manual_seed(7)
+    return quantizer("cosine", size=64, usage_decay=0.7).state_dict()
+
+
+@pytest.mark.slow
+def test_ranks_with_different_vectors_keep_one_codebook(tmp_path):
+    torch.multiprocessing.spawn(_one_rank, (tmp_path,), nprocs=2)
+    one, two = (load_file(tmp_path / f"{rank}.safetensors") for rank in (0, 1))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert not torch.equal(one["codebook"], quantizer_state()["codebook"])

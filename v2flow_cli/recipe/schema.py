@@ -132,7 +132,9 @@ class Quantizer:
     ema_decay: float  # of a code's running count and mean, per step
     start_step: int  # steps without quantisation; then the codebook is the newest real vectors
     revive_after: float  # a code whose running count per step falls below this share of the mean is redrawn
-    usage_floor: float  # training stops when noise-free usage stays under this share
+    usage_floor: float  # training stops when usage stays under this share
+    kmeans_steps: int = 0  # steps of k-means before start_step, from the newest real vectors; 0 takes these themselves
+    usage_decay: float = 0.0  # of the running count that finds dead codes, where it shall forget sooner; 0: ema_decay
 
 
 @dataclass(frozen=True)
@@ -213,6 +215,13 @@ class TokenizerRecipe:
             yield f"context.mask_ratio_min is {self.context.mask_ratio_min}; expected a share in [0, 1]"
         if self.resampler.tokens_per_256px not in (64, 128, 256):
             yield f"resampler.tokens_per_256px is {self.resampler.tokens_per_256px}; expected 64, 128 or 256"
+        if self.quantizer.kmeans_steps and not 0 < self.quantizer.kmeans_steps <= self.quantizer.start_step - 2:
+            yield (
+                f"quantizer.kmeans_steps is {self.quantizer.kmeans_steps}; expected 0 or at most start_step - 2 "
+                f"({self.quantizer.start_step} - 2): k-means needs vectors to start from"
+            )
+        if not 0 <= self.quantizer.usage_decay < 1:
+            yield f"quantizer.usage_decay is {self.quantizer.usage_decay}; expected a number in [0, 1)"
         if self.sampling.solver == "ddim" and self.flow.formulation != "ddim":
             yield "sampling.solver is ddim, but flow.formulation is rectified_flow; use euler, heun or dpm++"
         if self.flow.formulation == "ddim" and self.sampling.solver != "ddim":

@@ -30,8 +30,9 @@ class EMAQuantizer(nn.Module):
     thousands of words all lie within a narrow cone, where a cosine hardly tells them apart and the decoder sees
     little but their mean. One diagonal affine map keeps them in the vocabulary's space (``vectors`` undoes it).
     With ``distance: cosine`` vectors and codes have unit length. For the first ``start_step`` steps nothing is
-    quantised, and the codebook is a ring of the newest real vectors; from then on it is averaged. A codebook
-    drawn while the encoder is still constant dies at once. All arithmetic is float32, also under autocast.
+    quantised, and the codebook is a ring of the newest real vectors, which ``kmeans_steps`` of k-means then
+    turn into means; from then on it is averaged. A codebook drawn while the encoder is still constant dies at once.
+    All arithmetic is float32, also under autocast.
     """
 
     def __init__(self, settings: Quantizer, code_size: int) -> None:
@@ -39,6 +40,8 @@ class EMAQuantizer(nn.Module):
         self.settings = settings
         self.register_buffer("codebook", F.normalize(torch.randn(settings.codebook_size, code_size), dim=-1))
         self.register_buffer("counts", torch.ones(settings.codebook_size))  # running vectors per step
+        if settings.usage_decay:
+            self.register_buffer("usage", torch.ones(settings.codebook_size))  # as counts, forgotten sooner
         self.register_buffer("ring_position", torch.zeros((), dtype=torch.int64))
         self.register_buffer("mean", torch.zeros(code_size))
         self.register_buffer("std", torch.ones(code_size))
@@ -54,7 +57,7 @@ class EMAQuantizer(nn.Module):
             # Copies: the next batch moves the statistics in place, maybe before this one's gradient is taken.
             vectors = self._prepare((vectors.float() - self.mean.clone()) / self.std.clone())
             if step is not None and step < self.settings.start_step:
-                self._fill_ring(vectors.detach())
+                self._prepare_codebook(vectors.detach(), steps_left=self.settings.start_step - step)
                 ids = torch.zeros(vectors.shape[:-1], dtype=torch.int64, device=vectors.device)
                 return QuantizerOutput(self.length * vectors, ids, vectors.new_zeros(()))
             ids = self.nearest(vectors.detach())
@@ -92,22 +95,46 @@ class EMAQuantizer(nn.Module):
         self.mean.lerp_(flat.mean(0), rate)
         self.std.lerp_(flat.std(0).clamp_min(1e-6), rate)
 
+    def _prepare_codebook(self, vectors: Tensor, steps_left: int) -> None:
+        """Ring, k-means, running counts: what precedes quantisation, each harmless to repeat within a step."""
+        kmeans_steps = self.settings.kmeans_steps
+        if not kmeans_steps or steps_left > kmeans_steps + 1:
+            self._fill_ring(vectors)
+        elif steps_left > 1:
+            self._step_kmeans(vectors)
+        if steps_left == 1:  # every code starts as an average one
+            self.counts.fill_(vectors[..., 0].numel() * _ranks() / len(self.codebook))
+            self._running().copy_(self.counts)
+
     @torch.no_grad()
     def _fill_ring(self, vectors: Tensor) -> None:
         rows = _gather_ranks(vectors.flatten(0, -2))[-len(self.codebook) :]
         places = (torch.arange(len(rows), device=rows.device) + self.ring_position) % len(self.codebook)
         self.codebook[places] = rows
         self.ring_position.add_(len(rows)).remainder_(len(self.codebook))
-        self.counts.fill_(len(rows) / len(self.codebook))  # every code starts as an average one
+
+    @torch.no_grad()
+    def _step_kmeans(self, vectors: Tensor) -> None:
+        """Mini-batch k-means (Sculley 2010): a code is the mean of the ring's vector and all that chose it since."""
+        counts, sums = self._choices(vectors, self.nearest(vectors))
+        # Until quantisation starts a count is the number of vectors in the mean; the ring's own is the first.
+        totals = self.codebook * self.counts[:, None] + sums
+        self.counts.add_(counts)
+        self.codebook.copy_(self._prepare(totals / self.counts[:, None]))
+
+    def _choices(self, vectors: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """How many vectors chose each code (K,), and their sums (K, D), over all ranks."""
+        ids = ids.flatten()
+        counts = torch.bincount(ids, minlength=len(self.codebook)).float()
+        sums = torch.zeros_like(self.codebook).index_add_(0, ids, vectors.flatten(0, -2))
+        _sum_ranks(counts)
+        _sum_ranks(sums)
+        return counts, sums
 
     @torch.no_grad()
     def _update(self, vectors: Tensor, ids: Tensor) -> None:
         """One EMA step, then revival of codes that (almost) nothing chose, with their EMA state."""
-        flat, ids = vectors.flatten(0, -2), ids.flatten()
-        counts = torch.bincount(ids, minlength=len(self.codebook)).float()
-        sums = torch.zeros_like(self.codebook).index_add_(0, ids, flat)
-        _sum_ranks(counts)
-        _sum_ranks(sums)
+        counts, sums = self._choices(vectors, ids)
         decay = self.settings.ema_decay
         chosen = counts > 0
         # The running sum of a code is codebook * counts, so the code itself is its only state.
@@ -115,11 +142,19 @@ class EMAQuantizer(nn.Module):
         self.counts.mul_(decay).add_(counts, alpha=1 - decay)
         moved = self._prepare(totals / self.counts.clamp_min(1e-12)[:, None])
         self.codebook.copy_(torch.where(chosen[:, None], moved, self.codebook))
-        self._revive(_gather_ranks(flat))
+        if self.settings.usage_decay:
+            self.usage.lerp_(counts, 1 - self.settings.usage_decay)
+        self._revive(_gather_ranks(vectors.flatten(0, -2)))
+
+    def _running(self) -> Tensor:
+        return self.usage if self.settings.usage_decay else self.counts
+
+    def _dead(self) -> Tensor:
+        """True (K,) for codes whose running use is below ``revive_after`` of the mean."""
+        return self._running() < self.settings.revive_after * self._running().mean()
 
     def _revive(self, candidates: Tensor) -> None:
-        mean = self.counts.mean()
-        dead = (self.counts < self.settings.revive_after * mean).nonzero().flatten()
+        dead = self._dead().nonzero().flatten()
         # At most an eighth of the batch a step: replacing every dead code from one batch copies that batch.
         picks = torch.randperm(len(candidates), device=candidates.device)[: max(1, len(candidates) // 8)]
         _broadcast(picks)
@@ -127,17 +162,18 @@ class EMAQuantizer(nn.Module):
         _broadcast(order)
         dead = dead[order][: len(picks)]
         self.codebook[dead] = candidates[picks[: len(dead)]]
-        self.counts[dead] = mean
+        self.counts[dead] = self.counts.mean()
+        self._running()[dead] = self._running().mean()
 
     def statistics(self) -> dict[str, float]:
         """Usage and perplexity of the running counts, and the number of codes near revival."""
         share = self.counts / self.counts.sum()
         entropy = -(share * (share + 1e-12).log()).sum()
-        alive = self.counts > self.settings.revive_after * self.counts.mean()
+        dead = self._dead().float()
         return {
-            "codebook_usage": alive.float().mean().item(),
+            "codebook_usage": 1 - dead.mean().item(),
             "perplexity": entropy.exp().item(),
-            "dead_codes": float((~alive).sum().item()),
+            "dead_codes": dead.sum().item(),
         }
 
 
