@@ -19,9 +19,10 @@ REFERENCE_PX = 256  # token counts are given for images of this side
 class GridResampler(nn.Module):
     """RegStage blocks, a spatial downsampler, RegStage blocks and a read-out MLP, on a grid of tokens.
 
-    Scaled latents (B, C, h, w) become tokens (B, n, d_v), flattened row by row.
+    Scaled latents (B, C, h, w) become tokens (B, n, d_v), flattened row by row. Where latents are coarser than the
+    token grid (f32 latents, 256 tokens at 256 px), a transposed convolution splits each into its tokens.
 
-    Raises:  ValueError for an autoencoder whose latents are coarser than the token grid.
+    Raises:  ValueError where neither grid is a whole multiple of the other.
     """
 
     def __init__(self, settings: Resampler, in_channels: int, pixels_per_latent: int) -> None:
@@ -31,13 +32,15 @@ class GridResampler(nn.Module):
         self.stem = nn.Conv2d(in_channels, width, 3, padding=1)
         self.before = _reg_stage(settings.depth[0], width)
         rows, columns = REFERENCE_GRIDS[settings.tokens_per_256px]
-        merge = REFERENCE_PX // pixels_per_latent // rows, REFERENCE_PX // pixels_per_latent // columns
-        if 0 in merge:
-            raise ValueError(
-                f"{pixels_per_latent} pixels a latent are too coarse for {rows} x {columns} tokens at 256 px"
-            )
+        side = REFERENCE_PX // pixels_per_latent
+        merge, split = (side // rows, side // columns), (rows // side, columns // side)
         # A strided convolution, as in latent diffusion: averaging neighbours would hide which of them had what.
-        self.downsample = nn.Conv2d(width, width, merge, stride=merge)
+        if (merge[0] * rows, merge[1] * columns) == (side, side):
+            self.downsample: nn.Module = nn.Conv2d(width, width, merge, stride=merge)
+        elif (split[0] * side, split[1] * side) == (rows, columns):
+            self.downsample = nn.ConvTranspose2d(width, width, split, stride=split)
+        else:
+            raise ValueError(f"{side} x {side} latents do not divide into {rows} x {columns} tokens at 256 px")
         self.after = _reg_stage(settings.depth[1], width)
         self.readout = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
 
