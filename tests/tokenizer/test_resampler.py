@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from v2flow_cli.recipe.schema import Resampler, Vocabulary
-from v2flow_cli.tokenizer.resampler import GridResampler, VocabularyProjection
+from v2flow_cli.tokenizer.resampler import GridResampler, NearestWords, VocabularyProjection
 
 
 def projection(generator="tied", top_k=0, words=50, temperature=1.0):
@@ -67,11 +67,36 @@ def test_top_k_of_the_whole_vocabulary_is_the_full_mixture(generator):
 
 def test_top_k_finds_the_best_words_across_chunks(monkeypatch):
     monkeypatch.setattr("v2flow_cli.tokenizer.resampler.VOCAB_CHUNK", 7)
-    made, tokens = projection(top_k=3), torch.randn(1, 4, 16)
-    projected = made.generator(tokens)
-    logits, _ = made._top_logits(projected)
-    scores = 10.0 * F.normalize(projected, dim=-1) @ F.normalize(made.table, dim=-1).T
-    assert torch.allclose(logits, scores.topk(3, -1).values, atol=1e-4)
+    unit, table = F.normalize(torch.randn(4, 12, dtype=torch.float64), dim=-1), torch.randn(50, 12, dtype=torch.float64)
+    unit.requires_grad_()
+    lengths = table.norm(dim=-1)
+    cosines, index = NearestWords.apply(unit, table, lengths, 3)
+    expected = (unit @ F.normalize(table, dim=-1).T).topk(3, -1)
+    assert torch.allclose(cosines, expected.values) and torch.equal(index, expected.indices)
+    weights = torch.randn(4, 3, dtype=torch.float64)
+    (ours,) = torch.autograd.grad((cosines * weights).sum(), unit)
+    (theirs,) = torch.autograd.grad((expected.values * weights).sum(), unit)
+    assert torch.allclose(ours, theirs)
+
+
+@pytest.mark.parametrize("generator,top_k", [("tied", 0), ("free", 0), ("free", 5), ("tied", 5)])
+def test_pieces_change_neither_values_nor_gradients(generator, top_k, monkeypatch):
+    made, module = projection(generator, top_k), "v2flow_cli.tokenizer.resampler"
+
+    def run(noise_scale):
+        torch.manual_seed(0)
+        tokens = torch.randn(2, 6, 16, requires_grad=True)
+        out = made(tokens, noise_scale)
+        loss = out.embeddings.square().sum() - out.batch_entropy
+        gradients = torch.autograd.grad(loss, [tokens, made.generator.weight])
+        return out.embeddings, out.mean_entropy, out.batch_entropy, *gradients
+
+    once = run(0.0)
+    monkeypatch.setattr(f"{module}.LOGITS_AT_ONCE", 150)  # 50 words: 3 of the 12 tokens at a time
+    assert all(torch.allclose(one, two, atol=1e-4) for one, two in zip(once, run(0.0)))
+    noisy = run(1.0)
+    monkeypatch.setattr(f"{module}.checkpoint", lambda mix, *given, use_reentrant: mix(*given))
+    assert all(torch.equal(one, two) for one, two in zip(noisy, run(1.0)))  # computed again with the same noise
 
 
 def test_noise_only_when_asked_for():

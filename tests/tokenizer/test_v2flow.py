@@ -93,7 +93,7 @@ def test_training_pass_reaches_every_trainable_part(tiny_tokenizer):
     model = tiny_tokenizer.train()
     torch.manual_seed(0)
     loss = 0
-    for _ in range(3):
+    for _ in range(6):
         out = model(images(8), step=10, noise_scale=0.1, loss=LOSS)
         loss = loss + out.flow_loss + out.regression_loss + out.commit_loss
     loss.backward()

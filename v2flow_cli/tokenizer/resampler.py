@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from timm.layers import LayerNorm2d
 from timm.models.regnet import RegStage
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from v2flow_cli.recipe.schema import Resampler, Vocabulary
 
@@ -110,54 +112,99 @@ class VocabularyProjection(nn.Module):
         return codebook * self.table_rms + self.table_mean
 
     def forward(self, tokens: Tensor, noise_scale: float = 0.0) -> VocabularyOutput:
-        """Mixtures v (B, N, D) of tokens (B, N, d_v); ``noise_scale`` 0 is deterministic, 1 is Eq. 4."""
-        projected = self.generator(tokens)
-        if self.settings.top_k:
-            logits, rows = self._top_logits(projected)
+        """Mixtures v (B, N, D) of tokens (B, N, d_v); ``noise_scale`` 0 is deterministic, 1 is Eq. 4.
+
+        Large vocabularies take memory for one piece of the tokens at a time: its logits are computed again in the
+        backward pass, and nowhere is there a second table (rows of unit length, or of another type).
+        """
+        flat = tokens.flatten(0, -2)
+        # Dividing products by the rows' lengths is the cosine, without a table of unit rows.
+        lengths = self.table.norm(dim=-1).clamp_min(1e-12)
+        tied_best = self.settings.top_k and self.settings.generator == "tied"  # never has all logits at once
+        mix = self._mix_best if self.settings.top_k else self._mix_all
+        pieces = [flat] if tied_best else flat.split(max(1, LOGITS_AT_ONCE // len(self.table)))
+        if len(pieces) > 1 and torch.is_grad_enabled():
+            parts = [checkpoint(mix, piece, lengths, noise_scale, use_reentrant=False) for piece in pieces]
         else:
-            logits, rows = self._all_logits(projected), None
+            parts = [mix(piece, lengths, noise_scale) for piece in pieces]
+        embeddings = torch.cat([part.embeddings for part in parts]).view(*tokens.shape[:-1], -1)
+        batch_entropy = embeddings.new_zeros(())
+        if not self.settings.top_k:  # it needs the whole vocabulary
+            average = torch.stack([part.mass for part in parts]).sum(0) / len(flat)
+            batch_entropy = -(average * (average + 1e-9).log()).sum()
+        mean_entropy = torch.stack([part.entropy for part in parts]).sum() / len(flat)
+        return VocabularyOutput(embeddings, mean_entropy, batch_entropy)
+
+    def _mix_all(self, tokens: Tensor, lengths: Tensor, noise_scale: float) -> _Mixed:
+        logits = self.generator(tokens)
+        if self.settings.generator == "tied":
+            table = self.table.to(logits.dtype)
+            logits = (F.normalize(logits, dim=-1) @ table.T) * (self.log_scale.exp() / lengths)
+        probs, entropy = self._soft_categorical(logits, noise_scale)
+        return _Mixed(probs @ self.table.to(probs.dtype), probs.sum(0, dtype=torch.float32), entropy)
+
+    def _mix_best(self, tokens: Tensor, lengths: Tensor, noise_scale: float) -> _Mixed:
+        """Mixtures of each token's ``top_k`` best words; the rest get no weight."""
+        k = min(self.settings.top_k, len(self.table))
+        projected = self.generator(tokens)
+        if self.settings.generator == "free":
+            logits, index = projected.topk(k, dim=-1)
+        else:
+            cosines, index = NearestWords.apply(F.normalize(projected, dim=-1), self.table, lengths, k)
+            logits = self.log_scale.exp() * cosines
+        probs, entropy = self._soft_categorical(logits, noise_scale)
+        mixtures = _weighted_rows(self.table, index, probs)
+        return _Mixed(mixtures.to(projected.dtype), probs.new_zeros(()), entropy)
+
+    def _soft_categorical(self, logits: Tensor, noise_scale: float) -> tuple[Tensor, Tensor]:
+        """alpha of Eq. 4 (M, k), and the sum of the entropies of its rows in nats."""
         if noise_scale:
             # -log of an exponential variate is a Gumbel variate, at one logarithm an entry.
             logits = logits - noise_scale * torch.empty_like(logits).exponential_().log_()
         log_probs = F.log_softmax(logits / self.settings.temperature, dim=-1)
-        probs = log_probs.exp()  # alpha of Eq. 4
-        if rows is None:
-            embeddings = probs @ self.table.to(probs.dtype)
-            average = probs.flatten(0, -2).mean(0).float()
-            batch_entropy = -(average * (average + 1e-9).log()).sum()
-        else:
-            embeddings = torch.einsum("bnk,bnkd->bnd", probs, rows)
-            batch_entropy = torch.zeros((), device=probs.device)  # needs the whole vocabulary
-        with torch.no_grad():
-            mean_entropy = -(probs * log_probs).sum(-1).mean()
-        return VocabularyOutput(embeddings, mean_entropy, batch_entropy)
-
-    def _all_logits(self, projected: Tensor) -> Tensor:
-        if self.settings.generator == "free":
-            return projected
-        unit_rows = F.normalize(self.table, dim=-1).to(projected.dtype)
-        return self.log_scale.exp() * (F.normalize(projected, dim=-1) @ unit_rows.T)
-
-    def _top_logits(self, projected: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (B, N, k) and rows (B, N, k, D) of each token's k best words; the rest get no weight."""
-        k = min(self.settings.top_k, len(self.table))
-        if self.settings.generator == "free":
-            logits, index = projected.topk(k, dim=-1)
-            return logits, self.table[index].to(projected.dtype)
-        unit = F.normalize(projected, dim=-1)
-        with torch.no_grad():
-            best = index = None
-            for start in range(0, len(self.table), VOCAB_CHUNK):  # V x N logits never exist at once
-                chunk = F.normalize(self.table[start : start + VOCAB_CHUNK], dim=-1).to(unit.dtype)
-                value, where = (unit @ chunk.T).topk(min(k, len(chunk)), dim=-1)
-                where = where + start
-                if best is not None:
-                    value, where = torch.cat([best, value], -1), torch.cat([index, where], -1)
-                best, order = value.topk(min(k, value.shape[-1]), dim=-1)
-                index = where.gather(-1, order)
-        rows = self.table[index].to(projected.dtype)
-        logits = self.log_scale.exp() * torch.einsum("bnd,bnkd->bnk", unit, F.normalize(rows, dim=-1))
-        return logits, rows
+        probs = log_probs.exp()
+        return probs, -(probs.detach() * log_probs.detach()).sum()
 
 
+class _Mixed(NamedTuple):
+    """Of a piece of the tokens: mixtures (M, D), each word's total weight (V,), and the sum of the entropies."""
+
+    embeddings: Tensor
+    mass: Tensor
+    entropy: Tensor
+
+
+class NearestWords(torch.autograd.Function):
+    """Cosines (M, k) of unit vectors (M, D) with their k nearest rows of a frozen table (V, D), and these rows' ids.
+
+    Neither pass has all M x V cosines, or the M x k rows, at once.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, unit: Tensor, table: Tensor, lengths: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        best, index = unit.new_zeros(len(unit), 0), torch.zeros(len(unit), 0, dtype=torch.int64, device=unit.device)
+        for start in range(0, len(table), VOCAB_CHUNK):
+            rows = table[start : start + VOCAB_CHUNK].to(unit.dtype)
+            cosines = (unit @ rows.T) / lengths[start : start + VOCAB_CHUNK]
+            value, where = cosines.topk(min(k, len(rows)), dim=-1)
+            value, where = torch.cat([best, value], -1), torch.cat([index, where + start], -1)
+            best, order = value.topk(min(k, value.shape[-1]), dim=-1)
+            index = where.gather(-1, order)
+        ctx.save_for_backward(table, lengths, index)
+        ctx.mark_non_differentiable(index)
+        return best, index
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        table, lengths, index = ctx.saved_tensors
+        gradient = _weighted_rows(table, index, gradients[0] / lengths[index])
+        return gradient.to(gradients[0].dtype), None, None, None
+
+
+def _weighted_rows(table: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """Sums (M, D) of the rows ``index`` (M, k) of ``table``, by ``weights``; the M x k rows are never copied."""
+    return F.embedding_bag(index, table, per_sample_weights=weights.to(table.dtype), mode="sum")
+
+
+LOGITS_AT_ONCE = 2**24  # entries, 64 MiB in float32; a piece of the tokens has no more
 VOCAB_CHUNK = 8192  # vocabulary rows scored at a time in top-k mixing
