@@ -15,26 +15,45 @@ TABLE_NAMES = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_emb
 
 
 def load_vocab_embeddings(path_or_id: str) -> Tensor:
-    """The input embeddings (V, D) of the causal LM in a folder or on the hub, without rows beyond its tokenizer.
+    """The input embeddings (V, D) in float32 of the causal LM in a folder or on the hub, without rows beyond its words.
+
+    From the hub only the file that holds the table is fetched.
 
     Raises:  ModelError when there is no such model, or no embedding table in it.
     """
-    folder = _local_folder(path_or_id)
-    index = folder / "model.safetensors.index.json"
+    file, name, words = _find_table(path_or_id)
+    with safe_open(file, framework="pt") as weights:
+        return weights.get_slice(name)[:words].float()
+
+
+def vocab_shape(path_or_id: str) -> tuple[int, int]:
+    """(V, D) of ``load_vocab_embeddings``, without reading the table. Raises ModelError as it does."""
+    file, name, words = _find_table(path_or_id)
+    with safe_open(file, framework="pt") as weights:
+        rows, width = weights.get_slice(name).get_shape()
+    return min(rows, words), width
+
+
+def _find_table(path_or_id: str) -> tuple[Path, str, int]:
+    """(file, name, words) of the input table."""
+    config = _local_folder(path_or_id, ("*.json",))
+    index = config / "model.safetensors.index.json"
     try:
         if index.is_file():
             places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         else:
-            with safe_open(folder / "model.safetensors", framework="pt") as weights:
+            single = _local_folder(path_or_id, ("model.safetensors",)) / "model.safetensors"
+            with safe_open(single, framework="pt") as weights:
                 places = dict.fromkeys(weights.keys(), "model.safetensors")
         name = next((key for key in places if key.endswith(TABLE_NAMES)), None)
         if name is None:
             raise ModelError(f"{path_or_id}: no embedding table found (looked for {', '.join(TABLE_NAMES)}).")
-        with safe_open(folder / places[name], framework="pt") as weights:
-            table = weights.get_tensor(name).float()
+        file = _local_folder(path_or_id, (places[name],)) / places[name]
+        with safe_open(file, framework="pt") as weights:
+            rows = weights.get_slice(name).get_shape()[0]
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ModelError(f"{path_or_id}: the embedding table cannot be read ({error}).") from None
-    return table[: _words(folder, len(table))]
+    return file, name, min(rows, _words(config, rows))
 
 
 def _words(folder: Path, rows: int) -> int:
@@ -44,16 +63,17 @@ def _words(folder: Path, rows: int) -> int:
         return rows
     from tokenizers import Tokenizer
 
-    return min(rows, Tokenizer.from_file(str(file)).get_vocab_size(with_added_tokens=True))
+    return Tokenizer.from_file(str(file)).get_vocab_size(with_added_tokens=True)
 
 
-def _local_folder(path_or_id: str) -> Path:
+def _local_folder(path_or_id: str, patterns: tuple[str, ...]) -> Path:
+    """The folder, or the hub's cache of it with the files that match ``patterns``."""
     if Path(path_or_id).is_dir():
         return Path(path_or_id)
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(path_or_id, allow_patterns=["*.safetensors", "*.json"]))
+        return Path(snapshot_download(path_or_id, allow_patterns=list(patterns)))
     except Exception as error:  # the hub client has a dozen kinds, all of them mean the same to the user
         reason = str(error).strip().splitlines()[0]
         raise ModelError(f"{path_or_id}: neither a folder nor a model that the hub could give ({reason}).") from None

@@ -51,7 +51,8 @@ class EMAQuantizer(nn.Module):
 
     def forward(self, vectors: Tensor, step: int | None = None) -> QuantizerOutput:
         """Quantise (B, N, D). ``step`` is the training step, which also updates the codebook; None freezes it."""
-        with torch.autocast(vectors.device.type, enabled=False):
+        kind = vectors.device.type
+        with torch.autocast(kind if torch.amp.is_autocast_available(kind) else "cpu", enabled=False):
             if step is not None:
                 self._follow(vectors.detach().float(), first=step == 0)
             # Copies: the next batch moves the statistics in place, maybe before this one's gradient is taken.

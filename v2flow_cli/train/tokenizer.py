@@ -18,11 +18,14 @@ FLOOR_GRACE_STEPS = 1000  # after the codebook starts, before the usage floor co
 
 
 class TokenizerObjective(nn.Module):
-    """The tokenizer of a recipe, with its frozen autoencoder and vocabulary loaded."""
+    """The tokenizer of a recipe, with its frozen autoencoder and vocabulary loaded, unless ``model`` is given."""
 
-    def __init__(self, recipe: TokenizerRecipe) -> None:
+    def __init__(self, recipe: TokenizerRecipe, model: V2FlowTokenizer | None = None) -> None:
         super().__init__()
         self.recipe = recipe
+        if model is not None:
+            self.model = model
+            return
         self.model = V2FlowTokenizer.from_pretrained(recipe.init_from) if recipe.init_from else _build(recipe)
         if recipe.init_from:
             _check_same_shapes(self.model.config, recipe)
