@@ -57,6 +57,20 @@ def test_codebook_maps_back_to_the_llm_rows():
     assert torch.allclose(made.codebook_to_llm(made.table), rows, atol=1e-6)
 
 
+def test_whitened_rows_have_unit_covariance_and_map_back():
+    torch.manual_seed(0)
+    rows = torch.randn(500, 12) * torch.tensor([30.0] + [1.0] * 11) + 5  # one direction outweighs the others
+    settings = Vocabulary("x", "tied", 10.0, 1.0, 1.0, 0, 0, whiten=True)
+    made = VocabularyProjection(settings, 16, 500, 12)
+    made.set_table(rows)
+    covariance = made.table.T @ made.table / len(rows)
+    assert torch.allclose(covariance, torch.eye(12), atol=0.02)  # the floor takes up to 1% from the weakest
+    assert torch.allclose(made.codebook_to_llm(made.table), rows, atol=1e-3)
+    again = VocabularyProjection(settings, 16, 500, 12)
+    again.load_state_dict(made.state_dict())
+    assert torch.equal(again.codebook_to_llm(made.table), made.codebook_to_llm(made.table))
+
+
 @pytest.mark.parametrize("generator", ["tied", "free"])
 def test_top_k_of_the_whole_vocabulary_is_the_full_mixture(generator):
     tokens = torch.randn(2, 3, 16)

@@ -111,6 +111,7 @@ class Vocabulary:
     gumbel_noise: float  # factor on the Gumbel noise at the end of its ramp; 1 is Eq. 4
     gumbel_ramp_steps: int  # steps over which the noise rises from 0
     top_k: int  # words mixed per token; 0 mixes the whole vocabulary
+    whiten: bool = False  # give the frozen table unit covariance, so that no direction drowns the others
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,10 @@ class VocabularyProjection(nn.Module):
 
     ``table`` holds (L - mean) / rms: because alpha sums to 1, a mixture of these rows is the mixture of the
     LLM's own rows after one fixed affine map, so v still lives in the LLM's vocabulary space, while cosine
-    distances are not swamped by the mean that all rows share. ``codebook_to_llm`` undoes the map.
+    distances are not swamped by the mean that all rows share. With ``whiten`` the map also gives the rows unit
+    covariance. Departs: an LLM's table has a few directions that outweigh all others (in our small LM one holds
+    70% of the variance); mixtures of such rows vary along two or three directions, too few for 14 bits.
+    ``codebook_to_llm`` undoes the map.
     """
 
     def __init__(self, settings: Vocabulary, token_size: int, vocab_size: int, embedding_size: int) -> None:
@@ -92,6 +95,8 @@ class VocabularyProjection(nn.Module):
         self.register_buffer("table", torch.zeros(vocab_size, embedding_size))
         self.register_buffer("table_mean", torch.zeros(embedding_size))
         self.register_buffer("table_rms", torch.ones(()))
+        if settings.whiten:
+            self.register_buffer("unwhiten", torch.eye(embedding_size))
         out = embedding_size if settings.generator == "tied" else vocab_size
         self.generator = nn.Linear(token_size, out)
         if settings.generator == "tied":
@@ -103,12 +108,21 @@ class VocabularyProjection(nn.Module):
         rows = vocab_embeddings.float()
         mean = rows.mean(0)
         rms = (rows - mean).square().mean().sqrt()
-        self.table.copy_((rows - mean) / rms)
+        table = (rows - mean) / rms
+        if self.settings.whiten:
+            variances, directions = torch.linalg.eigh((table.T @ table / len(table)).double())
+            # The floor keeps directions in which the words hardly differ from being blown up to noise.
+            deviations = variances.clamp_min(0).add(WHITENING_FLOOR * variances.mean()).sqrt()
+            self.unwhiten.copy_((directions * deviations) @ directions.T)
+            table = table @ ((directions / deviations) @ directions.T).to(table)
+        self.table.copy_(table)
         self.table_mean.copy_(mean)
         self.table_rms.copy_(rms)
 
     def codebook_to_llm(self, codebook: Tensor) -> Tensor:
         """Codes (K, D) in the embedding space of the LLM: the affine map of ``table`` undone."""
+        if self.settings.whiten:
+            codebook = codebook @ self.unwhiten
         return codebook * self.table_rms + self.table_mean
 
     def forward(self, tokens: Tensor, noise_scale: float = 0.0) -> VocabularyOutput:
@@ -207,4 +221,5 @@ def _weighted_rows(table: Tensor, index: Tensor, weights: Tensor) -> Tensor:
 
 
 LOGITS_AT_ONCE = 2**24  # entries, 64 MiB in float32; a piece of the tokens has no more
+WHITENING_FLOOR = 1e-4  # of the mean variance
 VOCAB_CHUNK = 8192  # vocabulary rows scored at a time in top-k mixing
