@@ -20,6 +20,7 @@ class ImageData:
     crop_size: int  # pixels, side of the square training crop
     min_scale: float  # smallest share of the photo's short side that a crop covers, in (0, 1]
     horizontal_flip: bool  # mirror half of the crops
+    max_scale: float = 1.0  # largest share, in [min_scale, 1]
     shuffle_shards: int = 8  # shards whose samples are mixed at a time
     workers: int = 1  # loader processes per rank; 0 loads in the training process
 
@@ -161,6 +162,7 @@ class Flow:
     depth: int  # residual blocks
     time_shift: float  # s in t' = s t / (1 + (s - 1) t); more weight on noisy times
     repeats: int  # noise draws per position and step
+    share: float = 1.0  # of each batch's images on which the velocity network is trained; the context sees all
 
 
 @dataclass(frozen=True)

@@ -59,9 +59,9 @@ class CropBatches(IterableDataset[CropBatch]):
 
 
 def random_crop(image: Image.Image, data: ImageData, rng: random.Random) -> Tensor:
-    """A square crop (3, S, S): side drawn uniformly in [min_scale, 1] of the photo's short side."""
+    """A square crop (3, S, S): side drawn uniformly in [min_scale, max_scale] of the photo's short side."""
     width, height = image.size
-    side = max(1.0, min(width, height) * rng.uniform(data.min_scale, 1.0))
+    side = max(1.0, min(width, height) * rng.uniform(data.min_scale, data.max_scale))
     left, top = rng.uniform(0, width - side), rng.uniform(0, height - side)
     crop = crop_to_tensor(image, (left, top, left + side, top + side), data.crop_size)
     return crop.flip(-1) if data.horizontal_flip and rng.random() < 0.5 else crop
