@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from v2flow_cli.recipe.schema import Quantizer
-from v2flow_cli.tokenizer.quantizer import EMAQuantizer
+from v2flow_cli.tokenizer.quantizer import EMAQuantizer, turn_onto
 
 
 def quantizer(distance="euclidean", size=4, start_step=0, revive_after=0.0, decay=0.5, **more):
@@ -40,6 +40,22 @@ def test_straight_through_gradient_is_the_identity():
     weight = torch.randn(1, 3, 2)
     (quantizer()(vectors).embeddings * weight).sum().backward()
     assert torch.allclose(vectors.grad, weight)
+
+
+def test_rotation_gives_the_codes_and_turns_the_gradient_back():
+    vectors = torch.tensor([[[2.0, 0.0]]], requires_grad=True)
+    codes = torch.tensor([[[0.0, 1.0]]])  # a quarter turn, and half as long
+    out = turn_onto(vectors, codes)
+    assert torch.allclose(out, codes, atol=1e-6)
+    out[..., 1].sum().backward()  # moving the output along the code is moving the vector along itself, by twice as much
+    assert torch.allclose(vectors.grad, torch.tensor([[[0.5, 0.0]]]), atol=1e-6)
+
+
+def test_rotation_and_straight_through_agree_on_ids_and_codes():
+    vectors = torch.randn(2, 5, 2)
+    copied, turned = quantizer()(vectors), quantizer(gradient="rotation")(vectors)
+    assert torch.equal(copied.token_ids, turned.token_ids)
+    assert torch.allclose(copied.embeddings, turned.embeddings, atol=1e-5)
 
 
 def test_commit_loss_is_the_squared_distance():

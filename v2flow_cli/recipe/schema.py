@@ -135,6 +135,8 @@ class Quantizer:
     start_step: int  # steps without quantisation; then the codebook is the newest real vectors
     revive_after: float  # a code whose running count per step falls below this share of the mean is redrawn
     usage_floor: float  # training stops when usage stays under this share
+    # How the gradient passes the quantiser: copied, or turned and scaled as the vector is into its code.
+    gradient: Literal["straight_through", "rotation"] = "straight_through"
     kmeans_steps: int = 0  # steps of k-means before start_step, from the newest real vectors; 0 takes these themselves
     usage_decay: float = 0.0  # of the running count that finds dead codes, where it shall forget sooner; 0: ema_decay
 
@@ -216,6 +218,13 @@ class TokenizerRecipe:
             )
         if not 0 <= self.context.mask_ratio_min <= 1:
             yield f"context.mask_ratio_min is {self.context.mask_ratio_min}; expected a share in [0, 1]"
+        if not 0 < self.flow.share <= 1:
+            yield f"flow.share is {self.flow.share}; expected a share in (0, 1]"
+        if not 0 < self.data.min_scale <= self.data.max_scale <= 1:
+            yield (
+                f"data.min_scale is {self.data.min_scale} and data.max_scale {self.data.max_scale}; expected "
+                "0 < min_scale <= max_scale <= 1"
+            )
         if self.resampler.tokens_per_256px not in (64, 128, 256):
             yield f"resampler.tokens_per_256px is {self.resampler.tokens_per_256px}; expected 64, 128 or 256"
         if self.quantizer.kmeans_steps and not 0 < self.quantizer.kmeans_steps <= self.quantizer.start_step - 2:

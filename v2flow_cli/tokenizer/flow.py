@@ -109,18 +109,22 @@ class VelocityNetwork(nn.Module):
         shift, scale = parts[-2:]
         return condition.data_mean + self.out(F.layer_norm(x, (self.width,)) * (1 + scale) + shift)
 
-    def loss(self, data: Tensor, context: Tensor, time_shift: float, repeats: int) -> tuple[Tensor, Tensor]:
+    def loss(self, data: Tensor, context: Tensor, settings: Flow) -> tuple[Tensor, Tensor]:
         """(flow loss of Eq. 3, regression loss) on patches (B, M, P); one time per image and repeat.
 
-        The regression loss is the squared error of the context's linear prediction alone.
+        The regression loss is the squared error of the context's linear prediction alone. The flow loss is that of
+        a random ``share`` of the images: this network costs as much as the context, and needs fewer patches.
         """
+        regression = F.mse_loss(self.regress(context).float(), data.float())
+        if settings.share < 1:
+            chosen = torch.randperm(len(data), device=data.device)[: max(1, round(settings.share * len(data)))]
+            data, context = data[chosen], context[chosen]
         condition = self.condition(context)
-        regression = F.mse_loss(condition.data_mean.float(), data.float())
         # The residual has its own loss; without the detach it would pull the regression towards low noise.
         condition = Condition(condition.data_mean.detach(), condition.modulation)
         losses = []
-        for _ in range(repeats):
-            t = sample_times(len(data), time_shift, data.device)
+        for _ in range(settings.repeats):
+            t = sample_times(len(data), settings.time_shift, data.device)
             noise = torch.randn_like(data)
             z_t = self.path.point(data, noise, t[:, None, None])
             predicted = self(z_t.to(context.dtype), t, condition).float()

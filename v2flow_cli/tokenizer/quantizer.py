@@ -66,7 +66,8 @@ class EMAQuantizer(nn.Module):
             if step is not None:
                 self._update(vectors.detach(), ids)
             commit_loss = (vectors - codes).square().sum(-1).mean()
-            return QuantizerOutput(self.length * (vectors + (codes - vectors).detach()), ids, commit_loss)
+            passed = turn_onto if self.settings.gradient == "rotation" else straight_through
+            return QuantizerOutput(self.length * passed(vectors, codes), ids, commit_loss)
 
     @property
     def vectors(self) -> Tensor:
@@ -180,6 +181,25 @@ class EMAQuantizer(nn.Module):
             "perplexity": entropy.exp().item(),
             "dead_codes": dead.sum().item(),
         }
+
+
+def straight_through(vectors: Tensor, codes: Tensor) -> Tensor:
+    """The codes (..., D); the gradient is copied to the vectors (..., D)."""
+    return vectors + (codes - vectors).detach()
+
+
+def turn_onto(vectors: Tensor, codes: Tensor) -> Tensor:
+    """The codes (..., D) as the vectors (..., D), rotated and scaled by a constant; the gradient turns back with them.
+
+    Silent: the paper copies gradients. Copied, all vectors of a cell get the same one; turned, those far from the
+    code are pushed apart or together as the loss asks. Source: arXiv 2410.06424, section 4.
+    """
+    start, end = F.normalize(vectors.detach(), dim=-1), F.normalize(codes, dim=-1)
+    middle = F.normalize(start + end, dim=-1)
+    reflected = vectors - 2 * (vectors * middle).sum(-1, keepdim=True) * middle
+    turned = reflected + 2 * (vectors * start).sum(-1, keepdim=True) * end
+    scale = codes.norm(dim=-1, keepdim=True) / vectors.detach().norm(dim=-1, keepdim=True).clamp_min(1e-6)
+    return scale * turned
 
 
 def _ranks() -> int:

@@ -307,7 +307,7 @@ class V2FlowTokenizer(PreTrainedModel):
                 rest = (visible, visible_at, hidden_at, hidden_cells)
                 contexts.append(self.context(*given, *(x[part] for x in rest)))
         flow: Flow = self.config.section("flow")
-        flow_loss, regression = self.flow.loss(target, torch.cat(contexts), flow.time_shift, flow.repeats)
+        flow_loss, regression = self.flow.loss(target, torch.cat(contexts), flow)
         return V2FlowOutput(
             flow_loss, regression, quantized.commit_loss, batch_entropy, word_entropy, quantized.token_ids
         )
