@@ -22,3 +22,7 @@ class TokenFileError(V2FlowError):
 
 class ModelError(V2FlowError):
     """A model folder or checkpoint that is missing, damaged or of another shape than expected."""
+
+
+class SharedError(V2FlowError):
+    """What one process of a launch met with and told all others, who stop with the same message."""

@@ -126,7 +126,7 @@ def test_bad_images_in_a_tar_are_listed_on_every_run(run, folder, tmp_path):
     for _ in range(2):
         done = run(path, "-o", tmp_path / "tokens", "--json")
         assert done.exit_code == 1
-        assert [f["source"] for f in json.loads(done.stdout)["failed"]] == [f"{path}/b"]
+        assert [(f["source"], f["key"]) for f in json.loads(done.stdout)["failed"]] == [(str(path), "b")]
     assert [s.key for s in read_token_set(tmp_path / "tokens")] == ["a", "c"]
 
 

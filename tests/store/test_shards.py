@@ -11,15 +11,9 @@ from PIL import Image
 
 from v2flow_cli.errors import DataError
 from v2flow_cli.store.images import FoundFile
+from v2flow_cli.store.shard_sources import Source, sources_from_classes, sources_from_sidecars, sources_from_table
 from v2flow_cli.store.shards import find_shards, index_shard, iterate_shard, read_member, safe_key
-from v2flow_cli.store.write_shards import (
-    ShardReport,
-    Source,
-    sources_from_classes,
-    sources_from_sidecars,
-    sources_from_table,
-    write_shards,
-)
+from v2flow_cli.store.write_shards import ShardReport, write_shards
 
 
 def write_tar(path, members):
@@ -40,7 +34,7 @@ def save_image(path, colour=(1, 2, 3), size=(16, 12), **options):
 def test_index_gives_offsets_of_every_member(tmp_path):
     members = [("a/1.jpg", b"one"), ("a/1.txt", b"x\n y \n\n"), ("2.seg.png", b"s"), ("2.png", b"two" * 300)]
     path = write_tar(tmp_path / "t.tar", [*members, (".hidden.jpg", b"h"), ("no_suffix", b"n")])
-    one, two = index_shard(path)
+    one, two = index_shard(path).samples
     assert (one.key, one.image, two.key, two.image) == ("a/1", "jpg", "2", "png")
     with open(path, "rb") as file:
         assert read_member(file, two.members["png"]) == b"two" * 300
@@ -50,31 +44,43 @@ def test_index_gives_offsets_of_every_member(tmp_path):
 
 def test_members_of_a_key_need_not_be_neighbours(tmp_path):
     path = write_tar(tmp_path / "t.tar", [("1.jpg", b"a"), ("2.jpg", b"b"), ("1.txt", b"c")])
-    assert [sorted(s.members) for s in index_shard(path)] == [["jpg", "txt"], ["jpg"]]
+    assert [sorted(s.members) for s in index_shard(path).samples] == [["jpg", "txt"], ["jpg"]]
 
 
-def test_a_repeated_member_is_an_error(tmp_path):
-    with pytest.raises(DataError, match=r"holds 1\.jpg twice"):
-        index_shard(write_tar(tmp_path / "t.tar", [("1.jpg", b"a"), ("1.jpg", b"b")]))
+def test_a_sample_with_a_repeated_member_is_left_out(tmp_path):
+    index = index_shard(write_tar(tmp_path / "t.tar", [("1.jpg", b"a"), ("1.jpg", b"b"), ("2.jpg", b"c")]))
+    (failure,) = index.failures
+    assert [s.key for s in index.samples] == ["2"] and failure.key == "1" and "holds 1.jpg twice" in failure.reason
 
 
-def test_every_truncation_is_noticed(tmp_path):
+def test_every_truncation_is_noticed_and_only_whole_samples_remain(tmp_path):
     content = write_tar(tmp_path / "t.tar", [(f"{i}.jpg", b"x" * 700) for i in range(4)]).read_bytes()
     end = 4 * (512 + 1024)
-    for size in range(0, end + 512, 128):
+    (tmp_path / "cut.tar").write_bytes(content[:100])
+    with pytest.raises(DataError, match=r"cut\.tar: not a whole, uncompressed tar"):
+        index_shard(tmp_path / "cut.tar")
+    for size in range(512, end + 512, 128):
         (tmp_path / "cut.tar").write_bytes(content[:size])
-        with pytest.raises(DataError, match=r"cut\.tar"):
-            index_shard(tmp_path / "cut.tar")
+        index = index_shard(tmp_path / "cut.tar")
+        # Nobody can tell whether the last one before the cut had a caption to come.
+        assert [s.key for s in index.samples] == [str(i) for i in range(max(0, size // 1536 - 1))]
+        assert index.failures[-1].samples is None and "damaged or cut short at byte" in index.failures[-1].reason
     (tmp_path / "cut.tar").write_bytes(content[: end + 512])  # only padding is missing
-    assert len(index_shard(tmp_path / "cut.tar")) == 4
+    index = index_shard(tmp_path / "cut.tar")
+    assert len(index.samples) == 4 and not index.failures
 
 
-def test_a_damaged_header_is_noticed_not_taken_for_the_end(tmp_path):
-    content = bytearray(write_tar(tmp_path / "t.tar", [(f"{i}.jpg", b"x" * 700) for i in range(4)]).read_bytes())
-    content[2 * (512 + 1024) + 3] ^= 1
-    (tmp_path / "t.tar").write_bytes(content)
-    with pytest.raises(DataError, match="damaged or cut short at byte 3,072, in sample 2"):
-        index_shard(tmp_path / "t.tar")
+@pytest.mark.parametrize(
+    "damage", [lambda block: bytes([block[0], block[1] ^ 1]) + block[2:], lambda block: bytes(512)]
+)
+def test_a_damaged_or_zeroed_header_is_noticed_not_taken_for_the_end(tmp_path, damage):
+    content = write_tar(tmp_path / "t.tar", [(f"{i}.jpg", b"x" * 700) for i in range(4)]).read_bytes()
+    at = 2 * (512 + 1024)
+    (tmp_path / "t.tar").write_bytes(content[:at] + damage(content[at : at + 512]) + content[at + 512 :])
+    index = index_shard(tmp_path / "t.tar")
+    assert [s.key for s in index.samples] == ["0"]
+    assert [f.key for f in index.failures] == ["1", None]
+    assert "damaged or cut short at byte 3,072" in index.failures[1].reason
 
 
 def test_what_is_no_plain_tar(tmp_path):
@@ -149,6 +155,8 @@ def test_write_shards_keeps_bytes_and_other_tools_read_them(tmp_path):
     assert (manifest["samples"], manifest["bytes"]) == (4, len(content))
     (shard,) = manifest["shards"]
     assert shard.pop("sha256") == hashlib.sha256(content).hexdigest()
+    index = (out / "set-000000.index.jsonl").read_bytes()
+    assert shard.pop("index_sha256") == hashlib.sha256(index).hexdigest()
     assert shard == {"name": "set-000000.tar", "samples": 4, "bytes": len(content)}
 
 
@@ -159,7 +167,7 @@ def test_shards_are_bounded_and_the_same_twice(tmp_path):
     for out in ("one", "two"):
         write_shards(sources_from_sidecars(tmp_path / "src"), tmp_path / out, prefix="s", shard_bytes=size, workers=3)
     names = sorted(p.name for p in (tmp_path / "one").iterdir())
-    assert names == ["manifest.json", "s-000000.tar", "s-000001.tar", "s-000002.tar"]
+    assert names == ["manifest.json", *sorted(f"s-00000{i}.{e}" for i in range(3) for e in ("tar", "index.jsonl"))]
     for name in names:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
     counts = [s["samples"] for s in json.loads((tmp_path / "one" / "manifest.json").read_text())["shards"]]
@@ -180,7 +188,7 @@ def test_shards_are_not_overwritten_unless_forced(tmp_path):
     assert report.samples == 0
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before  # nothing good to put in its place
     write_shards(sources_from_sidecars(tmp_path / "src"), out, prefix="s", shard_bytes=10**6, force=True)
-    assert sorted(p.name for p in out.iterdir()) == ["manifest.json", "s-000000.tar"]
+    assert sorted(p.name for p in out.iterdir()) == ["manifest.json", "s-000000.index.jsonl", "s-000000.tar"]
 
 
 def test_bad_images_are_listed_and_the_rest_is_kept(tmp_path):
@@ -188,8 +196,8 @@ def test_bad_images_are_listed_and_the_rest_is_kept(tmp_path):
     (tmp_path / "bad.jpg").write_text("text")
     report = write_shards(sources_from_sidecars(tmp_path), tmp_path / "out", prefix="s", shard_bytes=10**6)
     assert report.samples == 1
-    ((source, reason),) = report.failures
-    assert source.endswith("bad.jpg") and reason.startswith("not an image")
+    (failure,) = report.failures
+    assert failure.source.endswith("bad.jpg") and failure.reason.startswith("not an image")
 
 
 def test_a_smaller_side_is_made_once_and_never_larger(tmp_path):
@@ -236,8 +244,8 @@ def test_caption_tables(tmp_path, name, table):
         ("b", ("two, words",)),
         ("a/1", ("first", "second")),
     ]
-    ((source, reason),) = report.failures
-    assert source.endswith("none.png") and "not an image in" in reason
+    (failure,) = report.failures
+    assert failure.source.endswith("none.png") and "not an image in" in failure.reason
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from typing import Annotated, Any
 
 import typer
@@ -10,7 +11,7 @@ import typer.core
 
 from v2flow_cli import __version__
 from v2flow_cli.cli import bench, decode, encode, finetune_llm, generate, shard, train
-from v2flow_cli.cli.console import EXIT_FAILED, EXIT_INTERRUPTED, log
+from v2flow_cli.cli.console import EXIT_FAILED, EXIT_INTERRUPTED, log, report_error
 from v2flow_cli.errors import V2FlowError
 
 
@@ -21,7 +22,7 @@ class _Commands(typer.core.TyperGroup):
         try:
             return super().invoke(ctx)
         except V2FlowError as error:
-            log(f"error: {error}")
+            report_error(error)
             ctx.exit(EXIT_FAILED)
         except KeyboardInterrupt:
             log("interrupted")
@@ -69,7 +70,12 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    signal.signal(signal.SIGTERM, _interrupt)  # what Ctrl-C does: temporary files go, exit code 130
     app()
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

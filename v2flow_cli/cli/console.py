@@ -6,10 +6,13 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
+from v2flow_cli.errors import SharedError, V2FlowError
+
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+ERROR_BUDGET = 0.001  # share of bad samples up to which a command over a set succeeds
 
 
 class Tick(Protocol):
@@ -25,6 +28,14 @@ def log(message: str) -> None:
     """One plain line on stderr."""
     if is_main_process():
         print(message, file=sys.stderr, flush=True)
+
+
+def report_error(error: V2FlowError) -> None:
+    """An error on stderr, whichever process it happened in; one that all of them know of, from the first alone."""
+    if is_main_process():
+        log(f"error: {error}")
+    elif not isinstance(error, SharedError):
+        print(f"rank {os.environ['RANK']}: error: {error}", file=sys.stderr, flush=True)
 
 
 def result(text: str) -> None:
@@ -46,6 +57,11 @@ def _finite(value: Any) -> Any:
     if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
         return None
     return value
+
+
+def failures_json(failures: Iterable[Any]) -> list[dict[str, Any]]:
+    """What was left out, for ``--json``: a file, or a shard and the key of a sample in it, and the reason."""
+    return [{"source": f.source, "key": f.key, "reason": f.reason, "samples": f.samples} for f in failures]
 
 
 @contextlib.contextmanager

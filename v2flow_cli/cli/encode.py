@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import time
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from v2flow_cli.cli.console import fail, log, progress, result, result_json
+from v2flow_cli.cli.console import ERROR_BUDGET, fail, failures_json, log, progress, result, result_json
+
+
+class Verify(str, Enum):
+    quick = "quick"
+    full = "full"
 
 
 def encode(
@@ -29,6 +35,12 @@ def encode(
     workers: Annotated[int, typer.Option(min=1, help="Threads that read and decode images.")] = 2,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto (bf16 where it is fast), fp32 or bf16.")] = "auto",
+    verify: Annotated[
+        Verify, typer.Option(help="quick: check what is read against the tars' manifest. full: every byte, before.")
+    ] = Verify.quick,
+    error_budget: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of bad images up to which the exit code is 0; all are listed.")
+    ] = ERROR_BUDGET,
     force: Annotated[bool, typer.Option("--force", help="Overwrite token files that exist.")] = False,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> None:
@@ -41,28 +53,38 @@ def encode(
         v2flow encode "imgs/*.jpg" -o tokens-512/ --res 512
 
         v2flow encode shards/ -o shard-tokens/ --batch-size 32 --workers 4
+
+        torchrun --nproc-per-node 8 -m v2flow_cli.cli.app encode shards/ -o shard-tokens/
     """
     from v2flow_cli.errors import DataError
-    from v2flow_cli.store.images import SUFFIXES, expand_input, find_files, find_images
+    from v2flow_cli.store.images import SUFFIXES, expand_input, find_images
 
     kinds = {_kind(expand_input(given)[1], SUFFIXES, given) for given in inputs}
     if len(kinds) > 1:
         raise DataError(f"{' '.join(inputs)}: holds both images and tars. Encode them one kind at a time.")
     tars = kinds == {"tars"}
-    files = find_files(inputs, {".tar"}, "tars") if tars else find_images(inputs)
 
     from v2flow_cli.store.encode_set import SetEncoder, encode_files, encode_shards
+    from v2flow_cli.store.failures import over_budget
+    from v2flow_cli.store.ranks import launched
+    from v2flow_cli.store.shards import find_shard_files
     from v2flow_cli.tokenizer import V2FlowTokenizer
     from v2flow_cli.tokenizer.hardware import pick_device, pick_dtype
 
+    files = find_shard_files(inputs) if tars else find_images(inputs)
     target = pick_device(device)
     tokenizer = V2FlowTokenizer.from_pretrained(model).to(target)
     encoder = SetEncoder(
         tokenizer, image_size=res, batch_size=batch_size, workers=workers, dtype=pick_dtype(dtype, target)
     )
     start = time.perf_counter()
-    with progress("encode", None if tars else len(files)) as tick:
-        report = (encode_shards if tars else encode_files)(encoder, files, out, force=force, tick=tick)
+    with launched() as ranks, progress("encode", None if tars else -(-len(files) // ranks.count)) as tick:
+        if tars:
+            report = encode_shards(encoder, files, out, force=force, tick=tick, verify=verify.value, ranks=ranks)
+        else:
+            report = encode_files(encoder, files, out, force=force, tick=tick, ranks=ranks)
+        if ranks.rank:
+            return  # the first one speaks for all
     seconds = time.perf_counter() - start
 
     manifest = report.manifest
@@ -78,7 +100,7 @@ def encode(
                 "codebook_size": manifest.codebook_size,
                 "tokenizer_digest": manifest.tokenizer_digest,
                 "seconds": seconds,
-                "failed": [{"source": f.source, "reason": f.reason} for f in report.failures],
+                "failed": failures_json(report.failures),
             }
         )
     else:
@@ -88,9 +110,12 @@ def encode(
             f"{manifest.tokens_per_image} tokens an image, ids below {manifest.codebook_size:,}"
         )
     for failure in report.failures:
-        log(f"left out: {failure.source}: {failure.reason}")
-    if report.failures:
-        fail(f"{len(report.failures)} of the inputs could not be encoded; the rest is in {out}.")
+        log(f"left out: {failure.name}: {failure.reason}")
+    if over_budget(report.failures, report.good, error_budget):
+        fail(
+            f"{len(report.failures)} of the inputs could not be encoded, which is over the error budget of "
+            f"{error_budget:.2%}; the rest is in {out}."
+        )
 
 
 def _kind(paths: list[Path], suffixes: frozenset[str], given: str) -> str:

@@ -2,27 +2,39 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from v2flow_cli.cli.console import fail, log, progress, result, result_json
+from v2flow_cli.cli.console import ERROR_BUDGET, fail, failures_json, log, progress, result, result_json
+
+
+class Check(str, Enum):
+    quick = "quick"  # sizes and counts
+    full = "full"  # every byte
 
 
 def shard(
-    source: Annotated[Path, typer.Argument(metavar="SRC", help="Folder of images, searched recursively.")],
-    out: Annotated[
-        Path, typer.Option("-o", "--out", help="Folder for the tars and their manifest.", show_default=False)
+    source: Annotated[
+        Path, typer.Argument(metavar="SRC", help="Folder of images, or of tars, searched recursively; or one tar.")
     ],
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="Folder for the tars and their manifest.", show_default=False)
+    ] = None,
     captions: Annotated[
         str,
         typer.Option(
             metavar="sidecars|classes|FILE",
             help="sidecars: KEY.txt, a caption a line. classes: 'a photo of FOLDER'. FILE: .csv or .jsonl "
-            "with columns file and caption; only the images it lists are taken.",
+            "with columns file and caption; only the images it lists are taken. Tars bring their own.",
         ),
     ] = "sidecars",
+    class_names: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="For classes: names of the folders, lines such as 'n02119022 red fox'."),
+    ] = None,
     shard_mb: Annotated[float, typer.Option(min=0.001, help="Size of a tar in MB (10^6 bytes), at most.")] = 256.0,
     res: Annotated[
         int | None,
@@ -30,6 +42,12 @@ def shard(
     ] = None,
     prefix: Annotated[str, typer.Option(help="Tars are named PREFIX-000000.tar and so on.")] = "shard",
     workers: Annotated[int, typer.Option(min=1, help="Threads that read and check images.")] = 2,
+    error_budget: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of bad images up to which the exit code is 0; all are listed.")
+    ] = ERROR_BUDGET,
+    check: Annotated[
+        Check | None, typer.Option(help="Write nothing: compare the tars in SRC with their manifest.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the shards in the output folder.")] = False,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> None:
@@ -42,28 +60,52 @@ def shard(
         v2flow shard imgs/ -o class-shards/ --captions classes --res 512
 
         v2flow shard imgs/ -o small-shards/ --shard-mb 16 --prefix photos
+
+        v2flow shard shards/ --check full
     """
     if not prefix or any(c in prefix for c in "/\\.*?[]"):
         raise typer.BadParameter("expected a plain name without dots or slashes", param_hint="--prefix")
 
-    from v2flow_cli.errors import DataError
-    from v2flow_cli.store import write_shards as writer
+    if check is not None:
+        return _check(source, check, json_)
+    if out is None:
+        raise typer.BadParameter("expected a folder for the tars", param_hint="-o")
 
-    if not source.is_dir():
-        raise DataError(f"{source}: not a folder. Give a folder of images.")
-    report = writer.ShardReport()
-    if captions == "sidecars":
-        sources = writer.sources_from_sidecars(source)
+    from v2flow_cli.errors import DataError
+    from v2flow_cli.store import shard_sources
+    from v2flow_cli.store.failures import over_budget
+    from v2flow_cli.store.images import expand_input
+    from v2flow_cli.store.write_shards import ShardReport, write_shards
+
+    report = ShardReport()
+    tars = (
+        source.suffix.lower() == ".tar"
+        if source.is_file()
+        else source.is_dir() and any(p.suffix.lower() == ".tar" for p in expand_input(str(source))[1])
+    )
+    if not source.is_dir() and not tars:
+        raise DataError(f"{source}: not a folder or a tar. Give a folder of images, or of tars.")
+    if tars and captions != "sidecars":
+        raise typer.BadParameter(
+            f"{captions}: {source} holds tars, which bring their captions", param_hint="--captions"
+        )
+    if class_names is not None and captions != "classes":
+        raise typer.BadParameter("needs --captions classes", param_hint="--class-names")
+    if tars:
+        sources = shard_sources.sources_from_tars(source, report.failures)
+    elif captions == "sidecars":
+        sources = shard_sources.sources_from_sidecars(source)
     elif captions == "classes":
-        sources = writer.sources_from_classes(source)
+        names = shard_sources.read_class_names(class_names) if class_names else None
+        sources = shard_sources.sources_from_classes(source, names)
     elif Path(captions).suffix.lower() in (".csv", ".jsonl"):
-        sources = writer.sources_from_table(source, Path(captions), report.failures)
+        sources = shard_sources.sources_from_table(source, Path(captions), report.failures)
     else:
         raise typer.BadParameter(
             f"{captions}: expected sidecars, classes, or a .csv or .jsonl file", param_hint="--captions"
         )
     with progress("shard", None) as tick:
-        writer.write_shards(
+        write_shards(
             sources,
             out,
             prefix=prefix,
@@ -79,18 +121,46 @@ def shard(
             {
                 "output": str(out),
                 "shards": len(report.shards),
+                "kept_shards": report.kept_shards,
                 "samples": report.samples,
                 "captions": report.captions,
                 "bytes": report.bytes,
-                "failed": [{"source": name, "reason": reason} for name, reason in report.failures],
+                "failed": failures_json(report.failures),
             }
         )
     else:
+        kept = f" ({report.kept_shards} finished earlier)" if report.kept_shards else ""
         result(
-            f"{out}: {report.samples} images, {report.captions} captions in {len(report.shards)} shards, "
+            f"{out}: {report.samples} images, {report.captions} captions in {len(report.shards)} shards{kept}, "
             f"{report.bytes:,} bytes"
         )
-    for name, reason in report.failures:
-        log(f"left out: {name}: {reason}")
-    if report.failures or not report.samples:
+    for failure in report.failures:
+        log(f"left out: {failure.name}: {failure.reason}")
+    if not report.samples or over_budget(report.failures, report.samples, error_budget):
         fail(f"{len(report.failures)} images were left out; {report.samples} are in {out}.")
+
+
+def _check(source: Path, check: Check, json_: bool) -> None:
+    """Every shard in ``source`` against its manifest; bad samples are listed, and end in exit code 1."""
+    from v2flow_cli.errors import DataError
+    from v2flow_cli.store.failures import Failure
+    from v2flow_cli.store.shards import find_shards, index_shard
+
+    shards, samples, failures = find_shards([source]), 0, []
+    with progress("check", len(shards)) as tick:
+        for path in shards:
+            try:
+                index = index_shard(path, check.value)
+                samples += len(index.samples)
+                failures += index.failures
+            except DataError as error:
+                failures.append(Failure(str(path), str(error).removeprefix(f"{path}: "), samples=None))
+            tick()
+    if json_:
+        result_json({"shards": len(shards), "samples": samples, "failed": failures_json(failures)})
+    else:
+        result(f"{source}: {samples} whole samples in {len(shards)} shards, {len(failures)} complaints")
+    for failure in failures:
+        log(f"{failure.name}: {failure.reason}")
+    if failures:
+        fail(f"{source}: not what its manifest promises; the {check.value} check has {len(failures)} complaints.")

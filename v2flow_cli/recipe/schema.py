@@ -23,6 +23,7 @@ class ImageData:
     max_scale: float = 1.0  # largest share, in [min_scale, 1]
     shuffle_shards: int = 8  # shards whose samples are mixed at a time
     workers: int = 1  # loader processes per rank; 0 loads in the training process
+    error_budget: float = 0.001  # share of the samples that may be bad; more of them stop the training
 
 
 @dataclass(frozen=True)

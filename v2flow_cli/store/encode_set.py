@@ -1,6 +1,8 @@
 """Sets of images to sets of tokens: what ``v2flow encode`` does, without the command line.
 
-Images are read and decoded a few batches ahead in threads; the set is never in memory, a shard's ids are.
+Images are read and decoded a few batches ahead in threads; the set is never in memory, a shard's ids are. Of R
+processes number r takes every R-th shard (or image), and the first one writes the manifest when all are done: what is
+written depends neither on R nor on how often the run was stopped.
 """
 
 from __future__ import annotations
@@ -15,21 +17,18 @@ import torch
 from torch import Tensor
 
 from v2flow_cli.errors import DataError, TokenFileError
-from v2flow_cli.store.files import check_absent, map_ahead
+from v2flow_cli.store.failures import Failure, load_failures, save_failures
+from v2flow_cli.store.files import check_absent, map_ahead, remove_partials, write_bytes
 from v2flow_cli.store.images import FoundFile, open_image
-from v2flow_cli.store.shards import SampleIndex, captions_of, index_shard, read_member
+from v2flow_cli.store.ranks import Ranks
+from v2flow_cli.store.shard_manifest import SampleIndex
+from v2flow_cli.store.shards import Verify, captions_of, index_shard, open_shard, read_member
 from v2flow_cli.store.token_file import TokenManifest, load_samples, save_samples, save_token_ids
 from v2flow_cli.tokenizer import V2FlowTokenizer
 
 Tick = Callable[[int], None]
-
-
-@dataclass(frozen=True)
-class Failure:
-    """Something that was left out, and why."""
-
-    source: str
-    reason: str
+ALONE = Ranks()
+_UNFINISHED = ".unfinished"  # lies in a folder of tokens from the beginning of a run to its end
 
 
 @dataclass
@@ -40,6 +39,7 @@ class EncodeReport:
     images: int = 0  # encoded by this call
     files: int = 0  # token files written by this call
     kept_files: int = 0  # finished ones of an earlier call
+    good: int = 0  # images in all files of this set, earlier calls included
     failures: list[Failure] = field(default_factory=list)
 
 
@@ -70,14 +70,17 @@ class SetEncoder:
         self.empty_manifest = TokenManifest(tokenizer.digest, size, tokenizer.config.codebook_size, length)
 
     def encode(
-        self, items: Iterable[tuple[str, str, Path | bytes]], failures: list[Failure], tick: Tick
+        self, items: Iterable[tuple[str, str, Path | bytes | DataError]], failures: list[Failure], tick: Tick
     ) -> Iterator[tuple[str, np.ndarray]]:
-        """(key, ids (L,) int64) of each good (key, name, image) in order; bad ones go to ``failures``."""
+        """(key, ids (L,) int64) of each good (key, source, image) in order; bad ones go to ``failures``.
+
+        Args:   items, images as files, as bytes from the tar ``source``, or the error that reading them gave.
+        """
         batch: list[tuple[str, Tensor]] = []
         ahead = 2 * self.batch_size + self.workers
-        for key, name, pixels in map_ahead(self._load, items, self.workers, ahead):
-            if isinstance(pixels, DataError):
-                failures.append(Failure(name, str(pixels).removeprefix(f"{name}: ")))
+        for key, pixels in map_ahead(self._load, items, self.workers, ahead):
+            if isinstance(pixels, Failure):
+                failures.append(pixels)
                 tick(1)
                 continue
             batch.append((key, pixels))
@@ -87,13 +90,17 @@ class SetEncoder:
         if batch:
             yield from self._encode_batch(batch, tick)
 
-    def _load(self, item: tuple[str, str, Path | bytes]) -> tuple[str, str, Tensor | DataError]:
-        key, name, source = item
+    def _load(self, item: tuple[str, str, Path | bytes | DataError]) -> tuple[str, Tensor | Failure]:
+        key, source, content = item
+        name = source if isinstance(content, Path) else f"{source}/{key}"
         try:
-            image = open_image(source, name)
+            if isinstance(content, DataError):
+                raise content
+            image = open_image(content, name)
         except DataError as error:
-            return key, name, error
-        return key, name, self.tokenizer.image_processor.preprocess_one(image, self.image_size)
+            reason = str(error).removeprefix(f"{name}: ").removeprefix(f"{source}: ")
+            return key, Failure(source, reason, None if isinstance(content, Path) else key)
+        return key, self.tokenizer.image_processor.preprocess_one(image, self.image_size)
 
     def _encode_batch(self, batch: list[tuple[str, Tensor]], tick: Tick) -> Iterator[tuple[str, np.ndarray]]:
         device = self.tokenizer.device
@@ -108,95 +115,173 @@ class SetEncoder:
 
 
 def encode_files(
-    encoder: SetEncoder, images: Sequence[FoundFile], out: Path, *, force: bool, tick: Tick
+    encoder: SetEncoder, images: Sequence[FoundFile], out: Path, *, force: bool, tick: Tick, ranks: Ranks = ALONE
 ) -> EncodeReport:
     """One ``.npy`` (L,) per image, the input's tree mirrored under ``out``, and the manifest.
 
+    Images that a stopped run of the same tokenizer and size has finished are kept, unless ``force``.
     Raises: DataError for an output that exists; TokenFileError where ``out`` holds other tokens (both unless
             ``force``). Bad images end in the report's failures.
     """
     targets = {image.key: out / f"{image.key}.npy" for image in images}
-    check_absent(targets.values(), force)
-    report = EncodeReport(_manifest_of(out, encoder, force) or encoder.empty_manifest)
-    items = ((image.key, str(image.path), image.path) for image in images)
-    files = dict(report.manifest.files)
-    try:
-        for key, token_ids in encoder.encode(items, report.failures, tick):
-            save_token_ids(targets[key], token_ids, report.manifest.codebook_size)
-            files[key] = 1
-            report.images += 1
-    finally:  # an interrupted run leaves a manifest of what it wrote
-        report.files = report.images
-        report.manifest = dataclasses.replace(report.manifest, files=files)
-        if report.images:
-            report.manifest.save(out)
-    return report
+    report, resumed = _begin(encoder, targets.values(), out, force, ranks, keep=False)
+    mine = images[ranks.rank :: ranks.count]
+    todo = mine if not resumed else [image for image in mine if not targets[image.key].exists()]
+    report.kept_files = len(mine) - len(todo)
+    tick(report.kept_files)
+    for key, token_ids in encoder.encode(
+        ((image.key, str(image.path), image.path) for image in todo), report.failures, tick
+    ):
+        save_token_ids(targets[key], token_ids, report.manifest.codebook_size)
+        report.images += 1
+    report.files = report.images
+    return _end(report, out, ranks, lambda: {key: 1 for key, target in targets.items() if target.exists()})
 
 
 def encode_shards(
-    encoder: SetEncoder, shards: Sequence[FoundFile], out: Path, *, force: bool, tick: Tick
+    encoder: SetEncoder,
+    shards: Sequence[FoundFile],
+    out: Path,
+    *,
+    force: bool,
+    tick: Tick,
+    verify: Verify = "quick",
+    ranks: Ranks = ALONE,
 ) -> EncodeReport:
     """One ``.npy`` (N, L) per shard with keys and captions beside it, and the manifest.
 
-    Shards that an earlier run of the same tokenizer and size finished are kept, unless ``force``.
-    Raises: DataError for an output that exists and is not of such a run; TokenFileError where ``out`` holds
-            other tokens. Bad images and damaged shards end in the report's failures.
+    Shards that an earlier run of the same tokenizer and size finished are kept, unless ``force``. What was left out
+    of a shard lies in ``NAME.bad.jsonl`` beside its tokens.
+    Raises: DataError for an output that exists and is not of such a run, and for fewer shards than ranks;
+            TokenFileError where ``out`` holds other tokens. Bad images and damaged shards end in the report's failures.
+    """
+    if len(shards) < ranks.count:
+        raise DataError(
+            f"{len(shards)} tars for {ranks.count} processes: some would have nothing to do. Launch at most "
+            f"{len(shards)}, or write smaller tars with `v2flow shard --shard-mb`."
+        )
+    targets = {shard.key: out / f"{shard.key}.npy" for shard in shards}
+    report, resumed = _begin(encoder, targets.values(), out, force, ranks, keep=True)
+    for shard in shards[ranks.rank :: ranks.count]:
+        target = targets[shard.key]
+        if not force and (resumed or shard.key in report.manifest.files) and target.exists():
+            bad, count = _kept(shard, target, verify)
+            report.kept_files += 1
+            tick(count)
+        else:
+            bad, count = _encode_shard(encoder, shard, target, verify, tick)
+            report.images += count
+            report.files += bool(count)
+        report.failures += bad
+    return _end(report, out, ranks, lambda: {key: _rows(path) for key, path in targets.items() if path.exists()})
+
+
+def _begin(
+    encoder: SetEncoder, targets: Iterable[Path], out: Path, force: bool, ranks: Ranks, keep: bool
+) -> tuple[EncodeReport, bool]:
+    """A report with the manifest in ``out``, and whether a stopped run of the same tokens is continued.
+
+    Args:   keep, True where targets may also lie there from a run that was finished.
     """
     existing = _manifest_of(out, encoder, force)
-    if existing is None:
-        check_absent((out / f"{shard.key}.npy" for shard in shards), force)
+    resumed = existing is not None and (out / _UNFINISHED).exists() and not force
+    if not resumed and (existing is None or not keep):
+        check_absent(targets, force)
+    ranks.wait()  # every rank has seen the folder as it was
     report = EncodeReport(encoder.empty_manifest if existing is None else existing)
-    report.manifest.save(out)  # from here on a re-run knows the files as its own
-    for shard in shards:
-        target = out / f"{shard.key}.npy"
-        try:
-            samples = [sample for sample in index_shard(shard.path) if sample.image is not None]
-            if not force and shard.key in report.manifest.files and target.exists():
-                report.failures += _left_out(shard, samples, target)
-                report.kept_files += 1
-                tick(len(samples))
-                continue
-            rows = _encode_shard(encoder, shard, samples, report.failures, tick)
-        except DataError as error:
-            report.failures.append(Failure(str(shard.path), str(error).removeprefix(f"{shard.path}: ")))
-            continue
-        save_samples(target, [(key, captions) for key, captions, _ in rows])
-        save_token_ids(target, np.stack([ids for _, _, ids in rows]), report.manifest.codebook_size)
-        files = {**report.manifest.files, shard.key: len(rows)}
-        report.manifest = dataclasses.replace(report.manifest, files=files)
+    if ranks.rank == 0:
+        report.manifest.save(out)  # from here on a re-run knows the files as its own
+        write_bytes(out / _UNFINISHED, b"")
+        remove_partials(out)
+    ranks.wait()
+    return report, resumed
+
+
+def _end(report: EncodeReport, out: Path, ranks: Ranks, written: Callable[[], dict[str, int]]) -> EncodeReport:
+    """Add the ranks' reports up; the first one writes the manifest of ``written`` and what lay there before."""
+    said = out / f".{ranks.rank}.failures.jsonl"
+    if ranks.rank:
+        save_failures(said, report.failures)
+    report.images, report.files, report.kept_files = ranks.sum([report.images, report.files, report.kept_files])
+    if ranks.rank == 0:
+        for rank in range(1, ranks.count):
+            said = out / f".{rank}.failures.jsonl"
+            report.failures += load_failures(said)
+            said.unlink()
+        report.failures.sort(key=lambda failure: (failure.source, failure.key or ""))
+        files = written()
+        report.good = sum(files.values())
+        report.manifest = dataclasses.replace(
+            report.manifest, files=dict(sorted({**report.manifest.files, **files}.items()))
+        )
         report.manifest.save(out)
-        report.images += len(rows)
-        report.files += 1
+        (out / _UNFINISHED).unlink()
+    ranks.wait()
     return report
 
 
-def _left_out(shard: FoundFile, samples: Sequence[SampleIndex], target: Path) -> list[Failure]:
-    """What the run that finished ``shard`` had to leave out.  Raises: DataError if the shard has changed."""
+def _rows(target: Path) -> int:
+    """Images in a shard's token file.  Raises: TokenFileError where its keys are missing."""
+    samples = load_samples(target)
+    if samples is None:
+        raise TokenFileError(f"{target}: no keys beside it. Remove it and encode again, or use --force.")
+    return len(samples)
+
+
+def _kept(shard: FoundFile, target: Path, verify: Verify) -> tuple[list[Failure], int]:
+    """What the run that finished ``shard`` left out, and how many images it has.
+
+    Raises: DataError if the shard holds other samples since.
+    """
     done = {key for key, _ in load_samples(target) or ()}
-    keys = [sample.key for sample in samples]
-    if not done <= set(keys):
+    index = index_shard(shard.path, verify)
+    if not index.failures and not done <= {sample.key for sample in index.samples}:
         raise DataError(f"{shard.path}: holds other keys than {target}. Use --force to encode it again.")
-    return [Failure(f"{shard.path}/{key}", "left out by an earlier run") for key in keys if key not in done]
+    return load_failures(_bad_path(target)), len(done)
+
+
+def _bad_path(target: Path) -> Path:
+    return target.with_name(f"{target.stem}.bad.jsonl")
 
 
 def _encode_shard(
-    encoder: SetEncoder, shard: FoundFile, samples: Sequence[SampleIndex], failures: list[Failure], tick: Tick
-) -> list[tuple[str, tuple[str, ...], np.ndarray]]:
-    """(key, captions, ids (L,)) of each good image.  Raises: DataError if there is none."""
+    encoder: SetEncoder, shard: FoundFile, target: Path, verify: Verify, tick: Tick
+) -> tuple[list[Failure], int]:
+    """Write a shard's tokens, keys and bad samples; returns the latter and the number of good ones."""
     captions: dict[str, tuple[str, ...]] = {}
+    try:
+        index = index_shard(shard.path, verify)
+        failures = list(index.failures)
+        items = _images_of(shard.path, [sample for sample in index.samples if sample.image is not None], captions)
+        rows = [(key, captions[key], ids) for key, ids in encoder.encode(items, failures, tick)]
+        if not rows and not failures:
+            failures = [Failure(str(shard.path), "no image in it", samples=0)]
+    except DataError as error:
+        rows, failures = [], [Failure(str(shard.path), str(error).removeprefix(f"{shard.path}: "), samples=None)]
+    if failures:
+        save_failures(_bad_path(target), failures)
+    elif _bad_path(target).exists():
+        _bad_path(target).unlink()
+    if rows:  # the ids last: where they are, all is
+        save_samples(target, [(key, captions) for key, captions, _ in rows])
+        save_token_ids(target, np.stack([ids for _, _, ids in rows]), encoder.empty_manifest.codebook_size)
+    return failures, len(rows)
 
-    def items() -> Iterator[tuple[str, str, bytes]]:
-        with open(shard.path, "rb") as file:
-            for sample in samples:
-                assert sample.image is not None  # the caller keeps no other
+
+def _images_of(
+    path: Path, samples: Sequence[SampleIndex], captions: dict[str, tuple[str, ...]]
+) -> Iterator[tuple[str, str, bytes | DataError]]:
+    """(key, shard, image bytes or what reading them gave) of each sample; its captions go to ``captions``."""
+    if not samples:
+        return
+    with open_shard(path) as file:
+        for sample in samples:
+            assert sample.image is not None  # the caller keeps no other
+            try:
                 captions[sample.key] = captions_of(file, sample)
-                content = read_member(file, sample.members[sample.image])
-                yield sample.key, f"{shard.path}/{sample.key}", content
-
-    rows = [(key, captions[key], ids) for key, ids in encoder.encode(items(), failures, tick)]
-    if not rows:
-        raise DataError(f"{shard.path}: no image in it that could be encoded.")
-    return rows
+                yield sample.key, str(path), read_member(file, sample.members[sample.image])
+            except DataError as error:
+                yield sample.key, str(path), error
 
 
 def _manifest_of(out: Path, encoder: SetEncoder, force: bool) -> TokenManifest | None:

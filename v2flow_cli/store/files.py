@@ -42,6 +42,13 @@ def write_bytes(path: Path, content: bytes) -> None:
         file.write(content)
 
 
+def remove_partials(folder: Path) -> None:
+    """Remove what killed writers left in and under ``folder``; nobody else may be writing there."""
+    for partial in folder.rglob(".*.partial"):
+        if partial.is_file():
+            partial.unlink()
+
+
 def check_absent(paths: Iterable[Path], force: bool) -> None:
     """Refuse to overwrite.  Raises: DataError naming the first of ``paths`` that exists, unless ``force``."""
     existing = [] if force else [path for path in paths if path.exists()]

@@ -3,18 +3,37 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from v2flow_cli.errors import DataError
+from v2flow_cli.store.failures import Failure, budget_error, over_budget
 from v2flow_cli.store.images import SUFFIXES, FoundFile, expand_input, find_images, read_bytes
-from v2flow_cli.store.shards import SampleIndex, captions_of, index_shard, read_captions, read_member
+from v2flow_cli.store.shard_manifest import SampleIndex, index_path, load_manifest
+from v2flow_cli.store.shards import (
+    captions_of,
+    index_shard,
+    missing_shards,
+    open_shard,
+    read_captions,
+    read_member,
+)
 
 _OPEN_FILES = 16  # most shards kept open at a time
+
+
+@dataclass(frozen=True)
+class SampleRef:
+    """A sample that is not read yet.  source: the shard or file it lies in; in_shard: which of them."""
+
+    key: str
+    source: str
+    in_shard: bool
+    load: Callable[[], Sample]  # raises DataError for one that is gone or damaged
 
 
 @dataclass(frozen=True)
@@ -33,11 +52,11 @@ class SampleStream:
     Each epoch permutes the shards, and within every window of ``shuffle_shards`` shards all samples; a folder
     of images counts as one shard. Rank r of R takes the positions r, r + R, r + 2R, ... of that one endless
     order, so every sample is seen once per epoch whatever the number of ranks. Memory holds one window's
-    indexes, and the listing of a folder of images.
+    indexes, and the listing of a folder of images. ``failures`` are the samples that damaged shards have lost.
 
     Args:   sources, paths; shuffle_shards, shards whose samples are mixed at a time; shuffle, False keeps the
-            order of the disk.
-    Raises: DataError for a source that is missing, without images, or damaged (then when it is reached).
+            order of the disk; error_budget, share of the samples that damaged shards may have lost.
+    Raises: DataError for a source that is missing, without images, or has lost more than the budget.
     """
 
     def __init__(
@@ -49,6 +68,7 @@ class SampleStream:
         world_size: int = 1,
         shuffle_shards: int = 8,
         shuffle: bool = True,
+        error_budget: float = 0.0,
     ) -> None:
         if not 0 <= rank < world_size:
             raise ValueError(f"rank is {rank}; expected 0 to {world_size - 1}")
@@ -58,6 +78,8 @@ class SampleStream:
         self._seed, self._rank, self._world_size = seed, rank, world_size
         self._window, self._shuffle = shuffle_shards, shuffle
         self._counts: dict[int, int] = {}  # samples of the shards indexed so far
+        self._error_budget = error_budget
+        self.failures: list[Failure] = []
         if not self._shards:
             raise DataError("No data: the list of sources is empty.")
 
@@ -67,9 +89,15 @@ class SampleStream:
 
     def samples(self, start: int = 0) -> Iterator[Sample]:
         """This rank's samples from its ``start``-th on, epoch after epoch, endless; skips read no image."""
+        return (ref.load() for ref in self.refs(start))
+
+    def refs(self, start: int = 0) -> Iterator[SampleRef]:
+        """As ``samples``, but not read."""
         total = len(self)
         if not total:
             raise DataError(f"{self._shards[0].name}: no sample with an image in it.")
+        if over_budget(self.failures, total, self._error_budget):
+            raise budget_error(self.failures, self._error_budget)
         epoch, offset = divmod(start * self._world_size + self._rank, total)
         with _Files() as files:
             while True:
@@ -89,7 +117,7 @@ class SampleStream:
                     yield self._shards[i].read(refs[position], files)
                 offset = (offset - len(refs)) % self._world_size if offset < len(refs) else offset - len(refs)
 
-    def _one_epoch(self, epoch: int, order: np.ndarray, offset: int, files: _Files) -> Generator[Sample, None, int]:
+    def _one_epoch(self, epoch: int, order: np.ndarray, offset: int, files: _Files) -> Generator[SampleRef, None, int]:
         """Yields every world_size-th sample from ``offset`` on; returns the offset into the next epoch."""
         for first in range(0, len(order), self._window):
             window = [int(i) for i in order[first : first + self._window]]
@@ -101,18 +129,25 @@ class SampleStream:
                     places = np.random.default_rng([self._seed, epoch, first + 1]).permutation(places)
                 while offset < size:
                     i, ref = refs[places[offset]]
-                    yield self._shards[i].read(ref, files)
+                    yield self._ref(i, ref, files)
                     offset += self._world_size
             offset -= size
         return offset
 
+    def _ref(self, i: int, ref: Any, files: _Files) -> SampleRef:
+        shard = self._shards[i]
+        return SampleRef(ref.key, shard.source_of(ref), isinstance(shard, _Tar), lambda: shard.read(ref, files))
+
     def _count(self, i: int) -> int:
         if i not in self._counts:
-            self._counts[i] = len(self._shards[i].index())
+            promised = self._shards[i].promised()
+            self._counts[i] = len(self._index(i)) if promised is None else promised
         return self._counts[i]
 
     def _index(self, i: int) -> list:
-        refs = self._shards[i].index()
+        refs, failures = self._shards[i].index()
+        if i not in self._counts:
+            self.failures += failures
         if len(refs) != self._counts.setdefault(i, len(refs)):
             raise DataError(f"{self._shards[i].name}: changed while it was being read.")
         return refs
@@ -135,10 +170,7 @@ class _Files:
         if path not in self._open:
             if len(self._open) >= _OPEN_FILES:
                 self._open.popitem(last=False)[1].close()
-            try:
-                self._open[path] = open(path, "rb")
-            except OSError as error:
-                raise DataError(f"{path}: cannot be read ({error.strerror}).") from error
+            self._open[path] = open_shard(path)
         self._open.move_to_end(path)
         return self._open[path]
 
@@ -151,8 +183,18 @@ class _Tar:
     def name(self) -> str:
         return str(self.path)
 
-    def index(self) -> list[SampleIndex]:
-        return [sample for sample in index_shard(self.path) if sample.image is not None]
+    def promised(self) -> int | None:
+        """Samples by the manifest, where the shard still has the size that it names."""
+        info = load_manifest(self.path.parent).get(self.path.name)
+        same = info is not None and index_path(self.path).is_file() and self.path.is_file()
+        return info.samples if same and self.path.stat().st_size == info.bytes else None
+
+    def index(self) -> tuple[list[SampleIndex], list[Failure]]:
+        index = index_shard(self.path)
+        return [sample for sample in index.samples if sample.image is not None], index.failures
+
+    def source_of(self, ref: SampleIndex) -> str:
+        return self.name
 
     def read(self, ref: SampleIndex, files: _Files) -> Sample:
         file = files.get(self.path)
@@ -169,8 +211,14 @@ class _Folder:
     def name(self) -> str:
         return str(self.path)
 
-    def index(self) -> list[FoundFile]:
-        return self.images
+    def promised(self) -> int:
+        return len(self.images)
+
+    def index(self) -> tuple[list[FoundFile], list[Failure]]:
+        return self.images, []
+
+    def source_of(self, ref: FoundFile) -> str:
+        return str(ref.path)
 
     def read(self, ref: FoundFile, files: _Files) -> Sample:
         sidecar = ref.path.with_suffix(".txt")
@@ -186,4 +234,4 @@ def _shards_of(source: str) -> list[_Tar] | list[_Folder]:
         return [_Folder(Path(source), find_images([source]))]
     if any(p.suffix.lower() in SUFFIXES for p in paths):
         raise DataError(f"{source}: holds both tars and images. Give the tars, or a folder with one kind.")
-    return [_Tar(p) for p in tars]
+    return [_Tar(p) for p in sorted(tars + missing_shards(Path(source), tars))]

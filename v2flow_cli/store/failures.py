@@ -1,0 +1,66 @@
+"""What was left out of a set, where, and why; and how much of that is tolerated."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from v2flow_cli.errors import DataError
+from v2flow_cli.store.files import write_bytes
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Something that was left out, and why.
+
+    source: a file, or the shard of the sample ``key``; samples: how many are lost, None where nobody can know.
+    """
+
+    source: str
+    reason: str
+    key: str | None = None
+    samples: int | None = 1
+
+    @property
+    def name(self) -> str:
+        return self.source if self.key is None else f"{self.source}/{self.key}"
+
+    def as_json(self) -> dict[str, str | int | None]:
+        return {"shard": self.source, "key": self.key, "reason": self.reason, "samples": self.samples}
+
+
+def over_budget(failures: Iterable[Failure], good: int, budget: float) -> bool:
+    """True where more than the share ``budget`` of ``good`` and bad samples is bad, or nobody knows how many are."""
+    lost = [failure.samples for failure in failures]
+    if None in lost:
+        return budget < 1
+    bad = sum(count for count in lost if count)
+    return bad > budget * (good + bad)
+
+
+def budget_error(failures: Sequence[Failure], budget: float) -> DataError:
+    """What to raise where a training set is ``over_budget``."""
+    first, more = failures[0], f" (and {len(failures) - 1} more such)" if len(failures) > 1 else ""
+    return DataError(
+        f"{first.name}: {first.reason}{more}. That is over the error budget of {budget:.2%} of the samples. Restore "
+        "the data, or raise data.error_budget."
+    )
+
+
+def save_failures(path: Path, failures: Iterable[Failure]) -> None:
+    """Write one JSON object a line: shard, key, reason, samples."""
+    lines = [json.dumps(failure.as_json(), ensure_ascii=False) + "\n" for failure in failures]
+    write_bytes(path, "".join(lines).encode("utf-8", "backslashreplace"))
+
+
+def load_failures(path: Path) -> list[Failure]:
+    """What ``save_failures`` wrote; none where there is no such file.  Raises: DataError for a damaged one."""
+    try:
+        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return [Failure(r["shard"], r["reason"], r["key"], r["samples"]) for r in records]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise DataError(f"{path}: not a list of bad samples ({error}). Remove it and run again.") from error

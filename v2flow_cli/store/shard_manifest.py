@@ -1,0 +1,178 @@
+"""The manifest of a set of shards and the index beside each: what ``shard`` promises and readers check.
+
+    shards/manifest.json             totals, schema; for each shard samples, bytes, SHA-256
+    shards/set-000000.tar
+    shards/set-000000.index.jsonl    a line a sample: {"key": "cats/1", "members": {"jpg": [offset, size, digest]}}
+
+A digest is the first 16 hex digits of the SHA-256 of the member's bytes, so that a damaged shard can say which of its
+samples are lost and which are whole.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from v2flow_cli.errors import DataError
+from v2flow_cli.store.files import write_bytes
+from v2flow_cli.store.images import SUFFIXES
+
+FORMAT, FORMAT_VERSION, MANIFEST = "v2flow-shards", 1, "manifest.json"
+SCHEMA = {
+    "jpg, png, webp": "one of them: the image, as encoded bytes",
+    "txt": "its captions where it has any, one a line, UTF-8",
+}
+
+
+class Member(NamedTuple):
+    """Where a member's bytes lie in its shard, and their digest where an index gives one."""
+
+    offset: int
+    size: int
+    digest: str | None = None
+
+
+@dataclass(frozen=True)
+class SampleIndex:
+    """Where one sample of a shard lies.  members: by extension (``jpg``)."""
+
+    key: str
+    members: dict[str, Member]
+
+    @property
+    def image(self) -> str | None:
+        """The extension of the sample's image, the shortest where it has several; None where it has none."""
+        images = [e for e in self.members if "." + e.rsplit(".", 1)[-1].lower() in SUFFIXES]
+        return min(images, key=lambda e: (len(e), e), default=None)
+
+    @property
+    def end(self) -> int:
+        """The byte after its last member."""
+        return max(member.offset + member.size for member in self.members.values())
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """One written shard, as the manifest lists it; index_sha256 is that of the index beside it."""
+
+    name: str
+    samples: int
+    bytes: int
+    sha256: str
+    index_sha256: str | None = None
+
+
+def digest_of(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def index_path(shard: Path) -> Path:
+    """The index that lies beside a shard."""
+    return shard.with_name(f"{shard.stem}.index.jsonl")
+
+
+def index_lines(samples: Iterable[SampleIndex]) -> bytes:
+    return "".join(json.dumps(asdict(s), ensure_ascii=False) + "\n" for s in samples).encode()
+
+
+def save_manifest(folder: Path, shards: Sequence[ShardInfo], captions: int) -> None:
+    """Write ``folder/manifest.json``."""
+    record = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "schema": SCHEMA,
+        "samples": sum(shard.samples for shard in shards),
+        "captions": captions,
+        "bytes": sum(shard.bytes for shard in shards),
+        "shards": [asdict(shard) for shard in shards],
+    }
+    write_bytes(folder / MANIFEST, json.dumps(record, indent=1).encode())
+
+
+def load_manifest(folder: Path) -> dict[str, ShardInfo]:
+    """The shards that ``folder/manifest.json`` lists, by name; none where there is no manifest of shards.
+
+    Raises:  DataError for a manifest that is damaged, inconsistent, or of a newer format version.
+    """
+    path = folder / MANIFEST
+    try:
+        stamp = path.stat().st_mtime_ns
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    return _load_manifest(path, stamp)
+
+
+@functools.lru_cache(maxsize=64)
+def _load_manifest(path: Path, stamp: int) -> dict[str, ShardInfo]:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path}: cannot be read as JSON ({error}). Restore it, or remove it to go without.") from error
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        return {}
+    version: Any = record.get("format_version")
+    if type(version) is not int or version < 1:
+        raise DataError(f"{path}: format_version is {version!r}; expected {FORMAT_VERSION}.")
+    if version > FORMAT_VERSION:
+        raise DataError(f"{path}: format version {version}; this v2flow reads up to {FORMAT_VERSION}. Update v2flow.")
+    shards = record.get("shards")
+    if not isinstance(shards, list) or not all(isinstance(s, dict) for s in shards):
+        raise DataError(f"{path}: shards is not a list of objects. Restore it, or remove it to go without.")
+    listed = {}
+    for number, shard in enumerate(shards):
+        info = _parse_shard(shard)
+        if info is None or info.name in listed:
+            raise DataError(
+                f"{path}: entry {number} of shards is damaged or repeated; expected a name without folders, samples, "
+                "bytes and sha256. Restore the manifest, or remove it to go without."
+            )
+        listed[info.name] = info
+    for name in ("samples", "bytes"):
+        total = sum(getattr(info, name) for info in listed.values())
+        if record.get(name) != total:
+            raise DataError(f"{path}: {name} is {record.get(name)!r}, but the shards add up to {total}.")
+    return listed
+
+
+def _parse_shard(record: dict[str, Any]) -> ShardInfo | None:
+    name, samples, size = record.get("name"), record.get("samples"), record.get("bytes")
+    hashes = record.get("sha256"), record.get("index_sha256")
+    if not isinstance(name, str) or not name.endswith(".tar") or "/" in name or "\\" in name or "\0" in name:
+        return None
+    if type(samples) is not int or samples < 1 or type(size) is not int or size < 1:
+        return None
+    if not isinstance(hashes[0], str) or not isinstance(hashes[1], str | None):
+        return None
+    return ShardInfo(name, samples, size, *hashes)
+
+
+def load_index(shard: Path, info: ShardInfo) -> list[SampleIndex] | None:
+    """The samples of ``shard`` by its index; None where the manifest names none, or it is missing or damaged."""
+    path = index_path(shard)
+    if info.index_sha256 is None:
+        return None
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}).") from error
+    if hashlib.sha256(content).hexdigest() != info.index_sha256:
+        return None
+    try:
+        return [_parse_sample(json.loads(line)) for line in content.splitlines()]
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise DataError(f"{path}: not an index of samples ({error}). Write the shards again.") from error
+
+
+def _parse_sample(record: dict[str, Any]) -> SampleIndex:
+    members = {extension: Member(*member) for extension, member in record["members"].items()}
+    plain = all(type(m.offset) is type(m.size) is int and m.offset >= 0 <= m.size for m in members.values())
+    if not isinstance(record["key"], str) or not members or not plain:
+        raise ValueError(f"a sample is {str(record)[:80]}")
+    return SampleIndex(record["key"], members)
