@@ -9,7 +9,7 @@ PAIRS ?= $(DATA)/captioned/captioned-00[01].tar $(DATA)/photos/photos-000.tar
 .PHONY: demo test test-slow lint default-model default-model-dry-run clean
 
 demo: .venv/installed  ## Photos to tokens and back, a sentence to a picture, one page that shows it
-	$(PY) -m v2flow_cli.demo --out demo $(if $(IMAGES),--images "$(IMAGES)")
+	$(PY) -m v2flow_cli.demo.page --out demo $(if $(IMAGES),--images "$(IMAGES)")
 
 test: .venv/installed  ## The everyday suite
 	$(PY) -m pytest

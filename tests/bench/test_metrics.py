@@ -5,10 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy.ndimage import gaussian_filter, uniform_filter
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from v2flow_cli.bench import metrics
-from v2flow_cli.errors import ModelError
 
 
 def pair(seed: int, size: int = 48) -> tuple[np.ndarray, np.ndarray]:
@@ -46,6 +46,41 @@ def test_closed_forms() -> None:
     assert metrics.ssim(black, five).item() == pytest.approx(c1 / (25 + c1), abs=1e-4)
 
 
+def contrast_by_scipy(a: np.ndarray, b: np.ndarray) -> float:
+    """The contrast-structure term of SSIM over the windows wholly inside, (H, W, 3) in 0..255."""
+
+    def mean(x: np.ndarray) -> np.ndarray:
+        return gaussian_filter(x, 1.5, radius=5, axes=(0, 1))
+
+    c2 = (0.03 * 255) ** 2
+    covariance = mean(a * b) - mean(a) * mean(b)
+    variances = mean(a * a) - mean(a) ** 2 + mean(b * b) - mean(b) ** 2
+    return ((2 * covariance + c2) / (variances + c2))[5:-5, 5:-5].mean()
+
+
+def test_ms_ssim_agrees_with_scipy_and_scikit_image_for_each_image() -> None:
+    references, images = (torch.from_numpy(np.stack(x)) for x in zip(*(pair(seed, 192) for seed in range(3))))
+    found = metrics.ms_ssim(references, images)
+    assert found is not None
+    for i in range(3):
+        a, b, expected = references[i].double().numpy(), images[i].double().numpy(), 1.0
+        for scale, weight in enumerate((0.0448, 0.2856, 0.3001, 0.2363, 0.1333)):
+            if scale == 4:
+                options = dict(channel_axis=-1, data_range=255, sigma=1.5, use_sample_covariance=False)
+                expected *= structural_similarity(a, b, gaussian_weights=True, **options) ** weight
+            else:
+                expected *= contrast_by_scipy(a, b) ** weight
+            a, b = (uniform_filter(x, 2, origin=-1, axes=(0, 1))[::2, ::2] for x in (a, b))
+        assert found[i].item() == pytest.approx(expected, abs=1e-4)
+    assert metrics.ms_ssim(references, references).tolist() == pytest.approx([1, 1, 1], abs=1e-6)
+
+
+def test_ms_ssim_of_small_images_is_none() -> None:
+    black = torch.zeros(1, 176, 176, 3, dtype=torch.uint8)
+    assert metrics.ms_ssim(black, black) is not None
+    assert metrics.ms_ssim(black[:, 1:], black[:, 1:]) is None
+
+
 def test_estimate_is_students_t() -> None:
     found = metrics.estimate([20.0, 22.0, 24.0])
     assert (found.mean, found.count) == (22.0, 3)
@@ -64,6 +99,13 @@ def test_codebook_figures_by_hand() -> None:
     assert (found.distinct, found.usage, found.tokens) == (4, 0.5, 8)
     assert found.perplexity == pytest.approx(4)
     assert found.entropy_bits == pytest.approx(2)
+    # Krichevsky-Trofimov, one id after the other: p(id) = (seen + 1/2) / (ids so far + K/2)
+    counts, bits = [0] * 8, 0.0
+    for i in (0, 0, 1, 1, 2, 2, 3, 3):
+        bits -= math.log2((counts[i] + 0.5) / (sum(counts) + 4))
+        counts[i] += 1
+    assert found.adaptive_bits == pytest.approx(bits / 8, abs=1e-9)
+    assert found.entropy_bits < found.adaptive_bits
     single = metrics.CodebookCounter(8)
     single.add(torch.zeros(1, 5, dtype=torch.int64))
     assert (single.figures().perplexity, single.figures().entropy_bits) == (1, 0)
@@ -74,43 +116,3 @@ def test_bytes_and_bits() -> None:
     assert metrics.token_bytes(3, 4) == 1  # 6 bits
     assert metrics.token_bytes(3, 5) == 2  # 9 bits
     assert metrics.bits_per_pixel(448, 256, 256) == pytest.approx(14 / 256)
-
-
-@pytest.fixture
-def torch_home(monkeypatch: pytest.MonkeyPatch, tmp_path):
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.delenv("TORCH_HUB", raising=False)
-    return tmp_path
-
-
-def test_lpips_without_weights_says_where_they_belong(torch_home) -> None:
-    with pytest.raises(ModelError, match=r"alex backbone is not at .*alexnet.*--lpips-download"):
-        metrics.load_lpips("alex")
-    with pytest.raises(ValueError, match="expected one of alex, vgg, squeeze"):
-        metrics.load_lpips("resnet")
-
-
-def test_lpips_download_that_fails_is_an_error(torch_home, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics, "_backbone_url", lambda net: (torch_home / "none-12345678.pth").as_uri())
-    with pytest.raises(ModelError, match="could not be fetched"):
-        metrics.load_lpips("alex", download=True)
-    assert not list(torch_home.rglob("*.pth"))
-
-
-def test_lpips_with_cached_weights(torch_home) -> None:
-    import lpips
-    from torchvision.models import squeezenet1_1
-
-    torch.manual_seed(0)
-    file = metrics.lpips_backbone_file("squeeze")
-    file.parent.mkdir(parents=True)
-    torch.save(squeezenet1_1().state_dict(), file)  # random weights: the wiring is tested, not the network
-    found = metrics.load_lpips("squeeze")
-    references, images = batch()
-    assert found(references, references).tolist() == [0, 0, 0]
-    direct = lpips.LPIPS(net="squeeze", verbose=False)
-    with torch.inference_mode():
-        for i, value in enumerate(found(references, images)):
-            a, b = (x[i : i + 1].permute(0, 3, 1, 2) / 127.5 - 1 for x in (references, images))
-            assert value.item() == pytest.approx(direct(a, b).item(), abs=1e-4)
-            assert value > 0

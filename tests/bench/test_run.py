@@ -12,7 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
-from v2flow_cli.bench.run import as_csv, as_record, run_bench
+from v2flow_cli.bench.evaluate import Judges
+from v2flow_cli.bench.record import as_csv, as_record, images_csv, tables
+from v2flow_cli.bench.run import Bench, run_bench
+from v2flow_cli.bench.sweep import parse_sweeps
 from v2flow_cli.errors import DataError
 from v2flow_cli.store.decode_set import image_seed
 from v2flow_cli.tokenizer import V2FlowTokenizer
@@ -29,44 +32,52 @@ def photos(sample_images: list[Image.Image]) -> list[tuple[str, Image.Image]]:
     return [(f"p{i}", image) for i, image in enumerate(sample_images)]
 
 
+def run(tokenizer: V2FlowTokenizer, photos, **options) -> Bench:
+    return run_bench({"v2flow": tokenizer}, photos, **{"with_codecs": False, "with_speed": False, **options})
+
+
+def record_of(bench: Bench) -> dict:
+    return as_record(tables([bench]), bench.notes)
+
+
 def test_every_image_on_every_system(tokenizer, photos) -> None:
-    bench = run_bench(tokenizer, photos, batch_size=2, guidance_scales=(1.0, 3.0), keep=3)
-    systems = ["v2flow, guidance 1", "v2flow, guidance 3", "autoencoder alone", "JPEG", "WebP", "AVIF"]
+    settings = parse_sweeps(["cfg=1,3"])
+    bench = run(tokenizer, photos, batch_size=2, settings=settings, keep=3, with_codecs=True, with_speed=True)
+    systems = ["v2flow, cfg 1", "v2flow, cfg 3", "autoencoder alone", "JPEG", "WebP", "AVIF"]
     assert [row.system for row in bench.result.rows] == systems
     assert [(f.image, f.system) for f in bench.result.images] == [(n, s) for n, _ in photos for s in systems]
-    assert bench.main_systems == tuple(systems[:2])
+    assert [row.system for row in bench.result.coders] == systems[:2]
     assert [image.name for image in bench.result.kept] == ["p0", "p1", "p2"]
-    assert bench.speed is not None and bench.speed.encode_images_per_s > 0
-    assert bench.result.codebook.tokens == 5 * bench.result.tokens_per_image
+    assert list(bench.speeds) == systems[:2] and bench.speeds[systems[0]].encode_images_per_s > 0
+    assert [(row.tokens_per_image, row.codebook.tokens) for row in bench.result.coders] == [(4, 20), (4, 20)]
     for row in bench.result.rows:
         single = [f.psnr for f in bench.result.images if f.system == row.system]
         assert row.psnr.mean == pytest.approx(np.mean(single)) and row.psnr.count == 5
-    assert bench.result.rows[0].bytes_per_image == math.ceil(bench.result.tokens_per_image * 6 / 8)
+    assert bench.result.rows[0].bytes_per_image == math.ceil(4 * 6 / 8)
     assert bench.result.rows[2].bytes_per_image is None
 
 
 def test_pictures_are_those_of_decode(tokenizer, photos) -> None:
-    bench = run_bench(tokenizer, photos, batch_size=3, seed=7, with_codecs=False, with_speed=False, keep=5)
+    bench = run(tokenizer, photos, batch_size=3, seed=7, keep=5)
     image = tokenizer.image_processor.preprocess_one(photos[4][1], 32)[None]
     ids = tokenizer.encode(image)
     decoded = to_uint8(tokenizer.decode(ids, seeds=[image_seed(7, "p4")]))
     kept = bench.result.kept[4]
-    assert np.array_equal(kept.token_ids, ids[0].numpy())
+    assert np.array_equal(kept.token_ids["v2flow"], ids[0].numpy())
     assert np.abs(kept.pictures["v2flow"].astype(int) - decoded[0].numpy()).max() <= 1
     assert np.array_equal(kept.reference, to_uint8(image)[0].numpy())
 
 
 def test_protocol_key_names_what_figures_must_share(tokenizer, photos) -> None:
     def key(chosen, **options) -> str:
-        bench = run_bench(tokenizer, chosen, with_codecs=False, with_speed=False, **options)
-        return bench.result.protocol.key
+        return run(tokenizer, chosen, **options).result.protocol.key
 
     first = key(photos)
-    assert first == key(photos, batch_size=2, seed=3, guidance_scales=(2.0,))
+    settings = parse_sweeps(["cfg=2"])
+    assert first == key(photos, batch_size=2, seed=3, settings=settings, judges=Judges(notes=("no LPIPS",)))
     assert first != key(photos[:4])
     assert first != key(photos[::-1])
     assert first != key(photos, size=64)
-    assert first != key(photos, lpips_note="another backbone")
 
 
 def test_photos_are_read_as_they_are_needed(tokenizer, photos) -> None:
@@ -84,42 +95,82 @@ def test_photos_are_read_as_they_are_needed(tokenizer, photos) -> None:
         done += advance
         ahead.append(given - done)
 
-    run_bench(tokenizer, stream(), batch_size=2, with_codecs=False, with_speed=False, tick=tick)
+    run(tokenizer, stream(), batch_size=2, tick=tick)
     assert done == 12 and max(ahead) == 0
 
 
 def test_record_and_csv(tokenizer, photos) -> None:
-    bench = run_bench(tokenizer, photos, with_speed=False, lpips_note="LPIPS is left out: no weights")
-    record = json.loads(json.dumps(as_record(bench), allow_nan=False))
-    assert record["protocol"]["key"] == bench.result.protocol.key
-    assert record["protocol"]["count"] == 5 and record["weights_digest"] == tokenizer.digest
-    assert record["notes"] == ["LPIPS is left out: no weights"]
+    bench = run(tokenizer, photos, judges=Judges(notes=("LPIPS is left out: no weights",)))
+    record = json.loads(json.dumps(record_of(bench), allow_nan=False))
+    assert [p["key"] for p in record["protocols"]] == [bench.result.protocol.key]
+    assert record["protocols"][0]["count"] == 5 and record["protocols"][0]["lpips"] is None
+    assert record["notes"][0] == "LPIPS is left out: no weights" and "MS-SSIM is left out" in record["notes"][1]
     row = record["measured"][0]
     assert row["system"] == "v2flow" and row["lpips"] is None and row["psnr_db"] > 0
+    assert row["protocol"] == bench.result.protocol.key and row["weights_digest"] == tokenizer.digest
     assert row["settings"] == tokenizer.config.sampling
-    lines = list(csv.DictReader(io.StringIO(as_csv(bench))))
+    codebook = row["codebook"]
+    assert row["entropy_bits_per_pixel"] == pytest.approx(codebook["entropy_bits"] * 4 / 32**2)
+    assert row["entropy_bits_per_pixel"] < row["bits_per_pixel"] == pytest.approx(24 / 32**2)
+    lines = list(csv.DictReader(io.StringIO(images_csv([bench]))))
     assert len(lines) == 5 * len(record["measured"])
     assert lines[0]["lpips"] == "" and float(lines[0]["psnr_db"]) == pytest.approx(bench.result.images[0].psnr, 1e-5)
+    table = list(csv.DictReader(io.StringIO(as_csv(tables([bench])))))
+    assert [line["system"] for line in table] == ["v2flow", "autoencoder alone"]
+    assert float(table[0]["psnr_db"]) == pytest.approx(row["psnr_db"], 1e-5) and table[1]["codebook_size"] == ""
+    assert table[0]["codebook_size"] == "64" and json.loads(table[0]["settings"]) == row["settings"]
 
 
 def test_equal_pictures_are_null_in_the_record(tokenizer, photos, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenizer, "autoencode", lambda images: images)
-    bench = run_bench(tokenizer, photos, with_codecs=False, with_speed=False)
-    row = as_record(bench)["measured"][1]
+    bench = run(tokenizer, photos)
+    row = record_of(bench)["measured"][1]
     assert bench.result.rows[1].psnr.mean == math.inf
     assert row["psnr_db"] is None and row["ssim"] == pytest.approx(1)
 
 
 def test_bad_requests(tokenizer, photos) -> None:
     with pytest.raises(DataError, match="nothing to measure"):
-        run_bench(tokenizer, [])
-    with pytest.raises(DataError, match=r"--res 33: .*multiples of"):
-        run_bench(tokenizer, photos, size=33)
+        run(tokenizer, [])
+    with pytest.raises(DataError, match=r"--res 33: v2flow: .*multiples of"):
+        run(tokenizer, photos, size=33)
+
+
+def test_several_models_share_photos_and_an_equal_autoencoder(tokenizer, photos, tiny_tokenizer_folder) -> None:
+    other = V2FlowTokenizer.from_pretrained(tiny_tokenizer_folder)
+    with torch.no_grad():
+        other.flow.out.bias.add_(1.0)  # decodes to other pictures
+    bench = run_bench({"a": tokenizer, "b": other}, photos[:2], with_speed=False, codec_bytes=(100,))
+    names = ["a", "b", "autoencoder alone"]
+    names += [f"{codec}, {size} bytes" for codec in ("JPEG", "WebP", "AVIF") for size in (3, 100)]
+    assert [row.system for row in bench.result.rows] == names
+    a, b = bench.result.coders
+    assert a.codebook == b.codebook and a.psnr.mean != b.psnr.mean and a.weights_digest != b.weights_digest
+    with torch.no_grad():
+        next(other.latents.parameters()).add_(0.1)
+    rows = run_bench({"a": tokenizer, "b": other}, photos[:2], with_codecs=False, with_speed=False).result.rows
+    assert [row.system for row in rows] == ["a", "b", "autoencoder of a", "autoencoder of b"]
+
+
+def test_prefixes_of_a_flexible_tokenizer(tokenizer, photos, monkeypatch: pytest.MonkeyPatch) -> None:
+    decode = tokenizer.decode
+    seen = []
+
+    def padded(ids, **options):  # the tiny model has a fixed length; the wiring is tested here
+        seen.append(ids.shape[1])
+        return decode(torch.nn.functional.pad(ids, (0, 4 - ids.shape[1])), **options)
+
+    monkeypatch.setattr(V2FlowTokenizer, "flexible", True)
+    monkeypatch.setattr(tokenizer, "decode", padded)
+    bench = run(tokenizer, photos, settings=parse_sweeps(["tokens=1,2,4"]), with_speed=True)
+    rows = bench.result.coders
+    assert [(row.tokens_per_image, row.codebook.tokens) for row in rows] == [(1, 5), (2, 10), (4, 20)]
+    assert [row.bytes_per_image for row in rows] == [1, 2, 3] and set(seen) == {1, 2, 4}
+    assert list(bench.speeds) == ["v2flow, tokens 1", "v2flow, tokens 2", "v2flow, tokens 4"]
 
 
 def test_bf16_is_close_to_float32(tokenizer, photos) -> None:
     exact, rounded = (
-        run_bench(tokenizer, photos[:2], dtype=dtype, with_codecs=False, with_speed=False).result.rows[1].psnr.mean
-        for dtype in (torch.float32, torch.bfloat16)
+        run(tokenizer, photos[:2], dtype=dtype).result.rows[1].psnr.mean for dtype in (torch.float32, torch.bfloat16)
     )
     assert rounded == pytest.approx(exact, abs=0.5)

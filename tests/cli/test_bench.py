@@ -1,6 +1,7 @@
 """``v2flow bench`` through Typer's runner."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -36,15 +37,19 @@ def test_json_has_protocol_and_figures(run, imgs: Path, monkeypatch: pytest.Monk
     done = run(imgs, "--json", speed=True)
     assert done.exit_code == 0, done.stderr
     found = json.loads(done.stdout)
-    assert found["protocol"]["count"] == 3 and found["protocol"]["image_size"] == 32
+    [protocol] = found["protocols"]
+    assert protocol["count"] == 3 and protocol["image_size"] == 32
     systems = [row["system"] for row in found["measured"]]
     assert systems == ["v2flow", "autoencoder alone", "JPEG", "WebP", "AVIF"]
     assert all(row["psnr_db"] is not None and row["lpips"] is None for row in found["measured"])
-    assert found["codebook"]["tokens"] == 12 and found["codebook"]["codebook_size"] == 64
-    assert found["speed"]["encode_images_per_s"] > 0 and found["speed"]["batch_size"] == 8
+    row = found["measured"][0]
+    assert row["codebook"]["tokens"] == 12 and row["codebook"]["codebook_size"] == 64
+    assert row["encode_images_per_s"] > 0 and row["speed"]["batch_size"] == 8
     assert set(found["help_seconds"]) == {"", "bench"}
-    assert found["failed"] == [] and "LPIPS is left out" in found["notes"][0]
-    assert "LPIPS is left out" in done.stderr
+    assert found["failed"] == []
+    for i, left_out in enumerate(("LPIPS (alex)", "rFID (Inception v3)")):
+        assert f"left out: {left_out}: its weights are not at" in found["notes"][i]
+        assert f"left out: {left_out}" in done.stderr
 
 
 def test_table_of_measured_and_published_rows(run, imgs: Path) -> None:
@@ -52,17 +57,18 @@ def test_table_of_measured_and_published_rows(run, imgs: Path) -> None:
     assert done.exit_code == 0, done.stderr
     assert "Measured on 1 images at 256 px" in done.stdout and "autoencoder alone" in done.stdout
     assert "Published, not measured here" in done.stdout and "Open-MAGVIT2" in done.stdout
-    assert "codebook:" in done.stdout and "JPEG" not in done.stdout
+    assert "codes used" in done.stdout and "JPEG" not in done.stdout
+    assert "LPIPS" in done.stdout and "rFID" in done.stdout and "MS-SSIM" in done.stdout
 
 
 def test_default_images_are_the_samples(run) -> None:
     found = json.loads(run("--json", "--no-codecs").stdout)
-    assert found["protocol"]["count"] == 5
+    assert found["protocols"][0]["count"] == 5
 
 
 def test_guidance_scales_really_act(run, imgs: Path) -> None:
     rows = json.loads(run(imgs, "--json", "--cfg", "1,3", "--no-codecs").stdout)["measured"]
-    assert [row["system"] for row in rows[:2]] == ["v2flow, guidance 1", "v2flow, guidance 3"]
+    assert [row["system"] for row in rows[:2]] == ["v2flow, cfg 1", "v2flow, cfg 3"]
     assert [row["settings"]["guidance_scale"] for row in rows[:2]] == [1, 3]
     assert rows[0]["psnr_db"] != rows[1]["psnr_db"]
 
@@ -82,14 +88,66 @@ def test_sampling_options_really_act(run, imgs: Path) -> None:
     assert psnr(*guided, "linear") != psnr(*guided, "constant")
 
 
-def test_report_and_csv(run, imgs: Path, tmp_path: Path) -> None:
-    page, table = tmp_path / "out" / "page.html", tmp_path / "figures.csv"
-    done = run(imgs, "--report", page, "--csv", table, "--report-images", 2)
+def test_a_product_of_sweeps_at_two_sizes(run, imgs: Path) -> None:
+    sweeps = ("--sweep", "cfg=1,2", "--sweep", "solver=euler,heun")
+    done = run(imgs, "--json", "--res", "32,64", *sweeps, "--steps", 3, "--no-codecs")
     assert done.exit_code == 0, done.stderr
-    assert f"wrote {page}" in done.stdout and f"wrote {table}" in done.stdout
+    found = json.loads(done.stdout)
+    assert [p["image_size"] for p in found["protocols"]] == [32, 64]
+    rows = [row for row in found["measured"] if row["kind"] == "tokenizer"]
+    names = [f"v2flow, cfg {c}, solver {s}" for c in (1, 2) for s in ("euler", "heun")]
+    assert [row["system"] for row in rows] == names * 2
+    assert [row["tokens_per_image"] for row in rows] == [4] * 4 + [16] * 4
+    assert all(row["settings"]["num_flow_steps"] == 3 for row in rows)
+    assert len({row["psnr_db"] for row in rows}) == 8
+
+
+def test_several_models_and_one_that_is_not_ours(run, imgs: Path, tiny_tokenizer_folder, tmp_path: Path) -> None:
+    code = """
+import torch
+class White:
+    codebook_size = 2
+    def encode(self, images): return torch.ones(len(images), 1)
+    def decode(self, ids): return torch.ones(len(ids), 3, 32, 32)
+"""
+    (tmp_path / "white.py").write_text(code)
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_tokenizer_folder, copy)
+    done = run(imgs, "--model", copy, "--external", f"{tmp_path}/white.py:White", "--json", "--no-codecs")
+    assert done.exit_code == 0, done.stderr
+    found = json.loads(done.stdout)["measured"]
+    assert [(row["system"], row["kind"]) for row in found] == [
+        ("copy", "tokenizer"),
+        ("tokenizer", "tokenizer"),
+        ("White", "external"),
+        ("autoencoder alone", "autoencoder"),
+    ]
+    assert found[0]["psnr_db"] == found[1]["psnr_db"] != found[2]["psnr_db"]
+
+
+def test_saved_results_join_or_are_refused(run, imgs: Path, tmp_path: Path) -> None:
+    for name, options in (("a", ["--cfg", 1]), ("b", ["--cfg", 2]), ("c", ["--limit", 2])):
+        (tmp_path / f"{name}.json").write_text(run(imgs, "--json", "--no-codecs", *options).stdout)
+    page = tmp_path / "page.html"
+    files = {name: ["--join", str(tmp_path / f"{name}.json")] for name in "abc"}
+    done = CliRunner().invoke(app, ["bench", *files["a"], *files["b"], "--report", str(page)])
+    assert done.exit_code == 0, done.stderr
+    assert "v2flow (b)" in done.stdout and "Measured on 3 images at 32 px" in done.stdout
+    assert "v2flow (b)" in page.read_text(encoding="utf-8")
+    done = CliRunner().invoke(app, ["bench", *files["a"], *files["c"]])
+    assert done.exit_code == 1 and done.stdout == ""
+    assert "do not belong in one table" in done.stderr and "count: 2 against 3" in done.stderr
+
+
+def test_report_and_csv(run, imgs: Path, tmp_path: Path) -> None:
+    page, table, single = tmp_path / "out" / "page.html", tmp_path / "table.csv", tmp_path / "images.csv"
+    done = run(imgs, "--report", page, "--csv", table, "--images-csv", single, "--report-images", 2)
+    assert done.exit_code == 0, done.stderr
+    assert all(f"wrote {file}" in done.stdout for file in (page, table, single))
     text = page.read_text(encoding="utf-8")
     assert text.count('<article class="photo">') == 2 and "The first 2 of 3 photos" in text
-    assert len(table.read_text().splitlines()) == 1 + 3 * 5
+    assert len(table.read_text().splitlines()) == 1 + 5
+    assert len(single.read_text().splitlines()) == 1 + 3 * 5
     assert sorted(p.name for p in page.parent.iterdir()) == ["page.html"]
 
 
@@ -100,7 +158,7 @@ def test_bad_images_are_listed_and_the_rest_measured(run, imgs: Path, tmp_path: 
     done = run(imgs, "--json", "--report", page)
     assert done.exit_code == 1
     found = json.loads(done.stdout)
-    assert found["protocol"]["count"] == 3
+    assert found["protocols"][0]["count"] == 3
     assert {Path(f["source"]).name for f in found["failed"]} == {"text.jpg", "cut.png"}
     assert "left out" in done.stderr and "2 of the images could not be measured" in done.stderr
     assert "2 files left out" in page.read_text(encoding="utf-8")
@@ -113,6 +171,14 @@ def test_bad_images_are_listed_and_the_rest_measured(run, imgs: Path, tmp_path: 
         (["imgs", "--res", 33], 1, "--res 33"),
         (["imgs", "--cfg", "high"], 2, "expected different numbers"),
         (["imgs", "--cfg", "2,2"], 2, "expected different numbers"),
+        (["imgs", "--res", "32,big"], 2, "expected different numbers from 16 on"),
+        (["imgs", "--sweep", "size=3"], 2, "expected KEY=V1,V2"),
+        (["imgs", "--sweep", "cfg=1,2", "--cfg", 3], 2, "given twice"),
+        (["imgs", "--sweep", "tokens=4,16"], 1, "v2flow always has 4). Give one --model for each length"),
+        (["imgs", "--lpips-net", "vgg"], 1, "LPIPS (vgg): its weights are not at"),
+        (["imgs", "--fid"], 1, "rFID (Inception v3): its weights are not at"),
+        (["imgs", "--external", "nowhere"], 1, "expected MODULE:FACTORY"),
+        (["--join", "imgs/0.png"], 1, "not a result of"),
         (["imgs", "--solver", "magic"], 2, "magic"),
         (["imgs", "--report", "imgs/0.png/page.html"], 1, "cannot be written"),
         (["imgs", "--device", "cuda:99"], 1, "not available"),

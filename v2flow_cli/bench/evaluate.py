@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,75 +14,109 @@ from PIL import Image
 from torch import Tensor
 
 from v2flow_cli.bench import metrics
+from v2flow_cli.bench.perceptual import FrechetDistance, Inception, Lpips
 from v2flow_cli.bench.protocol import Protocol, library_versions
-from v2flow_cli.bench.systems import Batch, System, inference
+from v2flow_cli.bench.systems import Batch, Reconstruction, System
 from v2flow_cli.errors import DataError
 from v2flow_cli.store.decode_set import image_seed
-from v2flow_cli.tokenizer import V2FlowTokenizer
+from v2flow_cli.tokenizer import V2FlowImageProcessor
 from v2flow_cli.tokenizer.preprocess import to_uint8
 
 
 @dataclass(frozen=True)
+class Judges:
+    """The networks that judge, None where their weights are missing, and one note for each that is."""
+
+    lpips: Lpips | None = None
+    inception: Inception | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class ImageFigures:
-    """One system on one image.  psnr in dB; bytes and lpips None where there are none."""
+    """One system on one image.  psnr in dB; None where there is no such figure."""
 
     image: str
     system: str
     bytes: int | None
     psnr: float
     ssim: float
+    ms_ssim: float | None
     lpips: float | None
 
 
 @dataclass(frozen=True)
 class Row:
-    """One system over all images."""
+    """One system over all images; means of the single images, but rfid, which is of the whole set."""
 
     system: str
+    kind: str  # tokenizer, external, autoencoder or codec
+    family: str
     settings: Mapping[str, Any]
+    weights_digest: str | None
+    tokens_per_image: int | None
     bytes_per_image: float | None
     bits_per_pixel: float | None
     psnr: metrics.Estimate
     ssim: metrics.Estimate
+    ms_ssim: metrics.Estimate | None
     lpips: metrics.Estimate | None
+    rfid: float | None
+    codebook: metrics.CodebookFigures | None
+
+    @property
+    def entropy_bytes(self) -> float | None:
+        """Bytes an image under the ideal order-0 code of the ids."""
+        return self.codebook and self.codebook.entropy_bits * (self.tokens_per_image or 0) / 8
 
 
 @dataclass(frozen=True)
 class KeptImage:
-    """What the report shows of an image: reference and systems' pictures (S, S, 3) uint8, token_ids (L,)."""
+    """What the report shows of an image: reference and systems' pictures (S, S, 3) uint8, ids (L,) by system."""
 
     name: str
     reference: np.ndarray
-    token_ids: np.ndarray
     pictures: Mapping[str, np.ndarray]
+    token_ids: Mapping[str, np.ndarray]
 
 
 @dataclass(frozen=True)
 class Result:
-    """Everything one bench measured."""
+    """Everything one pass measured: one protocol, one table."""
 
     protocol: Protocol
     rows: tuple[Row, ...]
     images: tuple[ImageFigures, ...]
-    codebook: metrics.CodebookFigures
-    tokens_per_image: int
     kept: tuple[KeptImage, ...]
+
+    @property
+    def coders(self) -> tuple[Row, ...]:
+        """The rows that are tokenizers."""
+        return tuple(row for row in self.rows if row.codebook)
 
     def figures_of(self, image: str, system: str) -> ImageFigures:
         return next(f for f in self.images if f.image == image and f.system == system)
 
 
+@dataclass
+class _Sums:
+    """What is gathered of one system over the batches."""
+
+    system: System
+    counter: metrics.CodebookCounter | None
+    distance: FrechetDistance | None
+    figures: list[ImageFigures] = field(default_factory=list)
+    tokens: int | None = None
+
+
 def evaluate(
-    tokenizer: V2FlowTokenizer,
     photos: Iterable[tuple[str, Image.Image]],
     systems: Sequence[System],
     *,
     size: int,
     batch_size: int,
-    dtype: torch.dtype = torch.float32,
     seed: int = 0,
-    lpips: metrics.Lpips | None = None,
-    lpips_note: str = "not measured",
+    judges: Judges = Judges(),
     keep: int = 0,
     tick: Callable[[int], None] = lambda advance: None,
 ) -> Result:
@@ -92,23 +126,33 @@ def evaluate(
              from ``image_seed(seed, name)``, as the decode command does.
     Raises:  DataError when there is no photo.
     """
-    figures: list[ImageFigures] = []
+    sums = [
+        _Sums(
+            system,
+            metrics.CodebookCounter(system.codebook_size) if system.codebook_size else None,
+            FrechetDistance() if judges.inception else None,
+        )
+        for system in systems
+    ]
     kept: list[KeptImage] = []
-    counter = metrics.CodebookCounter(tokenizer.config.codebook_size)
     digest = hashlib.sha256()
     count = 0
-    for names, batch in _batches(tokenizer, photos, size, batch_size, dtype, seed):
-        counter.add(batch.token_ids)
+    for names, batch in batches(photos, size, batch_size, seed):
         digest.update(batch.reference.numpy().tobytes())
-        pictures, measured = {}, []
-        for system in systems:
-            pictures[system.name], sizes = system.reconstruct(batch)
-            measured.append(_measure(names, system.name, batch.reference, pictures[system.name], sizes, lpips))
-        figures += [f for of_image in zip(*measured) for f in of_image]
+        features = judges.inception(batch.reference) if judges.inception else None
+        made = {}
+        for of_system in sums:
+            out = made[of_system.system.name] = of_system.system.reconstruct(batch)
+            of_system.figures += _measure(names, of_system.system.name, batch.reference, out, judges.lpips)
+            if of_system.counter and out.token_ids is not None:
+                of_system.counter.add(out.token_ids)
+                of_system.tokens = out.token_ids.shape[1]
+            if of_system.distance and judges.inception and features is not None:
+                of_system.distance.add(features, judges.inception(out.pictures))
         for i in range(min(len(names), keep - len(kept))):
-            shown = {system: images[i].numpy() for system, images in pictures.items()}
-            ids = batch.token_ids[i].cpu().numpy()
-            kept.append(KeptImage(names[i], batch.reference[i].numpy(), ids, shown))
+            pictures = {name: out.pictures[i].numpy() for name, out in made.items()}
+            ids = {name: out.token_ids[i].numpy() for name, out in made.items() if out.token_ids is not None}
+            kept.append(KeptImage(names[i], batch.reference[i].numpy(), pictures, ids))
         count += len(names)
         tick(len(names))
     if not count:
@@ -117,58 +161,61 @@ def evaluate(
         image_size=size,
         count=count,
         reference_digest=digest.hexdigest()[:16],
-        lpips=f"lpips package, {lpips.net} backbone, v0.1, 8-bit images in [-1, 1]" if lpips else lpips_note,
+        lpips=judges.lpips.definition if judges.lpips else None,
+        rfid=judges.inception.definition if judges.inception else None,
         seed=seed,
         versions=library_versions(),
     )
-    codebook = counter.figures()
-    rows = tuple(_row(system, [f for f in figures if f.system == system.name], size) for system in systems)
-    return Result(protocol, rows, tuple(figures), codebook, codebook.tokens // count, tuple(kept))
+    images = tuple(figures for of_image in zip(*(s.figures for s in sums)) for figures in of_image)
+    return Result(protocol, tuple(_row(s, size) for s in sums), images, tuple(kept))
 
 
-def _batches(
-    tokenizer: V2FlowTokenizer,
-    photos: Iterable[tuple[str, Image.Image]],
-    size: int,
-    batch_size: int,
-    dtype: torch.dtype,
-    seed: int,
+def batches(
+    photos: Iterable[tuple[str, Image.Image]], size: int, batch_size: int, seed: int = 0
 ) -> Iterator[tuple[list[str], Batch]]:
-    stream = iter(photos)
+    """(names, batch) of the photos at ``size`` pixels, through the one crop of the product."""
+    processor, stream = V2FlowImageProcessor(size=size), iter(photos)
     while chunk := list(itertools.islice(stream, batch_size)):
         names = [name for name, _ in chunk]
-        images = torch.stack([tokenizer.image_processor.preprocess_one(image, size) for _, image in chunk])
-        reference = to_uint8(images)
-        images = images.to(tokenizer.device)
-        with inference(tokenizer, dtype):
-            token_ids = tokenizer.encode(images)
-        yield names, Batch(images, reference, token_ids, tuple(image_seed(seed, name) for name in names))
+        images = torch.stack([processor.preprocess_one(image) for _, image in chunk])
+        yield names, Batch(images, to_uint8(images), tuple(image_seed(seed, name) for name in names))
 
 
 def _measure(
-    names: Sequence[str],
-    system: str,
-    reference: Tensor,
-    pictures: Tensor,
-    sizes: Sequence[int] | None,
-    lpips: metrics.Lpips | None,
+    names: Sequence[str], system: str, reference: Tensor, made: Reconstruction, lpips: Lpips | None
 ) -> Iterator[ImageFigures]:
+    pictures, nothing = made.pictures, [None] * len(names)
     psnr, ssim = metrics.psnr(reference, pictures).tolist(), metrics.ssim(reference, pictures).tolist()
-    distances = lpips(reference, pictures).tolist() if lpips else [None] * len(names)
-    for i, name in enumerate(names):
-        yield ImageFigures(name, system, sizes[i] if sizes else None, psnr[i], ssim[i], distances[i])
+    scales = metrics.ms_ssim(reference, pictures)
+    ms_ssim = nothing if scales is None else scales.tolist()
+    distances = lpips(reference, pictures).tolist() if lpips else nothing
+    sizes = made.bytes or nothing
+    for figures in zip(names, sizes, psnr, ssim, ms_ssim, distances):
+        yield ImageFigures(figures[0], system, *figures[1:])
 
 
-def _row(system: System, figures: Sequence[ImageFigures], size: int) -> Row:
+def _row(sums: _Sums, size: int) -> Row:
+    system, figures = sums.system, sums.figures
     sizes = [f.bytes for f in figures if f.bytes is not None]
-    distances = [f.lpips for f in figures if f.lpips is not None]
     mean_bytes = sum(sizes) / len(sizes) if sizes else None
     return Row(
         system.name,
+        system.kind,
+        system.family,
         system.settings,
+        system.weights_digest,
+        sums.tokens,
         mean_bytes,
         None if mean_bytes is None else metrics.bits_per_pixel(mean_bytes, size, size),
         metrics.estimate([f.psnr for f in figures]),
         metrics.estimate([f.ssim for f in figures]),
-        metrics.estimate(distances) if distances else None,
+        _mean(f.ms_ssim for f in figures),
+        _mean(f.lpips for f in figures),
+        sums.distance.value() if sums.distance else None,
+        sums.counter.figures() if sums.counter else None,
     )
+
+
+def _mean(values: Iterable[float | None]) -> metrics.Estimate | None:
+    known = [value for value in values if value is not None]
+    return metrics.estimate(known) if known else None

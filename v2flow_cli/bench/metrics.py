@@ -1,4 +1,4 @@
-"""What a reconstruction keeps (PSNR, SSIM, LPIPS) and how much of the codebook is used.
+"""What a reconstruction keeps (PSNR, SSIM, MS-SSIM) and how much of the codebook is used.
 
 Figures are per image, never per batch. Images here are 8-bit tensors (B, H, W, 3), as a viewer sees them.
 """
@@ -6,22 +6,20 @@ Figures are per image, never per batch. Images here are 8-bit tensors (B, H, W, 
 from __future__ import annotations
 
 import math
-import socket
-import urllib.error
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import torch
 from scipy.special import stdtrit
 from torch import Tensor
+from torch.nn.functional import avg_pool2d
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from v2flow_cli.errors import ModelError
-
 SSIM_SIGMA, SSIM_WINDOW = 1.5, 11  # pixels
-LPIPS_NETS = ("alex", "vgg", "squeeze")
+_SSIM: dict[str, Any] = {"sigma": SSIM_SIGMA, "data_range": 1.0, "reduction": "none"}
+MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # of the scales, fine to coarse
+MS_SSIM_MIN_SIZE = SSIM_WINDOW * 2 ** (len(MS_SSIM_WEIGHTS) - 1)  # pixels a side
 
 
 def psnr(reference: Tensor, images: Tensor) -> Tensor:
@@ -41,76 +39,32 @@ def ssim(reference: Tensor, images: Tensor) -> Tensor:
     Args:  reference, images: (B, H, W, 3) uint8, more than 10 pixels a side.
     """
     a, b = (x.permute(0, 3, 1, 2).float() / 255 for x in (images, reference))
-    _, similarity = structural_similarity_index_measure(
-        a, b, sigma=SSIM_SIGMA, data_range=1.0, reduction="none", return_full_image=True
-    )
+    return _similarity(a, b)
+
+
+def ms_ssim(reference: Tensor, images: Tensor) -> Tensor | None:
+    """Multi-scale SSIM of each image (Wang et al. 2003), (B,) float64 in [0, 1]; None under 176 pixels a side.
+
+    Five scales, each half the one before (2 x 2 means). Like ``ssim``, windows that lie wholly inside count;
+    torchmetrics' own function averages its last scale over mirrored borders too.
+    Args:  reference, images: (B, H, W, 3) uint8.
+    """
+    if min(reference.shape[1:3]) < MS_SSIM_MIN_SIZE:
+        return None
+    a, b = (x.permute(0, 3, 1, 2).double() / 255 for x in (images, reference))
+    product = torch.ones(len(a), dtype=torch.float64)
+    for weight in MS_SSIM_WEIGHTS[:-1]:
+        _, contrast = structural_similarity_index_measure(a, b, return_contrast_sensitivity=True, **_SSIM)
+        product *= contrast.clamp(min=0) ** weight
+        a, b = avg_pool2d(a, 2), avg_pool2d(b, 2)
+    return product * _similarity(a, b).clamp(min=0) ** MS_SSIM_WEIGHTS[-1]
+
+
+def _similarity(a: Tensor, b: Tensor) -> Tensor:
+    """Mean SSIM of each image (B, 3, H, W) in [0, 1] over the windows wholly inside, (B,) float64."""
+    _, similarity = structural_similarity_index_measure(a, b, return_full_image=True, **_SSIM)
     edge = SSIM_WINDOW // 2
     return similarity[..., edge:-edge, edge:-edge].double().flatten(1).mean(1)
-
-
-class Lpips:
-    """LPIPS of each image, (B,) float32 on the CPU: the `lpips` package, version 0.1 weights."""
-
-    def __init__(self, model: torch.nn.Module, net: str, device: torch.device) -> None:
-        self.net, self._device = net, device
-        self._model = model.to(device).eval().requires_grad_(False)
-
-    def __call__(self, reference: Tensor, images: Tensor) -> Tensor:
-        a, b = (x.permute(0, 3, 1, 2).to(self._device).float() / 127.5 - 1 for x in (reference, images))
-        with torch.inference_mode():
-            return self._model(a, b).reshape(len(images)).float().cpu()
-
-
-def lpips_backbone_file(net: str) -> Path:
-    """Where torchvision keeps the backbone's weights once they were downloaded."""
-    return Path(torch.hub.get_dir(), "checkpoints", _backbone_url(net).rsplit("/", 1)[-1])
-
-
-def _backbone_url(net: str) -> str:
-    from torchvision import models
-
-    weights = {
-        "alex": models.AlexNet_Weights.IMAGENET1K_V1,
-        "vgg": models.VGG16_Weights.IMAGENET1K_V1,
-        "squeeze": models.SqueezeNet1_1_Weights.IMAGENET1K_V1,
-    }
-    return weights[net].url
-
-
-def load_lpips(net: str = "alex", *, download: bool = False, device: torch.device | str = "cpu") -> Lpips:
-    """LPIPS with the backbone ``net`` from the torch hub cache, or fetched there when ``download``.
-
-    Raises:  ModelError when the weights are neither in the cache nor to be had; ValueError for another net.
-    """
-    if net not in LPIPS_NETS:
-        raise ValueError(f"net is {net!r}; expected one of {', '.join(LPIPS_NETS)}")
-    file = lpips_backbone_file(net)
-    if not file.is_file():
-        if not download:
-            raise ModelError(
-                f"LPIPS is left out: its {net} backbone is not at {file}. "
-                "Give --lpips-download to fetch it once, or copy the file there."
-            )
-        _download(_backbone_url(net), file)
-    import lpips
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # torchvision: lpips still says `pretrained=`
-        model = lpips.LPIPS(net=net, verbose=False)
-    return Lpips(model, net, torch.device(device))
-
-
-def _download(url: str, file: Path) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(20)  # seconds without a byte; a dead network must not hang the bench
-    try:
-        digest = file.stem.rsplit("-", 1)[-1]
-        torch.hub.download_url_to_file(url, str(file), hash_prefix=digest, progress=False)
-    except (OSError, urllib.error.URLError, RuntimeError) as error:
-        raise ModelError(f"LPIPS: {url} could not be fetched to {file} ({error}).") from None
-    finally:
-        socket.setdefaulttimeout(before)
 
 
 @dataclass(frozen=True)
@@ -143,7 +97,8 @@ class CodebookFigures:
     distinct: int
     usage: float  # distinct / K, in [0, 1]
     perplexity: float  # exp of the entropy, in [1, K]
-    entropy_bits: float  # bits a token would cost under an ideal order-0 code; log2 K when all codes are as likely
+    entropy_bits: float  # bits a token under the ideal order-0 code of these very ids; log2 K when all are as likely
+    adaptive_bits: float  # bits a token under an adaptive code that knows nothing beforehand and learns as it goes
 
 
 class CodebookCounter:
@@ -157,11 +112,19 @@ class CodebookCounter:
         self._counts += torch.bincount(token_ids.flatten().cpu(), minlength=len(self._counts))
 
     def figures(self) -> CodebookFigures:
-        """Usage, perplexity and entropy of all ids so far (at least one)."""
+        """Usage, perplexity and bits of all ids so far (at least one).
+
+        Of few ids the entropy is too low, since it grants the code table for free; the adaptive code
+        (Krichevsky-Trofimov: each code starts at count 1/2) pays for it, so the truth lies between the two.
+        """
         total, size = int(self._counts.sum()), len(self._counts)
         p = self._counts[self._counts > 0].double() / total
         entropy = abs(float(-(p * p.log()).sum()))  # nats; abs: a single code gives -0.0
-        return CodebookFigures(size, total, len(p), len(p) / size, math.exp(entropy), entropy / math.log(2))
+        half = torch.tensor(0.5).double()
+        code = torch.lgamma(total + size * half) - torch.lgamma(size * half)  # nats, whatever the order of the ids
+        code = code - (torch.lgamma(self._counts + half) - torch.lgamma(half)).sum()
+        bits = entropy / math.log(2), float(code) / total / math.log(2)
+        return CodebookFigures(size, total, len(p), len(p) / size, math.exp(entropy), *bits)
 
 
 def bits_per_pixel(bytes_per_image: float, height: int, width: int) -> float:

@@ -9,18 +9,20 @@ import platform
 from dataclasses import dataclass
 from importlib.metadata import version
 
-NAME = "v2flow-bench-1"
-LIBRARIES = ("torch", "torchmetrics", "lpips", "pillow", "numpy")
+NAME = "v2flow-bench-2"
+LIBRARIES = ("torch", "torchmetrics", "lpips", "torch-fidelity", "pillow", "numpy")
+NOT_IN_KEY = ("lpips", "rfid", "seed", "versions")  # lpips and rfid are compared where both results have them
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """One way of measuring reconstructions; every field is part of ``key`` but seed and versions."""
+    """One way of measuring reconstructions; every field is part of ``key`` but those of NOT_IN_KEY."""
 
     image_size: int  # pixels, side of the square reference
     count: int  # images
     reference_digest: str  # 16 hex digits of SHA-256 over the 8-bit references, in order
-    lpips: str  # backbone, or why there is none
+    lpips: str | None  # backbone and weights; None: not measured
+    rfid: str | None
     seed: int  # an image's own is drawn from it and its name
     versions: dict[str, str]
     name: str = NAME
@@ -31,13 +33,16 @@ class Protocol:
         "torchmetrics, per image and RGB channel, 11 x 11 Gaussian window of sigma 1.5, "
         "K1 0.01, K2 0.03, data range 255, windows wholly inside the image; then the mean"
     )
+    ms_ssim: str = (
+        "five scales of torchmetrics' terms as in ssim, weights 0.0448, 0.2856, 0.3001, 0.2363, 0.1333, "
+        "2 x 2 means between scales, per image; then the mean"
+    )
     interval: str = "mean plus or minus Student's t at 95% over images"
 
     @property
     def key(self) -> str:
         """12 hex digits; figures with different keys are not comparable."""
-        fields = dataclasses.asdict(self)
-        del fields["seed"], fields["versions"]
+        fields = {name: value for name, value in dataclasses.asdict(self).items() if name not in NOT_IN_KEY}
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:12]
 
     def record(self) -> dict:

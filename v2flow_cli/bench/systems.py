@@ -1,13 +1,11 @@
-"""What the bench compares: the tokenizer at some settings, its autoencoder alone, a codec at the same bytes.
+"""What the bench compares: tokenizers at some settings, their autoencoders alone, codecs at the same bytes.
 
-A system is anything that turns a ``Batch`` into 8-bit pictures and their sizes, so another tokenizer needs
-one function to stand beside these.
+A system turns a ``Batch`` into 8-bit pictures and their sizes; every one of them is measured in the same way.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,72 +14,78 @@ import torch
 from torch import Tensor
 
 from v2flow_cli.bench.codecs import Codec, best_at
+from v2flow_cli.bench.coder import Coder, inference
+from v2flow_cli.bench.metrics import token_bytes
 from v2flow_cli.tokenizer import V2FlowTokenizer
 from v2flow_cli.tokenizer.preprocess import to_uint8
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What to reconstruct: images (B, 3, S, S) in [-1, 1]; reference (B, S, S, 3) uint8; token_ids (B, L)."""
+    """What to reconstruct: images (B, 3, S, S) in [-1, 1]; reference (B, S, S, 3) uint8; a seed for each."""
 
     images: Tensor
     reference: Tensor
-    token_ids: Tensor
     seeds: tuple[int, ...]
+    codes: dict[str, Tensor] = field(default_factory=dict)  # ids (B, L) by model, each encoded once
+
+    def token_ids(self, coder: Coder) -> Tensor:
+        if coder.model not in self.codes:
+            self.codes[coder.model] = coder.encode(self.images.to(coder.device)).cpu()
+        return self.codes[coder.model][:, : coder.tokens]
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """Pictures (B, S, S, 3) uint8; bytes of each, and ids (B, L), None where there are none."""
+
+    pictures: Tensor
+    bytes: Sequence[int] | None = None
+    token_ids: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class System:
-    """A named way to reconstruct: pictures (B, S, S, 3) uint8 and the bytes of each (None: not coded)."""
+    """A named way to reconstruct.  kind: tokenizer, external, autoencoder or codec; family joins points of a curve."""
 
     name: str
-    reconstruct: Callable[[Batch], tuple[Tensor, Sequence[int] | None]]
+    kind: str
+    family: str
+    reconstruct: Callable[[Batch], Reconstruction]
     settings: Mapping[str, Any] = field(default_factory=dict)
+    codebook_size: int | None = None
+    weights_digest: str | None = None
 
 
-@contextlib.contextmanager
-def inference(tokenizer: V2FlowTokenizer, dtype: torch.dtype) -> Iterator[None]:
-    """No gradients, and products in ``dtype``, as the commands encode and decode."""
-    kind = tokenizer.device.type
-    with torch.inference_mode(), torch.autocast(kind, dtype, enabled=dtype != torch.float32):
-        yield
+def coder_system(coder: Coder) -> System:
+    """A tokenizer, ours or another."""
+
+    def reconstruct(batch: Batch) -> Reconstruction:
+        ids = batch.token_ids(coder)
+        images = coder.decode(ids.to(coder.device), batch.seeds, batch.reference.shape[1])
+        size = token_bytes(ids.shape[1], coder.codebook_size)
+        return Reconstruction(to_uint8(images), [size] * len(ids), ids)
+
+    return System(
+        coder.name, coder.kind, coder.model, reconstruct, coder.settings, coder.codebook_size, coder.weights_digest
+    )
 
 
-def tokenizer_system(
-    tokenizer: V2FlowTokenizer,
-    name: str,
-    bytes_per_image: int,
-    *,
-    dtype: torch.dtype = torch.float32,
-    **settings: Any,
-) -> System:
-    """The tokenizer itself; ``settings`` are keyword arguments of ``decode``, None for the model's own."""
-
-    def reconstruct(batch: Batch) -> tuple[Tensor, Sequence[int]]:
-        height, width = batch.images.shape[-2:]
-        with inference(tokenizer, dtype):
-            images = tokenizer.decode(batch.token_ids, height=height, width=width, seeds=batch.seeds, **settings)
-        return to_uint8(images), [bytes_per_image] * len(images)
-
-    given = {key: value for key, value in settings.items() if value is not None}
-    return System(name, reconstruct, {**(tokenizer.config.sampling or {}), **given})
-
-
-def autoencoder_system(tokenizer: V2FlowTokenizer, *, dtype: torch.dtype = torch.float32) -> System:
+def autoencoder_system(name: str, tokenizer: V2FlowTokenizer, *, dtype: torch.dtype = torch.float32) -> System:
     """The autoencoder without tokens: the ceiling of every setting."""
 
-    def reconstruct(batch: Batch) -> tuple[Tensor, None]:
+    def reconstruct(batch: Batch) -> Reconstruction:
         with inference(tokenizer, dtype):
-            return to_uint8(tokenizer.autoencode(batch.images)), None
+            return Reconstruction(to_uint8(tokenizer.autoencode(batch.images.to(tokenizer.device))))
 
-    return System("autoencoder alone", reconstruct)
+    return System(name, "autoencoder", name, reconstruct)
 
 
-def codec_system(codec: Codec, budget: int) -> System:
+def codec_system(name: str, codec: Codec, budget: int) -> System:
     """A codec at no more than ``budget`` bytes an image."""
 
-    def reconstruct(batch: Batch) -> tuple[Tensor, Sequence[int]]:
+    def reconstruct(batch: Batch) -> Reconstruction:
         results = [best_at(codec, reference, budget) for reference in batch.reference.numpy()]
-        return torch.from_numpy(np.stack([r.pixels for r in results])), [r.bytes for r in results]
+        return Reconstruction(torch.from_numpy(np.stack([r.pixels for r in results])), [r.bytes for r in results])
 
-    return System(codec.name, reconstruct, {"byte_budget": budget, **codec.options})
+    return System(name, "codec", codec.name, reconstruct, {"byte_budget": budget, **codec.options})

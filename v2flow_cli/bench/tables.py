@@ -6,36 +6,46 @@ import math
 from collections.abc import Sequence
 from html import escape
 
-from v2flow_cli.bench.metrics import Estimate
 from v2flow_cli.bench.published import PUBLISHED, SOURCE
+from v2flow_cli.bench.record import Record, Table
 from v2flow_cli.bench.run import Bench
 
-MAX_IMAGE_ROWS = 600  # of the table of single photos; ``--csv`` has them all
+MAX_IMAGE_ROWS = 600  # of the table of single photos; ``--images-csv`` has them all
 
 Cell = tuple[str, str]  # (HTML, sort key; "" for what was not measured)
-_QUALITY = ("PSNR dB", "SSIM", "LPIPS")
+#: heading: (key of a record, decimals, whether it has an interval)
+_COLUMNS = {
+    "tokens": ("tokens_per_image", 0, False),
+    "bytes": ("bytes_per_image", 0, False),
+    "bits/pixel": ("bits_per_pixel", 4, False),
+    "entropy bits/pixel": ("entropy_bits_per_pixel", 4, False),
+    "PSNR dB": ("psnr_db", 2, True),
+    "SSIM": ("ssim", 3, True),
+    "MS-SSIM": ("ms_ssim", 3, True),
+    "LPIPS": ("lpips", 3, True),
+    "rFID": ("rfid", 2, False),
+    "encode/s": ("encode_images_per_s", 2, False),
+    "decode/s": ("decode_images_per_s", 2, False),
+}
 
 
-def measured_table(bench: Bench) -> str:
-    """Every system over all photos, the tokenizer's own rows marked."""
-    protocol = bench.result.protocol
+def measured_table(table: Table) -> str:
+    """Every system over all photos, tokenizers marked; columns that no row fills are left out."""
+    columns = {
+        head: (key, *rest)
+        for head, (key, *rest) in _COLUMNS.items()
+        if key in ("lpips", "rfid") or any(row[key] is not None for row in table.rows)
+    }
     rows = [
-        [
-            _text(row.system),
-            _cell(row.bytes_per_image, 0),
-            _cell(row.bits_per_pixel, 4),
-            _interval(row.psnr, 2),
-            _interval(row.ssim, 3),
-            _interval(row.lpips, 3),
-        ]
-        for row in bench.result.rows
+        [_text(row["system"]), *(_figure(row, key, digits, interval) for key, digits, interval in columns.values())]
+        for row in table.rows
     ]
+    protocol = table.protocol
     caption = (
-        f"Measured here on {protocol.count:,} photos at {protocol.image_size} × {protocol.image_size}: "
-        f"mean ± 95% interval. Protocol {protocol.key}."
+        f"Measured here on {protocol['count']:,} photos at {table.size} × {table.size}: "
+        f"mean ± 95% interval. Protocol {protocol['key']}."
     )
-    marked = [row.system in bench.main_systems for row in bench.result.rows]
-    return _table(caption, ("system",), ("bytes", "bits/pixel", *_QUALITY), rows, marked)
+    return _table(caption, ("system",), tuple(columns), rows, [row["codebook"] is not None for row in table.rows])
 
 
 def published_table(image_size: int) -> str:
@@ -52,7 +62,8 @@ def published_table(image_size: int) -> str:
         for row in PUBLISHED.get(image_size, ())
     ]
     caption = f"Published figures, not measured here and on other pictures: {SOURCE}."
-    return _table(caption, ("published",), ("tokens", "codebook", *_QUALITY), rows) if rows else ""
+    heads = ("tokens", "codebook", "PSNR dB", "SSIM", "LPIPS")
+    return _table(caption, ("published",), heads, rows) if rows else ""
 
 
 def image_table(bench: Bench) -> str:
@@ -65,12 +76,15 @@ def image_table(bench: Bench) -> str:
             _cell(f.bytes, 0),
             _cell(f.psnr, 2),
             _cell(f.ssim, 3),
+            _cell(f.ms_ssim, 3),
             _cell(f.lpips, 3),
         ]
         for f in figures[:MAX_IMAGE_ROWS]
     ]
     more = f", the first {len(rows):,} of {len(figures):,} lines" if len(rows) < len(figures) else ""
-    return _table(f"Every photo on its own{more}.", ("photo", "system"), ("bytes", *_QUALITY), rows, tall=True)
+    heads = ("bytes", "PSNR dB", "SSIM", "MS-SSIM", "LPIPS")
+    size = bench.result.protocol.image_size
+    return _table(f"Every photo on its own at {size} pixels{more}.", ("photo", "system"), heads, rows, tall=True)
 
 
 def show_number(value: float, digits: int) -> str:
@@ -114,8 +128,9 @@ def _cell(value: float | None, digits: int) -> Cell:
     return ("–", "") if value is None else (show_number(value, digits), repr(float(value)))
 
 
-def _interval(value: Estimate | None, digits: int) -> Cell:
-    if value is None:
-        return "–", ""
-    width = "" if math.isnan(value.ci95) else f" <small>± {value.ci95:.{digits}f}</small>"
-    return show_number(value.mean, digits) + width, repr(value.mean)
+def _figure(row: Record, key: str, digits: int, interval: bool) -> Cell:
+    """A cell of a record; PSNR of equal pictures is infinite, which a record holds as null."""
+    value = math.inf if key == "psnr_db" and row[key] is None else row[key]
+    html, sort_key = _cell(value, digits)
+    width = row[f"{key}_ci95"] if interval else None
+    return (html if width is None else f"{html} <small>± {width:.{digits}f}</small>"), sort_key

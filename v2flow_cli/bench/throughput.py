@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from v2flow_cli.bench.systems import inference
-from v2flow_cli.tokenizer import V2FlowTokenizer
+from v2flow_cli.bench.coder import Coder
 
 
 @dataclass(frozen=True)
@@ -33,41 +32,36 @@ class Speed:
     threads: int
 
 
-def measure_speed(
-    tokenizer: V2FlowTokenizer,
-    images: Tensor,
-    *,
-    dtype: torch.dtype = torch.float32,
-    repeats: int = 3,
-    **settings: Any,
-) -> Speed:
-    """Speed on ``images`` (B, 3, S, S) in [-1, 1]; ``settings`` go to ``decode``."""
-    images = images.to(tokenizer.device)
-    cuda = images.device.type == "cuda"
-    if cuda:
-        torch.cuda.reset_peak_memory_stats(images.device)
-    height, width = images.shape[-2:]
-    seeds = range(len(images))
-    with inference(tokenizer, dtype):
-        token_ids = tokenizer.encode(images)
-        encode = _seconds(lambda: tokenizer.encode(images), images.device, repeats)
-        decode = _seconds(
-            lambda: tokenizer.decode(token_ids, height=height, width=width, seeds=seeds, **settings),
-            images.device,
-            repeats,
+def measure_speeds(
+    coders: Sequence[Coder], images: Tensor, *, dtype: torch.dtype = torch.float32, repeats: int = 3
+) -> dict[str, Speed]:
+    """Speed of each coder by its name, on ``images`` (B, 3, S, S) in [-1, 1]; a model encodes once for all of its."""
+    speeds: dict[str, Speed] = {}
+    encoded: dict[str, tuple[Tensor, float]] = {}  # ids and seconds, by model
+    for coder in coders:
+        here, device = images.to(coder.device), coder.device
+        cuda = device.type == "cuda"
+        if cuda:
+            torch.cuda.reset_peak_memory_stats(device)
+        if coder.model not in encoded:
+            seconds = _seconds(lambda: coder.encode(here), device, repeats)  # noqa: B023  called at once
+            encoded[coder.model] = coder.encode(here), seconds
+        ids, encode = encoded[coder.model]
+        ids, seeds = ids[:, : coder.tokens].to(device), range(len(images))
+        decode = _seconds(lambda: coder.decode(ids, seeds, images.shape[-1]), device, repeats)  # noqa: B023
+        speeds[coder.name] = Speed(
+            encode_images_per_s=len(images) / encode,
+            decode_images_per_s=len(images) / decode,
+            peak_memory_bytes=torch.cuda.max_memory_allocated(device) if cuda else peak_resident_bytes(),
+            peak_memory_kind="allocated on the GPU" if cuda else "resident in the process",
+            image_size=images.shape[-1],
+            batch_size=len(images),
+            repeats=repeats,
+            device=torch.cuda.get_device_name(device) if cuda else str(device),
+            dtype=str(dtype).removeprefix("torch."),
+            threads=torch.get_num_threads(),
         )
-    return Speed(
-        encode_images_per_s=len(images) / encode,
-        decode_images_per_s=len(images) / decode,
-        peak_memory_bytes=torch.cuda.max_memory_allocated(images.device) if cuda else peak_resident_bytes(),
-        peak_memory_kind="allocated on the GPU" if cuda else "resident in the process",
-        image_size=height,
-        batch_size=len(images),
-        repeats=repeats,
-        device=torch.cuda.get_device_name(images.device) if cuda else str(images.device),
-        dtype=str(dtype).removeprefix("torch."),
-        threads=torch.get_num_threads(),
-    )
+    return speeds
 
 
 def _seconds(step: Callable[[], Any], device: torch.device, repeats: int) -> float:

@@ -1,4 +1,4 @@
-"""``python -m v2flow_cli.demo``: the whole road on a few photos, and one page that shows it.
+"""``python -m v2flow_cli.demo.page``, what ``make demo`` runs: the whole road on a few photos, and one page that shows it.
 
 photos -> tokens -> photos at two guidance scales -> pictures from a sentence -> a bench -> ``index.html``
 """
@@ -47,10 +47,12 @@ def demo(
     if len(files) > limit:
         log(f"{images}: the first {limit} of {len(files)} images; --limit shows more")
 
-    from v2flow_cli.bench.metrics import load_lpips, lpips_backbone_file
-    from v2flow_cli.bench.pictures import token_colours
+    from v2flow_cli.bench.record import tables
     from v2flow_cli.bench.report import Page, write_report
     from v2flow_cli.bench.run import run_bench
+    from v2flow_cli.bench.sweep import parse_sweeps
+    from v2flow_cli.bench.words import token_views
+    from v2flow_cli.cli.bench import load_judges
     from v2flow_cli.store.encode_set import SetEncoder, encode_files
     from v2flow_cli.store.images import open_image
     from v2flow_cli.tokenizer import V2FlowTokenizer
@@ -79,30 +81,30 @@ def demo(
             yield file.key, open_image(file.path, str(file.path))
 
     with progress("bench", len(good)) as tick:
-        lpips = load_lpips(device=target) if lpips_backbone_file("alex").is_file() else None
         bench = run_bench(
-            tokenizer,
+            {"v2flow": tokenizer},
             photos(),
-            guidance_scales=GUIDANCE_SCALES,
+            settings=parse_sweeps([f"cfg={','.join(f'{scale:g}' for scale in GUIDANCE_SCALES)}"]),
             batch_size=BATCH_SIZE,
             dtype=dtype,
-            lpips=lpips,
-            lpips_note="LPIPS is left out: its backbone is not in the torch hub cache.",
+            judges=load_judges(target),
             keep=limit,
             tick=tick,
         )
-    tokens = bench.result.tokens_per_image
+    tokens = bench.result.coders[0].tokens_per_image
     page = Page(
         title=f"Photos as {tokens:,} words each, and back",
         lead=f"A tokenizer turns a photo into {tokens:,} of its {tokenizer.config.codebook_size:,} codes: "
         "words that a language model can read and write. A decoder turns the words back into a picture. "
         "Everything on this page was computed on this machine.",
-        bench=bench,
-        colours=token_colours(tokenizer.codebook),
-        command="python -m v2flow_cli.demo",
+        tables=tables([bench]),
+        benches=[bench],
+        views=token_views({"v2flow": tokenizer}),
+        command="python -m v2flow_cli.demo.page",
         drawn=drawn,
         drawn_note="Written word by word by a language model that was given nothing but the sentence, then "
         "decoded like the photos above. A higher temperature takes more risks.",
+        notes=bench.notes,
         failed=failed,
     )
     write_report(page, out / "index.html")
@@ -158,7 +160,7 @@ def _draw(
     import numpy as np
 
     from v2flow_cli.bench.report import DrawnPicture
-    from v2flow_cli.bench.systems import inference
+    from v2flow_cli.bench.coder import inference
     from v2flow_cli.llm.sample import DrawingLM
     from v2flow_cli.store.files import write_bytes
 

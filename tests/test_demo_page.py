@@ -1,4 +1,4 @@
-"""The demo: the whole road on a tiny tokenizer and a tiny LLM that draws its tokens."""
+"""The demo page: the whole road on a tiny tokenizer and a tiny LLM that draws its tokens."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from v2flow_cli.demo import demo
+from v2flow_cli.demo.page import demo
 from v2flow_cli.errors import DataError
 from v2flow_cli.store.token_file import TokenManifest, load_token_ids
 

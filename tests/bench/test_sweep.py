@@ -1,0 +1,71 @@
+"""Sweeps: keys, products, and lengths that a model has or has not."""
+
+from pathlib import Path
+
+import pytest
+
+from v2flow_cli.bench.sweep import Setting, parse_sweeps, settings_of_models
+from v2flow_cli.errors import DataError
+from v2flow_cli.tokenizer import V2FlowTokenizer
+
+
+def test_every_combination_the_first_key_slowest() -> None:
+    found = parse_sweeps(["cfg=1,2.5", "solver=euler,dpm++"], {"num_flow_steps": 4, "num_mask_steps": None})
+    assert [setting.label for setting in found] == [
+        "cfg 1, solver euler",
+        "cfg 1, solver dpm++",
+        "cfg 2.5, solver euler",
+        "cfg 2.5, solver dpm++",
+    ]
+    assert found[3].values == {"num_flow_steps": 4, "guidance_scale": 2.5, "solver": "dpm++"}
+    assert [s.tokens for s in parse_sweeps(["tokens=64,128"])] == [64, 128]
+    assert parse_sweeps([]) == [Setting()]
+    assert parse_sweeps(["temperature=0.5"])[0].values == {"noise_temperature": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        (["size=1,2"], "KEY one of tokens, cfg"),
+        (["cfg"], "expected KEY=V1,V2"),
+        (["cfg=1,high"], "expected numbers from 0 on"),
+        (["rounds=0"], "expected whole numbers from 1 on"),
+        (["rounds=1.5"], "expected whole numbers"),
+        (["solver=euler,magic"], r"expected euler, heun, dpm\+\+, ddim"),
+        (["schedule=up"], "expected constant, linear"),
+        (["cfg=1,1.0"], "expected different values"),
+        (["cfg=1,2", "cfg=3"], "cfg is given twice"),
+        (["noise=1", "temperature=1"], "temperature is given twice"),
+        (["cfg="], "expected numbers"),
+    ],
+)
+def test_bad_sweeps(texts: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_sweeps(texts)
+    with pytest.raises(ValueError, match="given twice"):
+        parse_sweeps(["steps=1,2"], {"num_flow_steps": 4})
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_tokenizer_folder: Path) -> V2FlowTokenizer:
+    return V2FlowTokenizer.from_pretrained(tiny_tokenizer_folder)
+
+
+def test_a_fixed_length_takes_part_at_its_own(tokenizer: V2FlowTokenizer) -> None:
+    settings = parse_sweeps(["tokens=4,16"])
+    with pytest.raises(
+        DataError, match=r"no model has 16 tokens at 32 px \(small always has 4\).*one --model for each"
+    ):
+        settings_of_models({"small": tokenizer}, 32, settings)
+    assert settings_of_models({"small": tokenizer}, 32, settings[:1]) == [("small", settings[0])]
+    assert settings_of_models({"small": tokenizer}, 64, settings[1:]) == [("small", settings[1])]
+    with pytest.raises(DataError, match=r"--res 33: small: .*multiples of"):
+        settings_of_models({"small": tokenizer}, 33, [Setting()])
+
+
+def test_a_flexible_length_takes_every_prefix(tokenizer: V2FlowTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(V2FlowTokenizer, "flexible", True)
+    settings = parse_sweeps(["tokens=1,4"])
+    assert settings_of_models({"flex": tokenizer}, 32, settings) == [("flex", settings[0]), ("flex", settings[1])]
+    with pytest.raises(DataError, match=r"no model has 5 tokens at 32 px \(flex has 1 to 4\)"):
+        settings_of_models({"flex": tokenizer}, 32, parse_sweeps(["tokens=1,5"]))

@@ -1,0 +1,143 @@
+"""A tokenizer at one setting, as the bench sees it: ours, or anybody's that follows a small protocol.
+
+The protocol for a tokenizer that is not ours (``--external module:factory``): an object with
+
+    codebook_size                   int, ids lie in [0, codebook_size)
+    encode(images) -> ids           (B, 3, S, S) float in [-1, 1] -> (B, L) integers
+    decode(ids) -> images           (B, L) -> (B, 3, S, S) float in [-1, 1]
+
+and, if it likes, ``name`` (str) and ``weights_digest`` (str).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from v2flow_cli.bench.sweep import Setting
+from v2flow_cli.errors import ModelError
+from v2flow_cli.tokenizer import V2FlowTokenizer
+
+
+@dataclass(frozen=True)
+class Coder:
+    """encode: images (B, 3, S, S) to ids (B, L); decode: ids, one seed each, and S, to images; both in [-1, 1].
+
+    Coders of one ``model`` share their ids: a batch is encoded once for all of them.
+    """
+
+    name: str
+    model: str
+    kind: str  # "tokenizer" (ours) or "external"
+    encode: Callable[[Tensor], Tensor]
+    decode: Callable[[Tensor, Sequence[int], int], Tensor]
+    codebook_size: int
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    tokens: int | None = None  # decode only the first so many ids
+    weights_digest: str | None = None
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+
+def v2flow_coder(model: str, tokenizer: V2FlowTokenizer, setting: Setting, dtype: torch.dtype = torch.float32) -> Coder:
+    """A tokenizer of ours, its products in ``dtype``, as the commands encode and decode."""
+
+    def encode(images: Tensor) -> Tensor:
+        with inference(tokenizer, dtype):
+            return tokenizer.encode(images)
+
+    def decode(ids: Tensor, seeds: Sequence[int], size: int) -> Tensor:
+        with inference(tokenizer, dtype):
+            return tokenizer.decode(ids, height=size, width=size, seeds=seeds, **setting.values)
+
+    return Coder(
+        setting.name(model),
+        model,
+        "tokenizer",
+        encode,
+        decode,
+        tokenizer.config.codebook_size,
+        {**(tokenizer.config.sampling or {}), **setting.values},
+        setting.tokens,
+        tokenizer.digest,
+        tokenizer.device,
+    )
+
+
+@contextlib.contextmanager
+def inference(tokenizer: V2FlowTokenizer, dtype: torch.dtype) -> Iterator[None]:
+    """No gradients, and products in ``dtype``, as the commands encode and decode."""
+    kind = tokenizer.device.type
+    with torch.inference_mode(), torch.autocast(kind, dtype, enabled=dtype != torch.float32):
+        yield
+
+
+def load_external(place: str) -> Coder:
+    """The tokenizer that ``place`` makes: ``package.module:factory`` or ``path/to/file.py:factory``.
+
+    The user's own code is imported and run, by explicit request only; ``factory`` takes no arguments.
+    Raises:  ModelError when it cannot be imported, or what it makes does not follow the protocol above.
+    """
+    source, _, factory = place.rpartition(":")
+    if not source or not factory:
+        raise ModelError(f"--external {place}: expected MODULE:FACTORY or FILE.py:FACTORY.")
+    try:
+        made = getattr(_import(source), factory)()
+    except Exception as error:  # whatever the user's code raises
+        raise ModelError(f"--external {place}: {type(error).__name__}: {error}.") from error
+    missing = [name for name in ("encode", "decode", "codebook_size") if not hasattr(made, name)]
+    if missing:
+        raise ModelError(
+            f"--external {place}: {type(made).__name__} has no {', '.join(missing)}; expected encode(images) -> ids, "
+            "decode(ids) -> images and codebook_size."
+        )
+    name, size = str(getattr(made, "name", factory)), int(made.codebook_size)
+
+    def encode(images: Tensor) -> Tensor:
+        with torch.inference_mode():
+            ids = torch.as_tensor(made.encode(images)).long().cpu()
+        if ids.ndim != 2 or len(ids) != len(images) or not 0 <= int(ids.min()) <= int(ids.max()) < size:
+            raise ModelError(
+                f"--external {place}: encode returned {_describe(ids)} for {len(images)} images; expected "
+                f"({len(images)}, L) in [0, {size})."
+            )
+        return ids
+
+    def decode(ids: Tensor, seeds: Sequence[int], side: int) -> Tensor:
+        with torch.inference_mode():
+            images = torch.as_tensor(made.decode(ids)).float().cpu()
+        if images.shape != (len(ids), 3, side, side) or not images.isfinite().all():
+            raise ModelError(
+                f"--external {place}: decode returned {_describe(images)}; expected finite "
+                f"({len(ids)}, 3, {side}, {side}) in [-1, 1]."
+            )
+        return images
+
+    digest = getattr(made, "weights_digest", None)
+    return Coder(name, name, "external", encode, decode, size, {"external": place}, None, digest and str(digest))
+
+
+def _import(source: str) -> Any:
+    if not source.endswith(".py"):
+        if "" not in sys.path:
+            sys.path.insert(0, "")  # a module in the current folder, as `python -m` finds it
+        return importlib.import_module(source)
+    spec = importlib.util.spec_from_file_location(Path(source).stem, source)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{source} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module.__name__] = module  # dataclasses and pickles of the user look themselves up there
+    spec.loader.exec_module(module)
+    return module
+
+
+def _describe(values: Tensor) -> str:
+    return f"shape {tuple(values.shape)} with values {values.min():g} to {values.max():g}" if values.numel() else "none"

@@ -1,0 +1,91 @@
+"""Figures that a network gives: LPIPS of each image, and the Frechet distance rFID of two sets of images.
+
+Images here are 8-bit tensors (B, H, W, 3). The networks' weights come from ``weights.py``; nothing stands in for them.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torchmetrics.image.fid import FrechetInceptionDistance, NoTrainInceptionV3
+
+from v2flow_cli.bench.weights import INCEPTION, JudgeWeights, weights_url
+
+FEATURES = 2048  # of Inception's last pooling
+
+
+class Lpips:
+    """LPIPS of each image, (B,) float32 on the CPU: the `lpips` package, version 0.1 weights."""
+
+    def __init__(self, net: str, weights: JudgeWeights, device: torch.device | str = "cpu") -> None:
+        """Raises:  ModelError when the backbone is not to be had; ValueError for an unknown net."""
+        file = weights.find(net)
+        import lpips
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # torchvision: lpips still says `pretrained=`
+            model = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
+        state = _load_state_dict(weights_url(net), file)
+        # lpips cuts torchvision's `features` into slices and keeps the numbers of the layers.
+        names = {name: re.sub(r"^slice\d+", "features", name) for name in model.net.state_dict()}
+        model.net.load_state_dict({name: state[original] for name, original in names.items()})
+        self.net, self.weights, self._device = net, file, torch.device(device)
+        self._model = model.to(self._device).eval().requires_grad_(False)
+
+    def __call__(self, reference: Tensor, images: Tensor) -> Tensor:
+        a, b = (x.permute(0, 3, 1, 2).to(self._device).float() / 127.5 - 1 for x in (reference, images))
+        with torch.inference_mode():
+            return self._model(a, b).reshape(len(images)).float().cpu()
+
+    @property
+    def definition(self) -> str:
+        return f"lpips package v0.1, {self.net} backbone {self.weights.name}, 8-bit images in [-1, 1]"
+
+
+class Inception:
+    """The 2,048 features of each image that FID is defined on, (B, 2048): torch-fidelity's Inception v3."""
+
+    definition = (
+        "torchmetrics, reconstructions against their references, 2,048 features of weights-inception-2015-12-05, "
+        "bilinear resize to 299 px as TensorFlow 1 does, 8-bit images; biased upwards for few images"
+    )
+
+    def __init__(self, weights: JudgeWeights, device: torch.device | str = "cpu") -> None:
+        """Raises:  ModelError when the weights are not to be had."""
+        file = weights.find(INCEPTION)  # its hash is checked: torch-fidelity unpickles it
+        self._device = torch.device(device)
+        self._model = NoTrainInceptionV3(INCEPTION, [str(FEATURES)], str(file), antialias=False).to(self._device)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        with torch.inference_mode():
+            return self._model(images.permute(0, 3, 1, 2).to(self._device)).reshape(len(images), -1).cpu()
+
+
+class FrechetDistance:
+    """Frechet distance of two sets of features (N, D), filled batch by batch; memory does not grow with N."""
+
+    def __init__(self, num_features: int = FEATURES) -> None:
+        features = nn.Identity()  # what comes in are features already
+        features.num_features = num_features
+        self._metric = FrechetInceptionDistance(feature=features)
+
+    def add(self, reference: Tensor, features: Tensor) -> None:
+        self._metric.update(reference, real=True)
+        self._metric.update(features, real=False)
+
+    def value(self) -> float | None:
+        """None for fewer than two images, which have no covariance."""
+        if self._metric.real_features_num_samples < 2:
+            return None
+        return max(0.0, float(self._metric.compute()))
+
+
+def _load_state_dict(url: str, file: Path) -> dict[str, Tensor]:
+    """A state dict that torch.hub finds at ``file``; tensors only, nothing else is unpickled."""
+    return torch.hub.load_state_dict_from_url(
+        url, model_dir=str(file.parent), file_name=file.name, map_location="cpu", progress=False, weights_only=True
+    )

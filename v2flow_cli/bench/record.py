@@ -1,0 +1,189 @@
+"""Results as plain JSON values and as CSV, and results of several runs joined into one table, or refused.
+
+Every row carries the key of its protocol, so a row never loses what it was measured on.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from v2flow_cli.bench import metrics
+from v2flow_cli.bench.evaluate import Row
+from v2flow_cli.bench.protocol import NOT_IN_KEY
+from v2flow_cli.bench.published import PUBLISHED, SOURCE
+from v2flow_cli.bench.run import Bench
+from v2flow_cli.errors import DataError
+
+Record = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Rows of one protocol, as records."""
+
+    protocol: Record
+    rows: tuple[Record, ...]
+
+    @property
+    def size(self) -> int:
+        return self.protocol["image_size"]
+
+
+def tables(benches: Sequence[Bench]) -> list[Table]:
+    """One table for each bench."""
+    return [
+        Table(bench.result.protocol.record(), tuple(_row(row, bench) for row in bench.result.rows)) for bench in benches
+    ]
+
+
+def as_record(found: Sequence[Table], notes: Sequence[str] = ()) -> Record:
+    """Tables as one object with stable, unit-bearing keys; ``measured`` lists the rows of all of them."""
+    return {
+        "protocols": [table.protocol for table in found],
+        "measured": [row for table in found for row in table.rows],
+        "published": {
+            "source": SOURCE,
+            "rows": [
+                {"image_size_px": table.size, **dataclasses.asdict(row)}
+                for table in found
+                for row in PUBLISHED.get(table.size, ())
+            ],
+        },
+        "notes": list(dict.fromkeys(notes)),
+    }
+
+
+def _row(row: Row, bench: Bench) -> Record:
+    protocol, codebook, speed = bench.result.protocol, row.codebook, bench.speeds.get(row.system)
+    pixels, tokens = protocol.image_size**2, row.tokens_per_image or 0
+    return {
+        "protocol": protocol.key,
+        "image_size_px": protocol.image_size,
+        "system": row.system,
+        "kind": row.kind,
+        "family": row.family,
+        "settings": dict(row.settings),
+        "weights_digest": row.weights_digest,
+        "tokens_per_image": row.tokens_per_image,
+        "bytes_per_image": row.bytes_per_image,
+        "bits_per_pixel": row.bits_per_pixel,
+        "entropy_bits_per_pixel": codebook and codebook.entropy_bits * tokens / pixels,
+        "adaptive_bits_per_pixel": codebook and codebook.adaptive_bits * tokens / pixels,
+        **_estimate("psnr_db", row.psnr),
+        **_estimate("ssim", row.ssim),
+        **_estimate("ms_ssim", row.ms_ssim),
+        **_estimate("lpips", row.lpips),
+        "rfid": row.rfid,
+        "codebook": codebook and dataclasses.asdict(codebook),
+        "encode_images_per_s": speed and speed.encode_images_per_s,
+        "decode_images_per_s": speed and speed.decode_images_per_s,
+        "speed": speed and dataclasses.asdict(speed),
+    }
+
+
+def _estimate(name: str, value: metrics.Estimate | None) -> Record:
+    """Mean and half-width; null where not measured, or infinite (PSNR of equal images)."""
+    numbers = (value.mean, value.ci95) if value else (math.nan, math.nan)
+    mean, ci95 = (number if math.isfinite(number) else None for number in numbers)
+    return {name: mean, f"{name}_ci95": ci95}
+
+
+def as_csv(found: Sequence[Table]) -> str:
+    """One line a system, under a heading; an empty field was not measured."""
+    rows = [_flat(row) for table in found for row in table.rows]
+    return _csv(list(rows[0]), [list(row.values()) for row in rows])
+
+
+def _flat(row: Record) -> Record:
+    """A row without nested values."""
+    codebook = row["codebook"] or {}
+    flat = {key: value for key, value in row.items() if key not in ("codebook", "speed")}
+    names = {"codebook_size": "codebook_size", "codebook_usage": "usage", "perplexity": "perplexity"}
+    return {
+        **flat,
+        "settings": json.dumps(row["settings"]),
+        **{name: codebook.get(key) for name, key in names.items()},
+    }
+
+
+def images_csv(benches: Sequence[Bench]) -> str:
+    """One line an image and system, under a heading; an empty field was not measured."""
+    heads = ["protocol", "image_size_px", "image", "system", "bytes", "psnr_db", "ssim", "ms_ssim", "lpips"]
+    return _csv(
+        heads,
+        [
+            [bench.result.protocol.key, bench.result.protocol.image_size, *dataclasses.astuple(figures)]
+            for bench in benches
+            for figures in bench.result.images
+        ],
+    )
+
+
+def _csv(heads: Sequence[str], lines: Sequence[Sequence[Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(heads)
+    writer.writerows([f"{v:.6g}" if isinstance(v, float) else v for v in line] for line in lines)
+    return text.getvalue()
+
+
+def join(files: Sequence[Path]) -> tuple[list[Table], list[str]]:
+    """The tables of results that ``bench --json`` printed into ``files``, and notes; one table an image size.
+
+    Raises:  DataError for a file that is no such result, and for results whose protocols differ.
+    """
+    joined: dict[int, Table] = {}
+    origin: dict[int, Path] = {}
+    notes: list[str] = []
+    for file in files:
+        for table in _read(file):
+            size = table.size
+            if size not in joined:
+                joined[size], origin[size] = table, file
+                continue
+            notes += _compare(joined[size].protocol, origin[size], table.protocol, file)
+            taken = {row["system"] for row in joined[size].rows}
+            rows = [
+                {**row, "system": f"{row['system']} ({file.stem})"} if row["system"] in taken else row
+                for row in table.rows
+                if row not in joined[size].rows  # a codec measured twice on the same photos is one row
+            ]
+            protocol = {**joined[size].protocol}
+            protocol |= {key: protocol[key] or table.protocol[key] for key in ("lpips", "rfid")}
+            joined[size] = Table(protocol, (*joined[size].rows, *rows))
+    return list(joined.values()), list(dict.fromkeys(notes))
+
+
+def _read(file: Path) -> list[Table]:
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        protocols, rows = record["protocols"], record["measured"]
+        found = [Table(p, tuple(row for row in rows if row["protocol"] == p["key"])) for p in protocols]
+        if sum(len(table.rows) for table in found) == len(rows) and all(table.size for table in found):
+            return found
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read ({error.strerror}).") from None
+    except (ValueError, KeyError, TypeError):
+        pass  # said below
+    raise DataError(f"{file}: not a result of `v2flow bench --json`. Print one with `v2flow bench ... --json > FILE`.")
+
+
+def _compare(first: Record, first_file: Path, other: Record, file: Path) -> list[str]:
+    """Notes on what may differ.  Raises: DataError on what must not."""
+    must = [key for key in {*first, *other} - {"key", *NOT_IN_KEY} if first.get(key) != other.get(key)]
+    must += [key for key in ("lpips", "rfid") if first[key] and other[key] and first[key] != other[key]]
+    if must:
+        differences = "; ".join(f"{key}: {other.get(key)} against {first.get(key)}" for key in sorted(must))
+        raise DataError(
+            f"{file} and {first_file} do not belong in one table: their protocols differ ({differences}). "
+            "Measure both on the same photos, at the same size, with the same version."
+        )
+    differ = [key for key in ("seed", "versions") if first[key] != other[key]]
+    return [f"{file} and {first_file} differ in {key}: {other[key]} against {first[key]}." for key in differ]

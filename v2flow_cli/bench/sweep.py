@@ -1,0 +1,128 @@
+"""Sweeps: which settings a model is measured at.  ``cfg=1,2,3`` and ``solver=euler,heun`` make six of them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from v2flow_cli.errors import DataError
+from v2flow_cli.recipe.schema import Sampling
+from v2flow_cli.tokenizer import V2FlowTokenizer
+
+TOKENS = "tokens"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to decode.  values: keyword arguments of ``decode``; tokens: decode only the first so many."""
+
+    label: str = ""  # "" where nothing is swept
+    values: Mapping[str, Any] = field(default_factory=dict)
+    tokens: int | None = None
+
+    def name(self, model: str) -> str:
+        return f"{model}, {self.label}" if self.label else model
+
+
+def _choice(name: str) -> Callable[[str], str]:
+    kinds = Sampling.__annotations__[name].removeprefix("Literal[").removesuffix("]")
+    known = [kind.strip().strip("\"'") for kind in kinds.split(",")]
+
+    def read(text: str) -> str:
+        if text not in known:
+            raise ValueError(f"expected {', '.join(known)}")
+        return text
+
+    return read
+
+
+def _number(kind: type, least: float) -> Callable[[str], Any]:
+    def read(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not least <= value < 1_000_000:
+            raise ValueError(f"expected {'whole numbers' if kind is int else 'numbers'} from {least} on")
+        return value
+
+    return read
+
+
+#: What ``--sweep`` takes: the argument of ``decode`` it sets, and how a value is read.
+KEYS: dict[str, tuple[str, Callable[[str], Any]]] = {
+    TOKENS: (TOKENS, _number(int, 1)),
+    "cfg": ("guidance_scale", _number(float, 0)),
+    "rounds": ("num_mask_steps", _number(int, 1)),
+    "steps": ("num_flow_steps", _number(int, 1)),
+    "solver": ("solver", _choice("solver")),
+    "schedule": ("guidance_schedule", _choice("guidance_schedule")),
+    "noise": ("noise_temperature", _number(float, 0)),
+    "temperature": ("noise_temperature", _number(float, 0)),  # the same under its other name
+}
+
+
+def parse_sweeps(texts: Sequence[str], fixed: Mapping[str, Any] | None = None) -> list[Setting]:
+    """Every combination of the ``KEY=V1,V2`` in ``texts``, the first key slowest; one empty setting without any.
+
+    Args:    fixed, arguments of ``decode`` that all settings share; None values are left to the model.
+    Raises:  ValueError for an unknown key or value, and for a key that is given twice.
+    """
+    base = {key: value for key, value in (fixed or {}).items() if value is not None}
+    taken = set(base)
+    axes: list[list[tuple[str, str, Any]]] = []
+    for text in texts:
+        key, equals, values = text.partition("=")
+        if key not in KEYS or not equals:
+            raise ValueError(f"{text}: expected KEY=V1,V2,... with KEY one of {', '.join(KEYS)}")
+        argument, read = KEYS[key]
+        if argument in taken:
+            raise ValueError(f"{text}: {key} is given twice")
+        taken.add(argument)
+        try:
+            axis = [(f"{key} {value.strip()}", argument, read(value.strip())) for value in values.split(",")]
+        except ValueError as error:
+            raise ValueError(f"{text}: {error}") from None
+        if len({value for _, _, value in axis}) < len(axis):
+            raise ValueError(f"{text}: expected different values")
+        axes.append(axis)
+    settings = []
+    for chosen in itertools.product(*axes):
+        values = {**base, **{argument: value for _, argument, value in chosen}}
+        tokens = values.pop(TOKENS, None)
+        settings.append(Setting(", ".join(label for label, _, _ in chosen), values, tokens))
+    return settings
+
+
+def settings_of_models(
+    models: Mapping[str, V2FlowTokenizer], size: int, settings: Sequence[Setting]
+) -> list[tuple[str, Setting]]:
+    """(model, setting) of everything to measure at ``size`` pixels.
+
+    A flexible tokenizer decodes any prefix. One of fixed length takes part where a swept length is its own, so
+    that several of them make the rows of one sweep; a length that no model has is an error.
+    Raises:  DataError, also for a size that does not fit a model.
+    """
+    chosen: list[tuple[str, Setting]] = []
+    lengths: dict[str, str] = {}
+    for name, tokenizer in models.items():
+        try:
+            whole = tokenizer.num_tokens(size, size)
+        except ValueError as error:
+            raise DataError(f"--res {size}: {name}: {error}.") from None
+        lengths[name] = f"{name} has 1 to {whole:,}" if tokenizer.flexible else f"{name} always has {whole:,}"
+        for setting in settings:
+            wanted = setting.tokens or whole
+            if wanted == whole or (tokenizer.flexible and wanted < whole):
+                chosen.append((name, setting))
+    wanted_lengths = dict.fromkeys(setting.tokens for setting in settings if setting.tokens)
+    had = {setting.tokens for _, setting in chosen}
+    lost = [str(tokens) for tokens in wanted_lengths if tokens not in had]
+    if lost:
+        raise DataError(
+            f"--sweep tokens: no model has {' or '.join(lost)} tokens at {size} px ({'; '.join(lengths.values())}). "
+            "Give one --model for each length, or a model of flexible length."
+        )
+    return chosen
