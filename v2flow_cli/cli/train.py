@@ -17,6 +17,9 @@ def train(
         typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe key, such as train.steps=100."),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the recipe's output folder.")] = False,
+    approximate: Annotated[
+        bool, typer.Option("--approximate", help="Let --resume go on with another number of processes, not exactly.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Validate, report sizes, and stop.")] = False,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> None:
@@ -48,7 +51,7 @@ def train(
     from v2flow_cli.train.loop import train as run
 
     try:
-        trained = run(tree, resume=resume, log=log)
+        trained = run(tree, resume=resume, log=log, approximate=approximate)
     except Interrupted as stop:
         log(f"{stop}; continue with --resume")
         raise typer.Exit(EXIT_INTERRUPTED) from None

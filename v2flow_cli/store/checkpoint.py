@@ -2,8 +2,8 @@
 
     checkpoints/step-00000500/{model,ema,optimizer}.safetensors, state.json
 
-A folder appears under its final name only when every file in it is complete; ``state.json`` holds the SHA-256
-of each, so that the newest good one is found by itself.
+A folder appears under its final name only when every file in it is complete and on the disk; ``state.json`` holds the
+SHA-256 of each, so that the newest good one is found by itself.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,8 @@ def save_checkpoint(
     partial = root / f".{final.name}.partial"
     try:
         root.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)
+        for stale in root.glob(".step-*.partial"):  # of a run that was killed while it wrote
+            shutil.rmtree(stale)
         partial.mkdir()
         hashes = {}
         for name, tensors in groups.items():
@@ -45,8 +46,12 @@ def save_checkpoint(
             hashes[file.name] = sha256_of(file)
         record = {"format_version": FORMAT_VERSION, "step": step, "sha256": hashes, "state": dict(state)}
         (partial / "state.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
-        shutil.rmtree(final, ignore_errors=True)
+        for path in (*partial.iterdir(), partial):
+            _flush(path)
+        if final.exists():  # a damaged one, that the run went back behind
+            shutil.rmtree(final)
         os.replace(partial, final)
+        _flush(root)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise ModelError(f"{final}: the checkpoint cannot be written ({error}). Earlier ones are untouched.") from None
@@ -55,13 +60,26 @@ def save_checkpoint(
     return final
 
 
+def _flush(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def list_checkpoints(root: Path) -> list[Path]:
     """Checkpoint folders under ``root``, oldest first."""
     return sorted(path for path in root.glob("step-*") if path.is_dir())
 
 
-def load_newest(root: Path) -> tuple[Path, dict[str, dict[str, Tensor]], dict[str, Any]] | None:
+def load_newest(
+    root: Path, log: Callable[[str], None] = lambda message: None
+) -> tuple[Path, dict[str, dict[str, Tensor]], dict[str, Any]] | None:
     """(folder, groups, state) of the newest checkpoint whose files match their hashes; None where there is none.
+
+    Damaged ones are passed over, and named to ``log``.
 
     Raises:  ModelError when checkpoints exist but every one is damaged.
     """
@@ -72,6 +90,7 @@ def load_newest(root: Path) -> tuple[Path, dict[str, dict[str, Tensor]], dict[st
             not (folder / name).is_file() or sha256_of(folder / name) != digest
             for name, digest in record["sha256"].items()
         ):
+            log(f"{folder}: damaged, passed over for an older checkpoint")
             continue
         groups = {Path(name).stem: load_file(folder / name) for name in record["sha256"]}
         return folder, groups, record["state"]

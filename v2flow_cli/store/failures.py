@@ -58,7 +58,8 @@ def save_failures(path: Path, failures: Iterable[Failure]) -> None:
 def load_failures(path: Path) -> list[Failure]:
     """What ``save_failures`` wrote; none where there is no such file.  Raises: DataError for a damaged one."""
     try:
-        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        records = [json.loads(line) for line in lines if line.endswith("\n")]  # a killed run may leave half of one
         return [Failure(r["shard"], r["reason"], r["key"], r["samples"]) for r in records]
     except FileNotFoundError:
         return []

@@ -49,6 +49,16 @@ def remove_partials(folder: Path) -> None:
             partial.unlink()
 
 
+def publish(source: Path, target: Path, last: str = "config.json") -> None:
+    """Move the files of folder ``source`` into ``target``, ``last`` as the last: a folder that has it is complete.
+
+    Raises: OSError.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    for path in sorted(source.iterdir(), key=lambda p: p.name == last):
+        os.replace(path, target / path.name)
+
+
 def check_absent(paths: Iterable[Path], force: bool) -> None:
     """Refuse to overwrite.  Raises: DataError naming the first of ``paths`` that exists, unless ``force``."""
     existing = [] if force else [path for path in paths if path.exists()]

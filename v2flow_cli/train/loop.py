@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 import signal
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -15,18 +15,29 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from v2flow_cli.errors import ModelError, V2FlowError
+from v2flow_cli.errors import ModelError, SharedError, V2FlowError
 from v2flow_cli.recipe import AutoencoderRecipe, TokenizerRecipe, dump_recipe
 from v2flow_cli.recipe.schema import Optimizer, TrainLoop
 from v2flow_cli.store.checkpoint import list_checkpoints, load_newest, save_checkpoint
-from v2flow_cli.store.files import write_bytes
+from v2flow_cli.store.files import publish, write_bytes
 from v2flow_cli.tokenizer.hardware import pick_dtype
+from v2flow_cli.train.agree import is_lost_contact, largest, raise_everywhere, texts_of_all
 from v2flow_cli.train.autoencoder import AutoencoderObjective
+from v2flow_cli.train.bad_samples import BadSamples
 from v2flow_cli.train.card import write_card
 from v2flow_cli.train.crops import CropBatch, crop_loader
-from v2flow_cli.train.state import TrainState, WeightAverage, flatten_optimizer, restore_optimizer
+from v2flow_cli.train.meter import Meter
+from v2flow_cli.train.state import (
+    TrainState,
+    WeightAverage,
+    flatten_optimizer,
+    moving_buffers,
+    restore_buffers,
+    restore_optimizer,
+)
 from v2flow_cli.train.tokenizer import TokenizerObjective
 
 Log = Callable[[str], None]
@@ -58,13 +69,15 @@ def build_objective(recipe: AutoencoderRecipe | TokenizerRecipe) -> AutoencoderO
     return TokenizerObjective(recipe)
 
 
-def train(recipe: AutoencoderRecipe | TokenizerRecipe, *, resume: bool, log: Log) -> Trained:
+def train(recipe: AutoencoderRecipe | TokenizerRecipe, *, resume: bool, log: Log, approximate: bool = False) -> Trained:
     """Train ``recipe`` to its last step (or ``max_minutes``) and save the averaged model in ``recipe.output``.
 
-    With ``resume`` the newest good checkpoint is continued: 4 steps equal 2, save, resume, 2, bit for bit.
+    With ``resume`` the newest good checkpoint is continued: 4 steps equal 2, save, resume, 2, bit for bit. With
+    ``approximate`` that may be on another number of processes, which changes crops and noise.
 
-    Raises:  ModelError when the output holds a run and ``resume`` is off; V2FlowError on a non-finite loss;
-             Interrupted after a signal, when the run is saved.
+    Raises:  ModelError when the output holds a run and ``resume`` is off, or cannot be written; V2FlowError on a loss
+             that is not finite, bad data, or a process that has gone; Interrupted after a signal, when the run is
+             saved.
     """
     loop, folder = recipe.train, Path(recipe.output)
     accelerator = _accelerator(loop)
@@ -83,27 +96,42 @@ def train(recipe: AutoencoderRecipe | TokenizerRecipe, *, resume: bool, log: Log
     objective.train()
     optimizer, names = build_optimizer(objective, recipe.optimizer)
     average = WeightAverage.of(objective, loop.ema_decay)
-    state = TrainState()
-    if resume and (found := load_newest(checkpoints)):
-        where, groups, counters = found
-        _check_same_recipe(where, counters, recipe, ranks)
+    state, saved_step = TrainState(), -1
+    meter = Meter(folder / "metrics.jsonl", log, enabled=accelerator.is_main_process)
+    if resume and (found := load_newest(checkpoints, log)):
+        where, groups, record = found
+        _check_same_recipe(where, record, recipe)
+        _check_same_ranks(where, record["ranks"], ranks, approximate, log)
         objective.load_state_dict(groups["model"])
         average.weights = {k: groups["ema"][k].to(accelerator.device) for k in average.weights}
         restore_optimizer(optimizer, names, groups["optimizer"])
-        state = TrainState(**counters["train_state"])
+        state = TrainState(**record["train_state"])
+        saved_step = state.step
+        meter.resume(record["meter"], state.step)
         log(f"resumed {where} at step {state.step}")
+    meter.rewind(state.step)
+    bad = BadSamples(folder / "bad_samples.jsonl", recipe.data.error_budget, log, accelerator.is_main_process)
     model = accelerator.prepare(objective)
 
     def save() -> None:
-        if accelerator.is_main_process:
+        problem = ""
+        if accelerator.is_main_process and state.step != saved_step:
             groups = {
                 "model": objective.state_dict(),
                 "ema": average.weights,
                 "optimizer": flatten_optimizer(optimizer, names),
             }
-            record = {"train_state": state.as_json(), "recipe": dump_recipe(recipe), "ranks": ranks}
-            save_checkpoint(checkpoints, state.step, groups, record, loop.keep_checkpoints)
-        accelerator.wait_for_everyone()
+            record = {
+                "train_state": state.as_json(),
+                "meter": meter.as_json(),
+                "recipe": dump_recipe(recipe),
+                "ranks": ranks,
+            }
+            try:
+                save_checkpoint(checkpoints, state.step, groups, record, loop.keep_checkpoints)
+            except ModelError as error:
+                problem = str(error)
+        raise_everywhere(accelerator, problem)
 
     if accelerator.is_main_process:
         write_bytes(folder / "recipe.yaml", dump_recipe(recipe).encode())
@@ -117,24 +145,28 @@ def train(recipe: AutoencoderRecipe | TokenizerRecipe, *, resume: bool, log: Log
             world_size=ranks,
         )
     )
-    meter = Meter(folder / "metrics.jsonl", log, enabled=accelerator.is_main_process)
     run_start, earlier_seconds = time.monotonic(), state.seconds
-    with _stop_requested() as stop:
+    keys: list[str] = []
+    with _stop_requested() as stop, _losing_contact(lambda: _on_samples(f"step {state.step}, rank {rank}", keys)):
         while state.step < loop.steps and not (loop.max_minutes and state.seconds > 60 * loop.max_minutes):
             set_learning_rate(optimizer, learning_rate_at(state.step, recipe.optimizer, loop.steps))
             torch.manual_seed(_step_seed(loop.seed, state.step + state.bad_steps, rank))
-            terms, keys, waited = _forward_backward(accelerator, model, batches, loop.accumulate, state.step)
-            if not _all_finite(accelerator, terms["loss"]):
+            before = moving_buffers(objective) if loop.skip_bad_steps else {}
+            keys.clear()
+            terms, waited = _forward_backward(accelerator, model, batches, loop.accumulate, state.step, keys, bad)
+            norm = accelerator.clip_grad_norm_(objective.parameters(), recipe.optimizer.clip_norm)
+            if wrong := _what_is_wrong(accelerator, f"step {state.step}, rank {rank}", terms["loss"], norm, keys):
                 state.bad_steps += 1
-                optimizer.zero_grad(set_to_none=True)
                 if state.bad_steps > loop.skip_bad_steps:
-                    raise V2FlowError(
-                        f"step {state.step}, rank {rank}: the loss is not finite ({terms['loss'].item()}) on samples "
-                        f"{', '.join(keys[:8])}. Resume from {checkpoints} with a lower optimizer.learning_rate, or "
-                        "allow train.skip_bad_steps."
+                    raise SharedError(
+                        f"{wrong}. Resume from {checkpoints} with a lower optimizer.learning_rate, or allow "
+                        "train.skip_bad_steps."
                     )
+                log(f"{wrong}; skipped, {state.bad_steps} of {loop.skip_bad_steps}")
+                optimizer.zero_grad(set_to_none=True)
+                restore_buffers(objective, before)
                 continue
-            terms["grad_norm"] = accelerator.clip_grad_norm_(objective.parameters(), recipe.optimizer.clip_norm)
+            terms["grad_norm"] = norm
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             state.step += 1
@@ -142,20 +174,20 @@ def train(recipe: AutoencoderRecipe | TokenizerRecipe, *, resume: bool, log: Log
             average.update(objective, state.step)
             terms.update(objective.after_step(state.step))
             # The slowest rank's clock, so that all ranks leave the loop at the same step.
-            state.seconds = _largest(accelerator, earlier_seconds + time.monotonic() - run_start)
+            state.seconds = largest(accelerator, earlier_seconds + time.monotonic() - run_start)
             meter.add(terms, images=loop.batch_size, waited=waited)
             if state.step % loop.log_every == 0 or state.step == loop.steps:
                 meter.write(state, optimizer.param_groups[0]["lr"])
-            interrupted = _any_rank(accelerator, bool(stop))
+            interrupted = largest(accelerator, float(bool(stop))) > 0
             if interrupted or state.step % loop.save_every == 0:
                 save()
+                saved_step = state.step
             if interrupted:
                 raise Interrupted(state.step)
         save()
     average.copy_to(objective)
     if accelerator.is_main_process:
         objective.eval()
-        objective.export(folder)
         text = write_card(
             recipe,
             steps=state.step,
@@ -165,10 +197,21 @@ def train(recipe: AutoencoderRecipe | TokenizerRecipe, *, resume: bool, log: Log
             precision=accelerator.mixed_precision if accelerator.mixed_precision != "no" else "fp32",
             metrics=meter.last,
         )
-        write_bytes(folder / "README.md", text.encode())
+        _export(objective, folder, text)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return Trained(folder, state.step, state.images_seen, state.seconds, meter.last)
+
+
+def _export(objective: AutoencoderObjective | TokenizerObjective, folder: Path, card: str) -> None:
+    """The finished model, whole or not at all.  Raises: ModelError where it cannot be written."""
+    try:
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".exporting-") as partial:
+            objective.export(Path(partial))
+            Path(partial, "README.md").write_text(card, encoding="utf-8")
+            publish(Path(partial), folder)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{folder}: the model cannot be written ({error}). Make room, then --resume.") from None
 
 
 def build_optimizer(
@@ -202,48 +245,6 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
         group["lr"] = value
 
 
-class Meter:
-    """Means of every loss term between two log lines; JSONL in the output folder, a short line in the log."""
-
-    def __init__(self, path: Path, log: Log, enabled: bool) -> None:
-        self.path, self.log, self.enabled = path, log, enabled
-        self.last: dict[str, float] = {}
-        self._reset()
-
-    def _reset(self) -> None:
-        self.sums: dict[str, float] = {}
-        self.counts: dict[str, int] = {}
-        self.images, self.waited, self.start = 0, 0.0, time.monotonic()
-
-    def add(self, terms: dict[str, Any], images: int, waited: float) -> None:
-        for name, value in terms.items():
-            self.sums[name] = self.sums.get(name, 0.0) + float(value)
-            self.counts[name] = self.counts.get(name, 0) + 1
-        self.images += images
-        self.waited += waited
-
-    def write(self, state: TrainState, learning_rate: float) -> None:
-        elapsed = max(time.monotonic() - self.start, 1e-9)
-        self.last = {f"train/{name}": self.sums[name] / self.counts[name] for name in self.sums}
-        record = {
-            "step": state.step,
-            "images_seen": state.images_seen,
-            **self.last,
-            "learning_rate": learning_rate,
-            "images_per_second": self.images / elapsed,
-            "data_wait_share": self.waited / elapsed,
-            "seconds": round(state.seconds, 1),
-        }
-        if torch.cuda.is_available():
-            record["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        if self.enabled:
-            with self.path.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(record) + "\n")
-            shown = "  ".join(f"{k.removeprefix('train/')} {v:.4g}" for k, v in self.last.items())
-            self.log(f"step {state.step}  {shown}  {record['images_per_second']:.1f} img/s")
-        self._reset()
-
-
 def _accelerator(loop: TrainLoop) -> Accelerator:
     precision = loop.precision
     if precision == "auto":
@@ -255,16 +256,26 @@ def _accelerator(loop: TrainLoop) -> Accelerator:
 
 
 def _forward_backward(
-    accelerator: Accelerator, model: nn.Module, batches: Iterator[CropBatch], accumulate: int, step: int
-) -> tuple[dict[str, Tensor], list[str], float]:
-    """Gradients of one step; returns the mean loss terms, the sample keys and the seconds spent waiting for data."""
+    accelerator: Accelerator,
+    model: nn.Module,
+    batches: Iterator[CropBatch | V2FlowError],
+    accumulate: int,
+    step: int,
+    keys: list[str],
+    bad: BadSamples,
+) -> tuple[dict[str, Tensor], float]:
+    """Gradients of one step; returns the mean loss terms and the seconds spent waiting for data.
+
+    Args:   keys, which the step's sample keys are added to; bad, which its bad samples are.
+    """
     totals: dict[str, Tensor] = {}
-    keys: list[str] = []
     waited = 0.0
     for micro in range(accumulate):
         start = time.monotonic()
-        batch = next(batches)
+        batch, problem = _next(batches)
         waited += time.monotonic() - start
+        raise_everywhere(accelerator, problem and f"step {step}, rank {accelerator.process_index}: {problem}")
+        bad.add(accelerator, batch)
         keys.extend(batch.keys)
         sync = nullcontext() if micro == accumulate - 1 else accelerator.no_sync(model)
         with sync, accelerator.autocast():
@@ -272,24 +283,33 @@ def _forward_backward(
             accelerator.backward(terms["loss"] / accumulate)
         for name, value in terms.items():
             totals[name] = totals.get(name, 0.0) + value.detach() / accumulate
-    return totals, keys, waited
+    return totals, waited
 
 
-def _all_finite(accelerator: Accelerator, loss: Tensor) -> bool:
-    """True when the loss is finite on every rank; all ranks get the same answer."""
-    bad = (~torch.isfinite(loss.detach())).float()
-    return accelerator.reduce(bad, reduction="sum").item() == 0
+def _next(batches: Iterator[CropBatch | V2FlowError]) -> tuple[CropBatch, str]:
+    """The next batch, or an empty one and why there is none."""
+    nothing = CropBatch(torch.empty(0), [], [], 0)
+    try:
+        batch = next(batches)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        return nothing, f"{str(error).splitlines()[0]} Resume with --resume; where memory ran out, lower data.workers."
+    return (nothing, str(batch)) if isinstance(batch, V2FlowError) else (batch, "")
 
 
-def _any_rank(accelerator: Accelerator, flag: bool) -> bool:
-    return _largest(accelerator, float(flag)) > 0
+def _what_is_wrong(accelerator: Accelerator, where: str, loss: Tensor, grad_norm: Any, keys: list[str]) -> str:
+    """Why this step cannot be taken, the same text on every rank; empty where it can."""
+    mine = "" if torch.isfinite(loss).item() else _on_samples(f"{where}: the loss is not finite ({loss.item()})", keys)
+    texts = [text for text in texts_of_all(accelerator, mine) if text]
+    if not texts and not math.isfinite(float(grad_norm)):  # of the mean gradient, so every rank sees it
+        texts = [t for t in texts_of_all(accelerator, _on_samples(f"{where}: the gradient is not finite", keys)) if t]
+    return "; ".join(texts)
 
 
-def _largest(accelerator: Accelerator, value: float) -> float:
-    """The largest of all ranks' values, on every rank."""
-    if accelerator.num_processes == 1:
-        return value
-    return accelerator.gather(torch.tensor([value], device=accelerator.device)).max().item()
+def _on_samples(what: str, keys: list[str]) -> str:
+    more = f" and {len(keys) - 8} more" if len(keys) > 8 else ""
+    return f"{what} on samples {', '.join(keys[:8])}{more}"
 
 
 def _step_seed(seed: int, step: int, rank: int) -> int:
@@ -301,15 +321,24 @@ def _guard_output(folder: Path, checkpoints: Path, resume: bool) -> None:
         raise ModelError(f"{folder}: already holds a run. Continue it with --resume, or give another `output`.")
 
 
-def _check_same_recipe(where: Path, counters: dict[str, Any], recipe: Any, ranks: int) -> None:
-    if counters["ranks"] != ranks:
+def _check_same_ranks(where: Path, saved: int, ranks: int, approximate: bool, log: Log) -> None:
+    if saved == ranks:
+        return
+    if not approximate:
         raise ModelError(
-            f"{where}: saved by {counters['ranks']} processes, resumed by {ranks}: the order of the data would change. "
-            f"Launch {counters['ranks']} processes."
+            f"{where}: saved by {saved} processes, resumed by {ranks}: crops and noise would be others. Launch {saved} "
+            "processes, or allow it with --approximate."
         )
+    log(
+        f"approximate resume: {saved} processes before, {ranks} now. Every photo still comes once an epoch; crops and "
+        "noise are not those of an uninterrupted run."
+    )
+
+
+def _check_same_recipe(where: Path, record: dict[str, Any], recipe: AutoencoderRecipe | TokenizerRecipe) -> None:
     changed = [
         line.strip()
-        for line in set(dump_recipe(recipe).splitlines()) ^ set(counters["recipe"].splitlines())
+        for line in set(dump_recipe(recipe).splitlines()) ^ set(record["recipe"].splitlines())
         if line.split(":")[0].strip() not in FREE_TO_CHANGE
     ]
     if changed:
@@ -328,8 +357,23 @@ FREE_TO_CHANGE = {
     "keep_checkpoints",
     "skip_bad_steps",
     "workers",
+    "error_budget",
     "output",
 }
+
+
+@contextmanager
+def _losing_contact(where: Callable[[], str]) -> Iterator[None]:
+    """Turns what a collective raises when another process has gone into a sentence with step, rank and samples."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_lost_contact(error):
+            raise
+        raise V2FlowError(
+            f"{where()}: lost contact with another process of this launch; its own message, or the launcher's, says "
+            "why. Continue with --resume."
+        ) from error
 
 
 @contextmanager

@@ -76,3 +76,17 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, names: dict[int, str], f
                     key: value.clone() if key == "step" else value.to(parameter.device, copy=True)
                     for key, value in state.items()
                 }
+
+
+def moving_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """Copies of the buffers that a training step changes (codebook, running statistics), not of frozen tables."""
+    frozen = ("model.vocabulary.", "model.latents.")
+    return {name: buffer.clone() for name, buffer in module.named_buffers() if not name.startswith(frozen)}
+
+
+@torch.no_grad()
+def restore_buffers(module: nn.Module, saved: dict[str, Tensor]) -> None:
+    """Undo what a skipped step did to the buffers."""
+    buffers = dict(module.named_buffers())
+    for name, value in saved.items():
+        buffers[name].copy_(value)

@@ -1,0 +1,54 @@
+"""What the ranks of a training tell each other, so that all of them stop, skip and save together."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+
+from v2flow_cli.errors import SharedError
+from v2flow_cli.store.failures import Failure
+
+
+def largest(accelerator: Accelerator, value: float) -> float:
+    """The largest of all ranks' values, on every rank."""
+    if accelerator.num_processes == 1:
+        return value
+    return accelerator.gather(torch.tensor([value], device=accelerator.device)).max().item()
+
+
+def texts_of_all(accelerator: Accelerator, text: str) -> list[str]:
+    """What each rank has to say, by rank; one small exchange where all are silent (empty lists then)."""
+    if accelerator.num_processes == 1:
+        return [text] if text else []
+    content = text.encode("utf-8", "backslashreplace")
+    longest = int(largest(accelerator, float(len(content))))
+    if not longest:
+        return []
+    row = torch.zeros(longest, dtype=torch.uint8, device=accelerator.device)
+    row[: len(content)] = torch.tensor(list(content), dtype=torch.uint8)
+    rows = accelerator.gather(row).view(-1, longest).cpu()
+    return [bytes(row.tolist()).rstrip(b"\0").decode() for row in rows]
+
+
+def raise_everywhere(accelerator: Accelerator, problem: str) -> None:
+    """Returns where no rank has a problem.  Raises: SharedError with those of all ranks, on every rank."""
+    problems = [text for text in texts_of_all(accelerator, problem) if text]
+    if problems:
+        raise SharedError(" ".join(dict.fromkeys(problems)))
+
+
+def share_failures(accelerator: Accelerator, failures: Sequence[Failure]) -> list[Failure]:
+    """The bad samples that any rank has met, on every rank."""
+    text = json.dumps([failure.as_json() for failure in failures]) if failures else ""
+    records = [r for part in texts_of_all(accelerator, text) if part for r in json.loads(part)]
+    return [Failure(r["shard"], r["reason"], r["key"], r["samples"]) for r in records]
+
+
+def is_lost_contact(error: RuntimeError) -> bool:
+    """True for what a collective raises when another process has gone."""
+    text = str(error).lower()
+    return isinstance(error, dist.DistError) or any(sign in text for sign in ("gloo", "nccl", "closed by peer"))
