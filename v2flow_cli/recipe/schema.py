@@ -165,7 +165,8 @@ class Flow:
     depth: int  # residual blocks
     time_shift: float  # s in t' = s t / (1 + (s - 1) t); more weight on noisy times
     repeats: int  # noise draws per position and step
-    share: float = 1.0  # of each batch's images on which the velocity network is trained; the context sees all
+    # Share of each batch's images on which the velocity network is trained; the context sees all. 0: regression alone.
+    share: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -219,8 +220,8 @@ class TokenizerRecipe:
             )
         if not 0 <= self.context.mask_ratio_min <= 1:
             yield f"context.mask_ratio_min is {self.context.mask_ratio_min}; expected a share in [0, 1]"
-        if not 0 < self.flow.share <= 1:
-            yield f"flow.share is {self.flow.share}; expected a share in (0, 1]"
+        if not 0 <= self.flow.share <= 1:
+            yield f"flow.share is {self.flow.share}; expected a share in [0, 1]"
         if not 0 < self.data.min_scale <= self.data.max_scale <= 1:
             yield (
                 f"data.min_scale is {self.data.min_scale} and data.max_scale {self.data.max_scale}; expected "

@@ -113,9 +113,11 @@ class VelocityNetwork(nn.Module):
         """(flow loss of Eq. 3, regression loss) on patches (B, M, P); one time per image and repeat.
 
         The regression loss is the squared error of the context's linear prediction alone. The flow loss is that of
-        a random ``share`` of the images: this network costs as much as the context, and needs fewer patches.
+        a random ``share`` of the images (0 when there are none): this network costs as much as the context.
         """
         regression = F.mse_loss(self.regress(context).float(), data.float())
+        if not settings.share:  # a warm start by regression alone
+            return regression.new_zeros(()), regression
         if settings.share < 1:
             chosen = torch.randperm(len(data), device=data.device)[: max(1, round(settings.share * len(data)))]
             data, context = data[chosen], context[chosen]
