@@ -31,7 +31,7 @@ default-model: .venv/installed
 	$(V2FLOW) finetune-llm recipes/default/llm.yaml --resume
 	mkdir -p v2flow_cli/assets/default/tokenizer v2flow_cli/assets/default/llm
 	cp runs/default/tokenizer/README.md runs/default/tokenizer/recipe.yaml runs/default/tokenizer/*.json runs/default/tokenizer/*.safetensors v2flow_cli/assets/default/tokenizer/
-	cp runs/default/llm/README.md runs/default/llm/recipe.yaml runs/default/llm/*.json runs/default/llm/*.safetensors runs/default/llm/*.jinja v2flow_cli/assets/default/llm/
+	cp runs/default/llm/README.md runs/default/llm/recipe.yaml runs/default/llm/*.json runs/default/llm/*.safetensors runs/default/llm/*.jinja runs/default/llm/*.npy v2flow_cli/assets/default/llm/
 
 default-model-dry-run: .venv/installed
 	$(V2FLOW) train recipes/default/autoencoder.yaml --dry-run

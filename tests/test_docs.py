@@ -106,3 +106,34 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch, tiny_tokenizer_fol
     (code,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
     exec(compile(code, "README.md", "exec"), {})
     assert (tmp_path / "decoded.png").is_file()
+
+
+def test_the_serving_page_draws_with_plain_transformers(tmp_path, monkeypatch):
+    """The page's code runs as it stands on an LLM that finetune-llm could have left, and never imports v2flow."""
+    import numpy as np
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from v2flow_cli.llm.pretrain import train_tokenizer
+    from v2flow_cli.llm.sequences import prompt_frame
+    from v2flow_cli.llm.vocabulary import VisualVocabulary, add_visual_tokens, extend_tables
+
+    tokenizer = train_tokenizer(["a red fox"], 300)
+    words = len(tokenizer)
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=words, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    )
+    extend_tables(model, words, 64, None, seed=0)
+    vocabulary = VisualVocabulary(words, 64, words + 64, words + 65, 9, "0" * 16, *prompt_frame(tokenizer), 1)
+    model.config.v2flow = vocabulary.record()
+    model.save_pretrained(tmp_path / "my-llm")
+    add_visual_tokens(tokenizer, words, 64).save_pretrained(tmp_path / "my-llm")
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    plain, _ = re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
+    assert "v2flow_cli" not in plain
+    exec(compile(plain, "serving.md", "exec"), {})
+    ids = np.load(tmp_path / "foxes.npy")
+    assert ids.shape == (4, 9) and ids.dtype == np.uint16 and ids.max() < 64
+    assert len({tuple(row) for row in ids}) > 1

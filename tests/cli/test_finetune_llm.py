@@ -1,4 +1,7 @@
 import json
+import signal
+import subprocess
+import sys
 
 import pytest
 from typer.testing import CliRunner
@@ -71,3 +74,22 @@ def test_an_output_that_cannot_be_written_is_one_message(tmp_path, recipe):
     (tmp_path / "file").write_text("")
     done = invoke(*recipe, "--set", f"output={tmp_path / 'file' / 'run'}")
     assert done.exit_code == 1 and "cannot be written" in done.stderr
+
+
+def test_a_signal_saves_and_exits_130(recipe, tmp_path):
+    """SIGTERM in the middle of a run: a whole checkpoint without pickles, exit code 130, and --resume goes on."""
+    command = [sys.executable, "-m", "v2flow_cli.cli.app", "finetune-llm", *recipe, "--set", "train.steps=2000"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as run:
+        for line in run.stderr:
+            if line.startswith("step 10/"):
+                run.send_signal(signal.SIGTERM)
+                break
+        tail = run.stderr.read()
+    assert run.returncode == 130 and "continue with --resume" in tail
+    (checkpoint,) = (tmp_path / "lm/checkpoints").iterdir()
+    step = int(checkpoint.name.removeprefix("checkpoint-"))
+    assert 10 <= step < 2000
+    kinds = {path.suffix for path in checkpoint.iterdir()}
+    assert kinds == {".safetensors", ".json"}
+    resumed = invoke(*recipe, "--set", "train.steps=2000", "--set", "train.max_minutes=0.0001", "--resume")
+    assert resumed.exit_code == 0 and f"{checkpoint}" in resumed.stderr and f"{step} steps" in resumed.stdout

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from v2flow_cli.cli.app import app
+from v2flow_cli.llm.draw_set import plan_pictures
 from v2flow_cli.llm.pretrain import train_tokenizer
 from v2flow_cli.llm.sequences import prompt_frame
 from v2flow_cli.llm.vocabulary import VisualVocabulary, add_visual_tokens, extend_tables
@@ -119,3 +121,65 @@ def test_refuses_to_overwrite_and_foreign_models(artist, tmp_path, tiny_tokenize
     assert ran.exit_code == 1 and "draws tokens of tokenizer" in ran.stderr
     ran = invoke("fox", "--model", tiny_tokenizer_folder, *artist[2:], "-o", tmp_path / "p")
     assert ran.exit_code == 1 and "cannot be loaded as a causal LM" in ran.stderr
+
+
+def lines_of(folder):
+    return [json.loads(line) for line in (folder / "generated.jsonl").read_text().splitlines()]
+
+
+def test_a_file_of_prompts_is_drawn_once_and_gone_on_with(artist, tmp_path):
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "o"
+    prompts.write_text("a red fox\n\n two  dogs \nA red fox!\n", encoding="utf-8")
+    common = ["--prompts", prompts, *artist, "-o", out, "-n", 2, "--save-tokens"]
+    ran = invoke(*common)
+    assert ran.exit_code == 0, ran.output
+    names = [f"{p}-t1-s{s}.png" for p in ("a-red-fox", "two-dogs", "a-red-fox-3") for s in (0, 1)]
+    assert [line["path"] for line in lines_of(out)] == names
+    assert lines_of(out)[2]["prompt"] == "two dogs" and len(lines_of(out)[2]["tokenizer_digest"]) == 16
+    before = {path.name: path.stat().st_mtime_ns for path in out.glob("*.png")}
+    (out / names[3]).unlink()
+    with (out / "generated.jsonl").open("a") as file:
+        file.write('{"path": "half a li')  # as a killed run leaves it
+    again = invoke(*common, "--json")
+    assert again.exit_code == 0, again.output
+    assert "5 of 6 pictures are there already" in again.stderr
+    assert [entry["kept"] for entry in json.loads(again.stdout)["images"]] == [True, True, True, False, True, True]
+    after = {path.name: path.stat().st_mtime_ns for path in out.glob("*.png")}
+    assert {name for name in after if after[name] != before[name]} == {names[3]}
+    assert [line["path"] for line in lines_of(out)] == names
+    other = invoke(*common, "--temp", "1.0", "--llm-cfg", 3)
+    assert other.exit_code == 1 and "exists, made with llm_guidance_scale 1.0" in other.stderr
+
+
+def test_prompts_come_from_one_place(artist, tmp_path):
+    assert invoke(*artist).exit_code == 2
+    (tmp_path / "p.txt").write_text("\n")
+    assert invoke("fox", "--prompts", tmp_path / "p.txt", *artist).exit_code == 2
+    ran = invoke("--prompts", tmp_path / "p.txt", *artist)
+    assert ran.exit_code == 1 and "no prompt in it" in ran.stderr
+    ran = invoke("--prompts", tmp_path / "none.txt", *artist)
+    assert ran.exit_code == 1 and "cannot be read as UTF-8 text" in ran.stderr
+
+
+def test_file_names_differ_whatever_the_prompts():
+    prompts = ["a dog 3", "a dog", "A dog", "a dog!", "\u2603", "?"]
+    names = [p.name for p in plan_pictures(prompts, [0], [1.0])]
+    assert len(set(names)) == len(prompts)
+
+
+def test_says_what_a_picture_shows_where_it_was_taught_to(artist, tmp_path, sample_images):
+    sample_images[0].save(tmp_path / "photo.png")
+    ran = invoke("--from-image", tmp_path / "photo.png", *artist)
+    assert ran.exit_code == 1 and "was not taught to caption" in ran.stderr
+    folder = tmp_path / "llm"
+    shutil.copytree(artist[1], folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["v2flow"]["captions"] = True
+    (folder / "config.json").write_text(json.dumps(config))
+    taught = ["--from-image", tmp_path / "photo.png", "--model", folder, *artist[2:]]
+    ran = invoke(*taught, "--json", "--temp", "0,1.5", "--seed", "3")
+    assert ran.exit_code == 0, ran.output
+    said = json.loads(ran.stdout)["captions"]
+    assert [(c["temperature"], c["seed"]) for c in said] == [(0.0, 3), (1.5, 3)]
+    assert all("v2flow" not in c["caption"] for c in said)
+    assert json.loads(invoke(*taught, "--json", "--temp", "0,1.5", "--seed", "3").stdout)["captions"] == said

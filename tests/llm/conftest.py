@@ -1,4 +1,4 @@
-"""Tiny random LLMs of three families, a text tokenizer for them, and token sets."""
+"""Tiny random LLMs of four families, a text tokenizer for them, and token sets."""
 
 import numpy as np
 import pytest
@@ -6,6 +6,8 @@ import torch
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
     Qwen2Config,
@@ -33,17 +35,20 @@ def text_tokenizer():
 
 
 def make_llm(family: str, words: int):
-    """A random LM: llama (untied), qwen (tied, its table larger than the tokenizer), phi (untied, fused layers)."""
+    """A random LM: llama (untied), qwen (tied, a table beyond the tokenizer), phi (fused layers), mixtral (experts)."""
     torch.manual_seed(0)
     if family == "llama":
         return LlamaForCausalLM(LlamaConfig(vocab_size=words, tie_word_embeddings=False, **SIZES))
     if family == "qwen":
         return Qwen2ForCausalLM(Qwen2Config(vocab_size=words + 20, tie_word_embeddings=True, **SIZES))
+    if family == "mixtral":
+        experts = dict(num_local_experts=3, num_experts_per_tok=2)
+        return MixtralForCausalLM(MixtralConfig(vocab_size=words, tie_word_embeddings=False, **experts, **SIZES))
     special = dict(bos_token_id=0, eos_token_id=1, pad_token_id=2)
     return Phi3ForCausalLM(Phi3Config(vocab_size=words, tie_word_embeddings=False, **special, **SIZES))
 
 
-@pytest.fixture(params=["llama", "qwen", "phi"])
+@pytest.fixture(params=["llama", "qwen", "phi", "mixtral"])
 def llm(request, text_tokenizer):
     return make_llm(request.param, len(text_tokenizer))
 

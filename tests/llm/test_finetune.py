@@ -1,8 +1,12 @@
 import json
 import math
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -10,10 +14,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from v2flow_cli.errors import ModelError, TokenFileError
 from v2flow_cli.llm import finetune as finetuning
 from v2flow_cli.llm.finetune import DrawingTrainer, choose_trained, finetune, plan
-from v2flow_cli.llm.sequences import Samples, collate
+from v2flow_cli.llm.pairs import Samples
+from v2flow_cli.llm.sequences import collate
 from v2flow_cli.llm.trainer import training_arguments
 from v2flow_cli.llm.vocabulary import VisualVocabulary, extend_tables
-from v2flow_cli.recipe.load import load_recipe
+from v2flow_cli.recipe.load import dump_recipe, load_recipe
 from v2flow_cli.recipe.schema import FinetuneRecipe, Lora
 from v2flow_cli.tokenizer import V2FlowTokenizer
 
@@ -35,7 +40,7 @@ def logits_of(folder):
     return model(torch.tensor([[0, 20, 9, 364, 301, 340]])).logits
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen", "phi"])
+@pytest.mark.parametrize("family", ["llama", "qwen", "phi", "mixtral"])
 def test_leaves_a_plain_folder_that_knows_its_tokens(recipe, llm_folder, family):
     log = []
     recipe = replace(recipe, llm=str(llm_folder(family)), data=replace(recipe.data, held_out_share=0.2))
@@ -50,6 +55,8 @@ def test_leaves_a_plain_folder_that_knows_its_tokens(recipe, llm_folder, family)
     assert tokenizer.decode([vocabulary.begin_image_id]) == "<|v2flow:boi|>"
     assert model.get_input_embeddings().weight.shape[0] == offset + 66 and model.config.use_cache
     assert f"{report.eval_loss:.3f} nats" in Path(recipe.output, "README.md").read_text()
+    counts = np.load(Path(recipe.output, "token_counts.npy"), allow_pickle=False)
+    assert counts.shape == (64,) and counts.sum() == 12 * 4
 
 
 @pytest.mark.parametrize("mode", ["full", "lora", "rows"])
@@ -164,3 +171,91 @@ def test_bad_inputs(recipe, tmp_path, token_set):
     token_set(tmp_path / "others", digest="f" * 16)
     with pytest.raises(TokenFileError, match="made by tokenizer ffff"):
         finetune(replace(recipe, data=replace(recipe.data, token_sets=(str(tmp_path / "others"),))), log=print)
+
+
+def test_checkpoints_hold_no_pickle_and_damage_is_found(recipe, tmp_path):
+    recipe = replace(recipe, train=replace(recipe.train, keep_checkpoints=2))
+    straight = finetune(recipe, log=print)
+    checkpoints = Path(recipe.output, "checkpoints")
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["checkpoint-3", "checkpoint-6"]
+    kinds = {path.suffix for path in checkpoints.rglob("*") if path.is_file()}
+    assert kinds == {".safetensors", ".json"}
+    with (checkpoints / "checkpoint-6" / "optimizer.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"x")
+    log = []
+    resumed = finetune(recipe, log=log.append, resume=True)
+    assert any("checkpoint-6 is damaged (optimizer.safetensors has changed)" in line for line in log)
+    assert any(line == f"resuming from {checkpoints / 'checkpoint-3'}" for line in log)
+    assert resumed.train_loss == pytest.approx(straight.train_loss, abs=1e-6)
+    for folder in checkpoints.iterdir():
+        (folder / "sha256.json").unlink()
+    with pytest.raises(ModelError, match="all 2 checkpoints are damaged"):
+        finetune(recipe, log=print, resume=True)
+
+
+def test_a_disk_that_is_full_leaves_earlier_checkpoints(recipe, monkeypatch):
+    def full(folder, root, keep):
+        raise OSError(28, "No space left on device")
+
+    finetune(replace(recipe, train=replace(recipe.train, steps=3)), log=print)
+    monkeypatch.setattr("v2flow_cli.llm.checkpoints.seal", full)
+    with pytest.raises(ModelError, match=r"checkpoint of step 6 cannot be written \(No space left"):
+        finetune(recipe, log=print, resume=True)
+    assert [path.name for path in Path(recipe.output, "checkpoints").iterdir()] == ["checkpoint-3"]
+
+
+def test_accumulation_does_not_change_the_training(recipe, tmp_path):
+    """The loss is a mean over all labels of a step: micro-batches with fewer (captions as answers) weigh less."""
+    data = replace(recipe.data, image_to_text_share=0.5)
+    whole = replace(recipe, data=data, train=replace(recipe.train, batch_size=4))
+    parts = replace(whole, train=replace(whole.train, accumulate=4), output=str(tmp_path / "parts"))
+    reports = [finetune(spec, log=print) for spec in (whole, parts)]
+    assert reports[0].train_loss == pytest.approx(reports[1].train_loss, abs=1e-5)
+    assert torch.allclose(logits_of(whole.output), logits_of(parts.output), atol=1e-4)
+    assert AutoModelForCausalLM.from_pretrained(whole.output).config.v2flow["captions"]
+
+
+def test_sample_pictures_do_not_disturb_the_training(recipe, tmp_path):
+    finetune(recipe, log=print)
+    drawn = replace(recipe, output=str(tmp_path / "drawn"), sample_every=3, sample_prompts=("a red fox", "two dogs"))
+    finetune(drawn, log=print)
+    found = sorted(path.relative_to(drawn.output).as_posix() for path in Path(drawn.output).glob("samples/**/*.png"))
+    names = ["a-red-fox-t1-s0.png", "two-dogs-t1-s0.png"]
+    assert found == [f"samples/step-{step:08d}/{name}" for step in (3, 6) for name in names]
+    assert torch.equal(logits_of(recipe.output), logits_of(drawn.output))
+
+
+def test_photos_instead_of_tokens(recipe, tmp_path, sample_images):
+    (tmp_path / "photos").mkdir()
+    for i, image in enumerate(sample_images):
+        image.save(tmp_path / f"photos/{i}.png")
+        (tmp_path / f"photos/{i}.txt").write_text(f"photo {i}")
+    data = replace(recipe.data, token_sets=(), photos=(str(tmp_path / "photos"),))
+    assert plan(replace(recipe, data=data))["images"] == len(sample_images)
+    report = finetune(replace(recipe, data=data), log=print)
+    assert report.steps == 6 and not Path(recipe.output, "token_counts.npy").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(recipe, tmp_path):
+    """Two gloo processes and one alone, on the same recipe: the same weights up to rounding."""
+    recipe = replace(recipe, data=replace(recipe.data, image_to_text_share=0.4, held_out_share=0.2))
+    recipe = replace(recipe, train=replace(recipe.train, batch_size=4, accumulate=2))
+    alone = finetune(recipe, log=print)
+    together = replace(recipe, output=str(tmp_path / "together"))
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(together))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launch, "-m", "v2flow_cli.cli.app", "finetune-llm", str(tmp_path / "recipe.yaml"), "--json"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    (line,) = done.stdout.strip().splitlines()  # the first process alone speaks
+    assert json.loads(line)["train_loss"] == pytest.approx(alone.train_loss, abs=1e-4)
+    assert torch.allclose(logits_of(recipe.output), logits_of(together.output), atol=1e-4)
+    generators = Path(together.output, "checkpoints/checkpoint-6").glob("rng-*.safetensors")
+    assert {path.name for path in generators} == {"rng-0.safetensors", "rng-1.safetensors"}

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from v2flow_cli.errors import DataError, ModelError
-from v2flow_cli.llm.sample import DrawingLM, ImageTokensOnly, pick
+from v2flow_cli.llm.sample import STOPPED, DrawingLM, ImageTokensOnly, pick
 from v2flow_cli.llm.vocabulary import VisualVocabulary, add_visual_tokens, extend_tables
 
 
@@ -124,3 +124,68 @@ def test_an_llm_that_cannot_draw_is_refused(llm_folder, tmp_path):
     assert record.pop("codebook_size") == 64
     with pytest.raises(ModelError, match="no visual tokens recorded"):
         VisualVocabulary.of(type("Config", (), {"v2flow": record}), "here")
+
+
+def test_samples_of_one_prompt_share_its_prefill(artist, monkeypatch):
+    shapes, forward = [], artist.model.forward
+
+    def recorded(**given):
+        shapes.append((tuple(given["input_ids"].shape), type(given["past_key_values"]).__name__))
+        return forward(**given)
+
+    monkeypatch.setattr(artist.model, "forward", recorded)
+    draw(artist, [(0, 1), (0, 2), (0, 3), (1, 1)], guidance_scale=2.0)
+    width = max(len(artist.prompt(text)) for text in PROMPTS[:2])
+    # Two prompts and the empty one are read once each; then four pictures go on, each with and without its prompt.
+    assert shapes == [((3, width), "StaticCache"), *[((8, 1), "StaticCache")] * 11]
+
+
+@pytest.fixture
+def flexible(drawing, artist):
+    """The same LLM, free to stop after 1 to 12 ids, and likely to."""
+    model, _, vocabulary = drawing
+    vocabulary = replace(vocabulary, flexible=True)
+    for llm in (model, artist.model):
+        with torch.no_grad():
+            llm.get_output_embeddings().weight[vocabulary.end_image_id] *= 20
+    artist.vocabulary = vocabulary
+    return model, artist, vocabulary
+
+
+def test_pictures_of_flexible_length_have_1_to_the_maximum_of_ids(flexible):
+    model, artist, vocabulary = flexible
+    rows = [(0, seed) for seed in range(40)]
+    drawn = draw(artist, rows)
+    lengths = (drawn != STOPPED).sum(1)
+    assert lengths.min() >= 1 and len(set(lengths.tolist())) > 1
+    for row, length in zip(drawn, lengths):
+        assert (row[:length] >= 0).all() and (row[:length] < 64).all() and (row[length:] == STOPPED).all()
+    assert torch.equal(draw(artist, rows[7:8])[0], drawn[7])
+
+    prompt = torch.tensor([artist.prompt("a red fox")] * 60)
+    torch.manual_seed(0)
+    out = model.generate(
+        prompt,
+        max_new_tokens=14,
+        do_sample=True,
+        logits_processor=[ImageTokensOnly(vocabulary, prompt.shape[1])],
+        eos_token_id=1,
+        pad_token_id=2,
+    )[:, prompt.shape[1] :]
+    counts = set()
+    for row in out.tolist():
+        count = row.index(vocabulary.end_image_id)
+        counts.add(count)
+        assert 1 <= count <= 12 and vocabulary.is_visual(torch.tensor(row[:count])).all()
+        assert row[count + 1] == 1 and set(row[count + 2 :]) <= {2}
+    assert len(counts) > 1
+
+
+def test_captions_hold_no_visual_id(artist, drawing):
+    with pytest.raises(ModelError, match="was not taught to caption"):
+        artist.caption(torch.zeros(12, dtype=torch.long))
+    artist.vocabulary = replace(artist.vocabulary, captions=True)
+    ids = torch.arange(12)
+    said = [artist.caption(ids, seed=s, temperature=2.0, max_tokens=20) for s in (1, 1, 2)]
+    assert said[0] == said[1] != said[2] and not any("v2flow" in text for text in said)
+    assert artist.caption(ids, max_tokens=20) == artist.caption(ids, seed=5, max_tokens=20)  # the likeliest words

@@ -60,7 +60,7 @@ def test_awkward_captions_hold_no_visual_or_special_id(text_tokenizer):
     pieces += ["<|v2flow:v_", "63|>", "▁", "Ġ", "\x00", "\ud7ff", "狐", "🦊", " ", "\t", "<", "|>", "v_1", "a fox"]
     generator = torch.Generator().manual_seed(0)
     captions = [*pieces, "".join(pieces), "<|v2flow:v_7|>" * 500]
-    for _ in range(2000):
+    for _ in range(10_000):
         chosen = torch.randint(len(pieces), (6,), generator=generator)
         captions.append("".join(pieces[i] for i in chosen))
     for caption in captions:

@@ -13,9 +13,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from v2flow_cli.errors import ModelError, V2FlowError
 from v2flow_cli.recipe import dump_recipe, load_recipe
+from v2flow_cli.store.checkpoint import Interrupted
 from v2flow_cli.tokenizer import V2FlowTokenizer
 from v2flow_cli.tokenizer.autoencoder import V2FlowAutoencoder, V2FlowAutoencoderConfig
-from v2flow_cli.train.loop import Interrupted, build_objective, learning_rate_at, train
+from v2flow_cli.train.loop import build_objective, learning_rate_at, train
 
 from ..conftest import RECIPES
 

@@ -98,6 +98,16 @@ def bench(
     codec_bytes: Annotated[
         str | None, typer.Option(metavar="BYTES,...", help="More budgets for the codecs, as 224,448,896.")
     ] = None,
+    llm: Annotated[
+        bool, typer.Option("--llm", help="Measure how well an LLM draws; IMAGES are captioned, or their tokens.")
+    ] = False,
+    llm_model: Annotated[
+        str | None, typer.Option(help="LLM of --llm: folder or hub id. Default: the one inside the package.")
+    ] = None,
+    alignment: Annotated[
+        bool, typer.Option("--alignment", help="Measure how visual tokens lie among the LLM's words (Figure 1b).")
+    ] = False,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw the plane of --alignment.")] = None,
     speed: Annotated[bool, typer.Option("--speed/--no-speed", help="Images/s, memory, and time of --help.")] = True,
     join: Annotated[
         list[Path] | None,
@@ -119,8 +129,33 @@ def bench(
         v2flow bench imgs/ --sweep cfg=1,2,3 --sweep solver=euler,heun --csv table.csv --no-speed
 
         v2flow bench --join first.json --join second.json
+
+        v2flow bench captioned/ --llm
+
+        v2flow bench imgs/ --alignment --plot alignment.png
     """
     # Modes: `if NAME: return measure_name(...)`, each imported from its own file here.
+    if llm:
+        from v2flow_cli.cli.bench_llm import bench_llm
+
+        first = model[0] if model else None
+        return bench_llm(
+            images,
+            llm_model=llm_model,
+            model=first,
+            limit=limit,
+            batch_size=batch_size,
+            seed=seed,
+            device=device,
+            dtype=dtype,
+            json_=json_,
+        )
+    if alignment:
+        from v2flow_cli.cli.bench_alignment import bench_alignment
+
+        return bench_alignment(
+            images, models=model or [], plot=plot, limit=limit, seed=seed, device=device, json_=json_
+        )
     if join:
         from v2flow_cli.cli.bench_join import join_results
 

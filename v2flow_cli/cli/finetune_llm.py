@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from v2flow_cli.cli.console import log, result, result_json
+from v2flow_cli.cli.console import EXIT_INTERRUPTED, log, result, result_json
 
 
 def finetune_llm(
@@ -46,7 +46,14 @@ def finetune_llm(
         if json_:
             result_json(estimates)
         return
-    report = run(spec, log=log, resume=resume)
+
+    from v2flow_cli.store.checkpoint import Interrupted
+
+    try:
+        report = run(spec, log=log, resume=resume)
+    except Interrupted as stop:
+        log(f"{stop}; continue with --resume")
+        raise typer.Exit(EXIT_INTERRUPTED) from None
     if json_:
         result_json(dataclasses.asdict(report))
         return

@@ -1,39 +1,34 @@
-"""``v2flow generate``: a sentence to pictures; the place where the LLM's ids meet the decoder."""
+"""``v2flow generate``: sentences to pictures, and pictures to sentences where the LLM was taught that."""
 
 from __future__ import annotations
 
-import re
+import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from v2flow_cli.cli.console import log, progress, result, result_json
 from v2flow_cli.cli.decode import Solver
-from v2flow_cli.errors import DataError, ModelError
-
-if TYPE_CHECKING:
-    from PIL import Image
-
-
-@dataclass(frozen=True)
-class Picture:
-    """One picture to draw; ``name`` is its file's, without suffix."""
-
-    prompt: str
-    seed: int
-    temperature: float
-    name: str
+from v2flow_cli.errors import DataError
 
 
 def generate(
-    prompt: Annotated[list[str], typer.Argument(help="What to draw; one or more.", show_default=False)],
+    prompt: Annotated[list[str] | None, typer.Argument(help="What to draw; one or more.", show_default=False)] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A prompt a line; `-` is stdin. A second run goes on.")
+    ] = None,
+    from_image: Annotated[
+        list[Path] | None, typer.Option(metavar="IMAGE", help="Say what IMAGE shows instead; repeatable.")
+    ] = None,
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the PNG files.")] = Path("generated"),
     count: Annotated[int, typer.Option("-n", "--count", min=1, help="Pictures per prompt.")] = 1,
-    temp: Annotated[str, typer.Option(help="LLM temperature; several, as 0.5,0.9,1.3, give a grid.")] = "1.0",
+    temp: Annotated[
+        str | None,
+        typer.Option(help="LLM temperature; several, as 0.5,0.9,1.3, give a grid. Default: 1; 0 for --from-image."),
+    ] = None,
     top_k: Annotated[int, typer.Option(min=0, help="Keep the k likeliest tokens; 0 keeps all.")] = 0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Keep this probability mass.")] = 1.0,
     llm_cfg: Annotated[float, typer.Option(min=0.0, help="Guidance scale of the LLM; 1 means none.")] = 1.0,
@@ -65,130 +60,148 @@ def generate(
 
         v2flow generate "a red fox" --temp 0.5,0.9,1.3 --seed 1,2 -o foxes/
 
-        v2flow generate "a boat" "a dog" -n 4 --top-k 500 --save-tokens
+        v2flow generate --prompts prompts.txt -n 4 --top-k 500 -o many/
+
+        v2flow generate --from-image photo.jpg --model runs/my-llm
     """
-    temperatures, seeds = _numbers("--temp", temp, float), _numbers("--seed", seed, int)
+    if sum(map(bool, (prompt, prompts, from_image))) != 1:
+        raise typer.BadParameter("give prompts, or --prompts FILE, or --from-image IMAGE: exactly one of them.")
+    temperatures, seeds = _numbers("--temp", temp or ("0" if from_image else "1"), float), _numbers("--seed", seed, int)
+    if from_image:
+        _caption(from_image, temperatures, seeds, model, tokenizer, device, dtype, json_)
+        return
     if len(seeds) > 1 and count > 1:
         raise DataError(f"-n {count} and --seed {seed}: give a count with a first seed, or a list of seeds.")
     if len(seeds) == 1:
         seeds = list(range(seeds[0], seeds[0] + count))
-    pictures = plan_pictures(prompt, seeds, temperatures)
-    grids = sorted({p.name.rpartition("-t")[0] for p in pictures}) if len(temperatures) > 1 else []
 
-    import torch
-
-    from v2flow_cli.llm.sample import DrawingLM
+    from v2flow_cli.llm.draw_set import (
+        MadeList,
+        Settings,
+        about,
+        check_tokens_folder,
+        draw_pictures,
+        figure,
+        is_made,
+        plan_pictures,
+        write_png,
+    )
     from v2flow_cli.store.files import check_absent
+
+    pictures = plan_pictures(_read_prompts(prompts) if prompts else prompt or [], seeds, temperatures)
+    grids = sorted({p.group for p in pictures}) if len(temperatures) > 1 else []
+    suffixes = [".png", ".npy"] if save_tokens else [".png"]
+    if not prompts:
+        names = [p.name for p in pictures]
+        check_absent([out / f"{n}{s}" for n in names for s in suffixes] + [out / f"{g}-grid.png" for g in grids], force)
+    image_tokenizer, llm, number_format = _models(model, tokenizer, device, dtype)
+    for text in dict.fromkeys(p.prompt for p in pictures):
+        llm.prompt(text)  # a prompt that is too long is told before anything is drawn
+    if save_tokens and not force:
+        check_tokens_folder(out, image_tokenizer, llm.vocabulary.tokens_per_image)
+
+    settings = Settings(top_k, top_p, llm_cfg, cfg, rounds, steps, solver.value if solver else None)
+    records = {p.name: about(p, settings, llm, image_tokenizer) for p in pictures}
+    made = MadeList(out, [f"{p.name}.png" for p in pictures] if force else ()) if prompts else None
+    kept = set()
+    if made is not None and not force:  # a grid is drawn whole, since it is made of all its pictures
+        done = [p for p in pictures if is_made(out / f"{p.name}.png", records[p.name])]
+        whole = {p.group for p in pictures if not grids or (out / f"{p.group}-grid.png").exists()}
+        kept = {p.name for p in done if p.group in whole and (not save_tokens or (out / f"{p.name}.npy").exists())}
+        for picture in done:
+            made.add(f"{picture.name}.png", records[picture.name])
+    todo = [p for p in pictures if p.name not in kept]
+    if kept:
+        log(f"{len(kept)} of {len(pictures)} pictures are there already")
+    start = time.perf_counter()
+    waiting: dict[str, list] = {grid: [] for grid in grids}
+    with progress("generate", len(todo)) as tick:
+        for picture, image in draw_pictures(
+            llm,
+            image_tokenizer,
+            todo,
+            out,
+            settings,
+            batch_size=batch_size,
+            dtype=number_format,
+            save_tokens=save_tokens,
+            tick=tick,
+        ):
+            if made is not None:
+                made.add(f"{picture.name}.png", records[picture.name])
+            if grids:
+                of_prompt = waiting[picture.group]
+                of_prompt.append((picture, image))
+                if len(of_prompt) == len(seeds) * len(temperatures):
+                    drawn, images = zip(*waiting.pop(picture.group))
+                    sheet = figure(drawn, images, temperatures, seeds)
+                    shared = {k: v for k, v in records[picture.name].items() if k not in ("seed", "temperature")}
+                    write_png(out / f"{picture.group}-grid.png", sheet, shared)
+    seconds = time.perf_counter() - start
+
+    if json_:
+        images_out = [{"path": str(out / f"{p.name}.png"), "kept": p.name in kept, **records[p.name]} for p in pictures]
+        result_json({"images": images_out, "grids": [str(out / f"{g}-grid.png") for g in grids], "seconds": seconds})
+        return
+    for name in [*(p.name for p in todo), *(f"{g}-grid" for g in grids)]:
+        result(str(out / f"{name}.png"))
+    log(f"{len(todo)} pictures in {seconds:.1f} s")
+
+
+def _caption(
+    paths: Sequence[Path],
+    temperatures: Sequence[float],
+    seeds: Sequence[int],
+    model: str | None,
+    tokenizer: str | None,
+    device: str,
+    dtype: str,
+    json_: bool,
+) -> None:
+    """One line a picture, seed and temperature: what the LLM says it shows."""
+    from v2flow_cli.store.images import open_image
+
+    photos = [(path, open_image(path, str(path))) for path in paths]
+    image_tokenizer, llm, _ = _models(model, tokenizer, device, dtype)
+    said = []
+    for path, photo in photos:
+        pixels = image_tokenizer.image_processor.preprocess(photo)["pixel_values"].to(image_tokenizer.device)
+        (token_ids,) = image_tokenizer.encode(pixels)
+        for seed in seeds:
+            for temperature in temperatures:
+                caption = llm.caption(token_ids, seed=seed, temperature=temperature)
+                said.append({"path": str(path), "seed": seed, "temperature": temperature, "caption": caption})
+                if not json_:
+                    result(f"{path}: {caption}" if len(paths) > 1 else caption)
+    if json_:
+        result_json({"captions": said})
+
+
+def _models(model: str | None, tokenizer: str | None, device: str, dtype: str) -> tuple[Any, Any, Any]:
+    """(image tokenizer, LLM, number format) on the device asked for; the two must belong together."""
+    from v2flow_cli.llm.draw_set import check_pair
+    from v2flow_cli.llm.sample import DrawingLM
     from v2flow_cli.tokenizer import V2FlowTokenizer
     from v2flow_cli.tokenizer.hardware import pick_device, pick_dtype
 
-    names = [p.name for p in pictures]
-    suffixes = [".png", ".npy"] if save_tokens else [".png"]
-    check_absent([out / f"{n}{s}" for n in names for s in suffixes] + [out / f"{g}-grid.png" for g in grids], force)
     target = pick_device(device)
     number_format = pick_dtype(dtype, target)
     image_tokenizer = V2FlowTokenizer.from_pretrained(tokenizer).to(target)
     llm = DrawingLM.from_pretrained(model, target, number_format)
-    if llm.vocabulary.tokenizer_digest != image_tokenizer.digest:
-        raise ModelError(
-            f"{llm.name} draws tokens of tokenizer {llm.vocabulary.tokenizer_digest}, but the tokenizer at hand is "
-            f"{image_tokenizer.digest}. Give the one it was taught with: --tokenizer FOLDER."
-        )
-    for text in dict.fromkeys(p.prompt for p in pictures):
-        llm.prompt(text)  # a prompt that is too long is told before anything is drawn
-
-    settings = {"top_k": top_k, "top_p": top_p, "llm_guidance_scale": llm_cfg, "guidance_scale": cfg}
-    settings |= {"num_mask_steps": rounds, "num_flow_steps": steps, "solver": solver.value if solver else None}
-    settings |= {"tokenizer_digest": image_tokenizer.digest, "llm_digest": llm.digest}
-    start = time.perf_counter()
-    drawn: dict[str, Image.Image] = {}
-    all_ids = []
-    with progress("generate", len(pictures)) as tick:
-        for first in range(0, len(pictures), batch_size):
-            batch = pictures[first : first + batch_size]
-            token_ids = llm.draw(
-                [p.prompt for p in batch],
-                seeds=[p.seed for p in batch],
-                temperatures=[p.temperature for p in batch],
-                top_k=top_k,
-                top_p=top_p,
-                guidance_scale=llm_cfg,
-            )
-            autocast = torch.autocast(target.type, number_format, enabled=number_format != torch.float32)
-            with torch.inference_mode(), autocast:
-                images = image_tokenizer.decode(
-                    token_ids,
-                    guidance_scale=cfg,
-                    num_mask_steps=rounds,
-                    num_flow_steps=steps,
-                    solver=settings["solver"],
-                    seeds=[p.seed for p in batch],
-                )
-            for picture, image in zip(batch, image_tokenizer.image_processor.to_pil(images)):
-                about = {"prompt": picture.prompt, "seed": picture.seed, "temperature": picture.temperature}
-                _write_png(out / f"{picture.name}.png", image, about | settings)
-                drawn[picture.name] = image
-            all_ids.append(token_ids.cpu())
-            tick(len(batch))
-    if save_tokens:
-        _save_tokens(out, names, torch.cat(all_ids).numpy(), image_tokenizer, force)
-    for grid in grids:
-        of_prompt = [p for p in pictures if p.name.rpartition("-t")[0] == grid]
-        sheet = figure(of_prompt, [drawn[p.name] for p in of_prompt], temperatures, seeds)
-        _write_png(out / f"{grid}-grid.png", sheet, {"prompt": of_prompt[0].prompt} | settings)
-    seconds = time.perf_counter() - start
-
-    if json_:
-        images_out = [p.__dict__ | {"path": str(out / f"{p.name}.png")} for p in pictures]
-        result_json(
-            {"images": images_out, "grids": [str(out / f"{g}-grid.png") for g in grids], "seconds": seconds} | settings
-        )
-        return
-    for name in [*names, *(f"{g}-grid" for g in grids)]:
-        result(str(out / f"{name}.png"))
-    log(f"{len(pictures)} pictures in {seconds:.1f} s")
+    check_pair(llm, image_tokenizer)
+    return image_tokenizer, llm, number_format
 
 
-def plan_pictures(prompts: Sequence[str], seeds: Sequence[int], temperatures: Sequence[float]) -> list[Picture]:
-    """Every prompt at every seed and temperature, under file names that differ.
-
-    Raises:  DataError for an empty prompt.
-    """
-    pictures, slugs = [], set()
-    for number, prompt in enumerate(dict.fromkeys(prompts), 1):
-        if not prompt.strip():
-            raise DataError(f'prompt {number} is empty; say what to draw, such as "a red fox".')
-        base = re.sub(r"\W+", "-", prompt.lower()).strip("-_")[:40].strip("-_") or "picture"
-        slug = base if base not in slugs else f"{base}-{number}"
-        slugs.add(slug)
-        for seed in seeds:
-            pictures += [Picture(prompt, seed, t, f"{slug}-t{t:g}-s{seed}") for t in temperatures]
-    return pictures
-
-
-def figure(
-    pictures: Sequence[Picture],
-    images: Sequence[Image.Image],
-    temperatures: Sequence[float],
-    seeds: Sequence[int],
-) -> Image.Image:
-    """The pictures of one prompt as Figure 6: a row for each seed, a column for each temperature, labelled."""
-    from PIL import Image, ImageDraw, ImageFont
-
-    width, height = images[0].size
-    left, top, gap = 90, 56, 4
-    size = (left + len(temperatures) * (width + gap), top + len(seeds) * (height + gap))
-    sheet = Image.new("RGB", size, "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(16)
-    pen.text((8, 6), pictures[0].prompt[:100], fill="black", font=font)
-    for column, temperature in enumerate(temperatures):
-        pen.text((left + column * (width + gap), 32), f"T = {temperature:g}", fill="black", font=font)
-    for row, seed in enumerate(seeds):
-        pen.text((8, top + row * (height + gap) + height // 2), f"seed {seed}", fill="black", font=font)
-    for picture, image in zip(pictures, images):
-        column, row = temperatures.index(picture.temperature), seeds.index(picture.seed)
-        sheet.paste(image, (left + column * (width + gap), top + row * (height + gap)))
-    return sheet
+def _read_prompts(path: Path) -> list[str]:
+    """The lines of a file that are not blank.  Raises: DataError for one that cannot be read or has none."""
+    try:
+        text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"--prompts {path}: cannot be read as UTF-8 text ({error}).") from None
+    lines = [" ".join(line.split()) for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise DataError(f"--prompts {path}: no prompt in it; expected one a line.")
+    return lines
 
 
 def _numbers(option: str, text: str, kind: type) -> list[Any]:
@@ -200,37 +213,3 @@ def _numbers(option: str, text: str, kind: type) -> list[Any]:
     if not all(0 <= value < 2**63 for value in values):  # also false for NaN
         raise DataError(f"{option} {text}: expected numbers from 0 up.")
     return values
-
-
-def _write_png(path: Path, image: Image.Image, about: dict[str, Any]) -> None:
-    """``image`` with ``about`` as text metadata; settings left to the model are not written."""
-    import io
-
-    from PIL.PngImagePlugin import PngInfo
-
-    from v2flow_cli.store.files import write_bytes
-
-    info = PngInfo()
-    for key, value in about.items():
-        if value is not None:
-            info.add_text(f"v2flow:{key}", str(value))
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", pnginfo=info)
-    write_bytes(path, buffer.getvalue())
-
-
-def _save_tokens(out: Path, names: Sequence[str], ids: Any, image_tokenizer: Any, force: bool) -> None:
-    """One ``.npy`` a picture beside its PNG, listed in ``manifest.json`` with those that are there already."""
-    from v2flow_cli.store.token_file import TokenManifest, save_token_ids
-
-    size, length = image_tokenizer.grid_of(ids.shape[1]), ids.shape[1]
-    codebook_size = image_tokenizer.config.codebook_size
-    manifest = TokenManifest(image_tokenizer.digest, size, codebook_size, length, dict.fromkeys(names, 1))
-    before = TokenManifest.load(out)
-    if before is not None and before.same_tokens(manifest):
-        manifest.files.update(before.files)
-    elif before is not None and not force:
-        raise DataError(f"{out}/manifest.json belongs to tokens of another tokenizer. Use another -o, or --force.")
-    for name, row in zip(names, ids):
-        save_token_ids(out / f"{name}.npy", row, codebook_size)
-    manifest.save(out)

@@ -47,7 +47,7 @@ def train(
                 result(f"{key}: {value:,}" if isinstance(value, int) else f"{key}: {value}")
         return
 
-    from v2flow_cli.train.loop import Interrupted
+    from v2flow_cli.store.checkpoint import Interrupted
     from v2flow_cli.train.loop import train as run
 
     try:

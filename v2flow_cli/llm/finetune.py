@@ -10,30 +10,25 @@ loss on the answer alone, with text and visual parts logged apart, and what is t
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import inspect
+import io
 import itertools
 import math
-from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    set_seed,
-)
-from transformers.utils.logging import disable_progress_bar
+from torch.utils.data import DataLoader
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, set_seed
 
-from v2flow_cli.errors import ModelError
-from v2flow_cli.llm.sequences import IGNORE, Samples, check_token_sets, collate, prompt_frame
+from v2flow_cli.errors import DataError, ModelError
+from v2flow_cli.llm.load import context_length, load_llm, loading
+from v2flow_cli.llm.loss import IGNORE, labelled_losses
+from v2flow_cli.llm.pairs import Part, Samples, check_data, count_tokens
+from v2flow_cli.llm.pictures import SamplePictures
+from v2flow_cli.llm.sequences import collate, prompt_frame
 from v2flow_cli.llm.trainer import (
     LMTrainer,
     Log,
@@ -52,50 +47,63 @@ from v2flow_cli.tokenizer import V2FlowTokenizer
 from v2flow_cli.tokenizer.hardware import describe_hardware
 
 HELD_OUT_MAX = 512  # images that the held-out loss is taken on
+TOKEN_COUNTS = "token_counts.npy"  # (K,): how often each code was trained on, beside the weights
 
 
 class DrawingTrainer(LMTrainer):
-    """Cross-entropy of the labelled positions, and z-loss; text and visual losses are logged apart."""
+    """Cross-entropy of the labelled positions, and z-loss; text and visual losses are logged apart.
+
+    The loss of a step is the mean over its labels in all micro-batches and processes, however they are split.
+    """
 
     def __init__(self, *args: Any, vocabulary: VisualVocabulary, z_loss: float, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.vocabulary, self.z_loss = vocabulary, z_loss
-        self.model_accepts_loss_kwargs = False  # the loss is a mean over the micro-batch; Trainer averages those
-        base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-        self.keeps_logits = "logits_to_keep" in inspect.signature(base.forward).parameters
-        self.sums = {"text": [0.0, 0], "visual": [0.0, 0]}
+        self.model_accepts_loss_kwargs = True  # compute_loss divides by all labels of the step, so Trainer must not
+        self.head = self.model.get_output_embeddings()
+        self.router_weight = getattr(self.model.config, "router_aux_loss_coef", 0.0)
+        self.sums = torch.zeros(2, 2)  # losses and labels of text, and of visual tokens, since the last log line
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Every process reads its own batches of the one order, from where a resumed run goes on."""
+        batch = self._train_batch_size
+        self.train_dataset.part = Part(self.first_sample, batch, self.args.process_index, self.args.world_size)
+        return DataLoader(self.train_dataset, batch_size=batch, collate_fn=self.data_collator)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Tensor]:
+        """The micro-batches of a step, and how many labels it has over all processes."""
+        batches, _ = super().get_batch_samples(*args, **kwargs)
+        count = torch.tensor(sum(int((batch["labels"][:, 1:] != IGNORE).sum()) for batch in batches))
+        return batches, self.accelerator.reduce(count.to(self.args.device))
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        input_ids, labels = inputs["input_ids"], inputs["labels"]
-        targets = labels[:, 1:]  # position t predicts the token at t + 1
-        learned = targets != IGNORE
-        # The output table is half the work of a small LM: no logits before the first label.
-        first = int(learned.any(0).nonzero()[0])
-        keep = {"logits_to_keep": labels.shape[1] - first} if self.keeps_logits else {}
-        outputs = model(input_ids=input_ids, **keep)
-        logits = outputs.logits[:, -(labels.shape[1] - first) : -1][learned[:, first:]].float()  # (M, V)
-        targets = targets[learned]  # (M,)
-        losses = F.cross_entropy(logits, targets, reduction="none")
+        found = labelled_losses(model, self.head, inputs["input_ids"], inputs["labels"])
+        losses = found.losses
         if model.training:
-            self._count(losses.detach(), self.vocabulary.is_visual(targets))
-        loss = losses.mean()
+            self._count(losses.detach(), self.vocabulary.is_visual(found.targets))
         if self.z_loss:
-            loss = loss + self.z_loss * logits.logsumexp(-1).square().mean()
-        return (loss, outputs) if return_outputs else loss
+            losses = losses + self.z_loss * found.logits.logsumexp(-1).square()
+        if num_items_in_batch is None:
+            loss = losses.mean()
+        else:  # gradients are averaged over processes, so the sum over them is asked for
+            loss = losses.sum() * self.accelerator.num_processes / num_items_in_batch
+        if self.router_weight and getattr(found.outputs, "aux_loss", None) is not None:
+            loss = loss + self.router_weight * found.outputs.aux_loss / self.args.gradient_accumulation_steps
+        return (loss, found.outputs) if return_outputs else loss
 
     def _count(self, losses: Tensor, visual: Tensor) -> None:
-        for name, chosen in (("text", ~visual), ("visual", visual)):
-            self.sums[name][0] += float(losses[chosen].sum())
-            self.sums[name][1] += int(chosen.sum())
+        for row, chosen in enumerate((~visual, visual)):
+            self.sums[row] += torch.tensor([float(losses[chosen].sum()), float(chosen.sum())])
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
-            for name, (total, count) in self.sums.items():
+            sums = self.accelerator.reduce(self.sums.to(self.args.device)).tolist()
+            for name, (total, count) in zip(("text", "visual"), sums):
                 if count:
                     logs[f"{name}_loss"] = total / count
-                self.sums[name] = [0.0, 0]
+            self.sums.zero_()
         super().log(logs, *args, **kwargs)
 
 
@@ -108,8 +116,8 @@ def finetune(recipe: FinetuneRecipe, *, log: Log, resume: bool = False) -> Train
     """
     check_output(recipe.output, resume)
     image_tokenizer = V2FlowTokenizer.from_pretrained(recipe.tokenizer)
-    length, images = check_token_sets(recipe.data.token_sets, image_tokenizer.digest)
-    arguments = training_arguments(recipe.optimizer, recipe.train, recipe.output)
+    length, images = check_data(recipe.data, image_tokenizer)
+    arguments = training_arguments(recipe.optimizer, recipe.train, recipe.output, ignore_data_skip=True)
     # Adapters leave the LLM's weights alone, so those may stay in bf16; what is trained is kept in float32.
     dtype = torch.bfloat16 if recipe.mode == "lora" and arguments.bf16 else torch.float32
     model, text_tokenizer = load_llm(recipe.llm, dtype)
@@ -128,6 +136,8 @@ def finetune(recipe: FinetuneRecipe, *, log: Log, resume: bool = False) -> Train
         prompt_prefix=prefix,
         prompt_suffix=suffix,
         eos_id=text_tokenizer.eos_token_id,
+        flexible=image_tokenizer.flexible,
+        captions=recipe.data.image_to_text_share > 0,
     )
     model.config.v2flow = vocabulary.record()
     check_context(model.config, vocabulary, recipe.data.max_caption_tokens)
@@ -141,7 +151,10 @@ def finetune(recipe: FinetuneRecipe, *, log: Log, resume: bool = False) -> Train
     log(f"{images:,} images of {length} tokens; {model.num_parameters():,} parameters, {trained:,} of them trained")
 
     samples = functools.partial(Samples, recipe.data, text_tokenizer, vocabulary, recipe.train.seed)
+    samples = functools.partial(samples, image_tokenizer=image_tokenizer.to(arguments.device))
     held_out = list(itertools.islice(samples(held_out=True), HELD_OUT_MAX))
+    if recipe.train.eval_every and not held_out:
+        raise DataError("train.eval_every asks for held-out losses, but data.held_out_share leaves no image for them.")
     pad_id = text_tokenizer.pad_token_id or text_tokenizer.eos_token_id or 0
     clock = RunClock(recipe.train.max_minutes, recipe.train.batch_size, log)
     trainer = DrawingTrainer(
@@ -153,6 +166,11 @@ def finetune(recipe: FinetuneRecipe, *, log: Log, resume: bool = False) -> Train
         vocabulary=vocabulary,
         z_loss=recipe.z_loss,
     )
+    if recipe.sample_every:
+        prompts, place = recipe.sample_prompts, recipe.output
+        trainer.add_callback(
+            SamplePictures(prompts, recipe.sample_every, place, image_tokenizer, text_tokenizer, vocabulary, log)
+        )
     run(trainer, clock, recipe.output, resume, log)
     report = TrainingReport(
         output=recipe.output,
@@ -165,6 +183,8 @@ def finetune(recipe: FinetuneRecipe, *, log: Log, resume: bool = False) -> Train
     )
     plain = trainer.model.merge_and_unload() if recipe.mode == "lora" else trainer.model
     files = {"README.md": _card(recipe, report, images, len(held_out), vocabulary), "recipe.yaml": dump_recipe(recipe)}
+    if recipe.data.token_sets and trainer.is_world_process_zero():
+        files[TOKEN_COUNTS] = _npy(count_tokens(recipe.data, codebook_size))
     save_folder(trainer, plain, text_tokenizer, recipe.output, recipe.train.save_dtype, files)
     return report
 
@@ -172,8 +192,8 @@ def finetune(recipe: FinetuneRecipe, *, log: Log, resume: bool = False) -> Train
 def plan(recipe: FinetuneRecipe) -> dict[str, int | float]:
     """Sizes and rough estimates of a run, from configs alone.  Raises: as ``finetune`` for inputs that do not fit."""
     image_tokenizer = V2FlowTokenizer.from_pretrained(recipe.tokenizer)
-    length, images = check_token_sets(recipe.data.token_sets, image_tokenizer.digest)
-    with _loading(recipe.llm):
+    length, images = check_data(recipe.data, image_tokenizer)
+    with loading(recipe.llm):
         config, text_tokenizer = AutoConfig.from_pretrained(recipe.llm), AutoTokenizer.from_pretrained(recipe.llm)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
@@ -191,25 +211,6 @@ def plan(recipe: FinetuneRecipe) -> dict[str, int | float]:
     )
 
 
-@contextlib.contextmanager
-def _loading(name: str) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ModelError(
-            f"llm {name}: cannot be loaded as a causal LM ({reason}). Give a Hugging Face model folder or hub id; "
-            "recipes/default/lm.yaml makes one."
-        ) from error
-
-
-def load_llm(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal LM and its text tokenizer from a folder or hub id.  Raises: ModelError."""
-    disable_progress_bar()
-    with _loading(name):
-        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype), AutoTokenizer.from_pretrained(name)
-
-
 def check_context(config: Any, vocabulary: VisualVocabulary, caption_tokens: int) -> None:
     """Raises: ModelError where the longest sample does not fit the LLM's positions."""
     frame = len(vocabulary.prompt_prefix) + len(vocabulary.prompt_suffix) + 3  # the two marks and EOS
@@ -219,11 +220,6 @@ def check_context(config: Any, vocabulary: VisualVocabulary, caption_tokens: int
             f"a sample takes up to {longest} tokens ({caption_tokens} of caption, {vocabulary.tokens_per_image} of "
             f"image), but the LLM's context is {limit}. Lower data.max_caption_tokens, or take another LLM."
         )
-
-
-def context_length(config: Any) -> float:
-    """Positions that the LLM was made for; infinite where its config does not say."""
-    return getattr(config, "max_position_embeddings", None) or math.inf
 
 
 def choose_trained(model: PreTrainedModel, mode: str, lora: Lora | None, offset: int) -> Any:
@@ -250,6 +246,12 @@ def choose_trained(model: PreTrainedModel, mode: str, lora: Lora | None, offset:
         task_type="CAUSAL_LM",
     )
     return get_peft_model(model, config)
+
+
+def _npy(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    return buffer.getvalue()
 
 
 def _only_new_rows(gradient: Tensor, offset: int) -> Tensor:
@@ -279,7 +281,7 @@ causal LM; the ids of the visual tokens and of the prompt stand in `config.json`
 
 | | |
 |---|---|
-| data | {", ".join(recipe.data.token_sets)} ({images:,} images) |
+| data | {", ".join(recipe.data.token_sets or recipe.data.photos)} ({images:,} images) |
 | image tokenizer | digest {vocabulary.tokenizer_digest} |
 | parameters | {report.parameters:,} |
 | trained | mode {recipe.mode}, {report.steps:,} steps of {size} samples |

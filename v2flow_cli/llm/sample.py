@@ -4,36 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase, StaticCache
 
 import v2flow_cli
 from v2flow_cli.errors import DataError, ModelError
-from v2flow_cli.llm.finetune import context_length, load_llm
-from v2flow_cli.llm.sequences import caption_ids, prompt_ids
+from v2flow_cli.llm.load import context_length, load_llm
+from v2flow_cli.llm.sequences import caption_ids, caption_prompt_ids, prompt_ids
 from v2flow_cli.llm.vocabulary import VisualVocabulary
 
 DEFAULT_LLM = Path(v2flow_cli.__file__).parent / "assets" / "default" / "llm"
+STOPPED = -1  # after the end of a picture of flexible length
 
 
 class DrawingLM:
-    """An LLM folder ready to draw. Holds the LLM with its output table cut to the visual rows, so do not save it."""
+    """An LLM folder ready to draw, and to caption where it was taught to."""
 
     def __init__(
         self, model: PreTrainedModel, text_tokenizer: PreTrainedTokenizerBase, vocabulary: VisualVocabulary, name: str
     ) -> None:
         self.model, self.text_tokenizer, self.vocabulary, self.name = model, text_tokenizer, vocabulary, name
-        self.digest = model.config.v2flow.get("weights_digest", "")
-        # No other word may be drawn, so no other logit is computed; what follows the table is elementwise.
-        start = vocabulary.visual_token_offset
-        table = model.get_output_embeddings()
-        head = nn.Linear(table.in_features, vocabulary.codebook_size, bias=table.bias is not None, device="meta")
-        head.weight = nn.Parameter(table.weight.detach()[start : start + vocabulary.codebook_size].clone())
-        if table.bias is not None:
-            head.bias = nn.Parameter(table.bias.detach()[start : start + vocabulary.codebook_size].clone())
-        model.set_output_embeddings(head)
+        self.digest = getattr(model.config, "v2flow", {}).get("weights_digest", "")
 
     @classmethod
     def from_pretrained(
@@ -77,11 +71,14 @@ class DrawingLM:
     ) -> Tensor:
         """Image tokens (B, L) in [0, K), one row for each prompt with its seed and temperature.
 
+        Where the vocabulary is flexible a row may stop early: its first 1 to L entries are tokens, the rest STOPPED.
+
         Args:  temperature 0 takes the likeliest token; top_k 0 and top_p 1 cut nothing; guidance follows
                uncond + scale (cond - uncond) on logits, the empty prompt being unconditional; ``tick`` is called
                after every position. A row depends on its own prompt, seed and settings, not on the batch.
         """
-        length, device = self.vocabulary.tokens_per_image, self.model.device
+        v, device = self.vocabulary, self.model.device
+        length, start, end = v.tokens_per_image, v.visual_token_offset, v.end_image_id - v.visual_token_offset
         uniforms = torch.stack(
             [torch.rand(length, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in seeds]
         ).to(device)  # (B, L)
@@ -93,31 +90,67 @@ class DrawingLM:
         # Samples of one prompt share its prefill: the cache is computed once for each and then spread over the rows.
         select = torch.tensor(rows, device=device)
         positions = (mask.cumsum(1) - 1).clamp_min(0)
-        out = self.model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True)
-        cache, logits = out.past_key_values, out.logits[:, -1][select]  # (R, K)
-        cache.batch_select_indices(select)
-        mask, positions = mask[select], positions[select, -1:]
-        drawn = torch.empty(len(prompts), length, dtype=torch.long, device=device)
+        cache = StaticCache(config=self.model.config, max_cache_len=ids.shape[1] + length)
+        given = dict(past_key_values=cache, use_cache=True)
+        out = self._last(input_ids=ids, attention_mask=mask, position_ids=positions, **given)
+        cache.reorder_cache(select)
+        logits, mask, positions = out.logits[:, -1][select], mask[select], positions[select, -1:]
+        drawn = torch.full((len(prompts), length), STOPPED, device=device)
+        going = torch.ones(len(prompts), dtype=torch.bool, device=device)
         for step in range(length):
-            scores = logits.float()
+            scores = logits[:, start : start + end + 1].float()  # visual ids and the two marks
             if guided:
                 cond, uncond = scores.chunk(2)
                 scores = uncond + guidance_scale * (cond - uncond)
-            drawn[:, step] = pick(scores, uniforms[:, step], heat, top_k, top_p)
+            if v.flexible and step:
+                scores[:, v.codebook_size : end] = -torch.inf  # begin of image
+            else:
+                scores = scores[:, : v.codebook_size]
+            token = pick(scores, uniforms[:, step], heat, top_k, top_p)
+            going &= token < v.codebook_size
+            drawn[going, step] = token[going]
             tick()
-            if step + 1 == length:
-                return drawn
-            token = (drawn[:, step] + self.vocabulary.visual_token_offset).repeat(2 if guided else 1)
+            if step + 1 == length or (v.flexible and not going.any()):
+                break
+            token = (token + start).repeat(2 if guided else 1)
             mask, positions = torch.cat([mask, mask[:, :1] * 0 + 1], 1), positions + 1
-            out = self.model(
-                input_ids=token[:, None],
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-            )
+            out = self._last(input_ids=token[:, None], attention_mask=mask, position_ids=positions, **given)
             logits = out.logits[:, -1]
-        raise ModelError(f"{self.name}: tokens_per_image is {length}; expected at least 1.")
+        return drawn
+
+    def _last(self, **inputs: Any) -> Any:
+        """The model's outputs with logits (B, 1, V) of the last position alone."""
+        head = self.model.get_output_embeddings()
+        handle = head.register_forward_pre_hook(lambda _, given: (given[0][:, -1:], *given[1:]))
+        try:
+            return self.model(**inputs)
+        finally:
+            handle.remove()
+
+    @torch.inference_mode()
+    def caption(self, token_ids: Tensor, *, seed: int = 0, temperature: float = 0.0, max_tokens: int = 64) -> str:
+        """What the image ``token_ids`` (L,) shows, in words; temperature 0 takes the likeliest word each time.
+
+        Raises:  ModelError for an LLM that was not taught image to text.
+        """
+        if not self.vocabulary.captions:
+            raise ModelError(
+                f"{self.name} was not taught to caption. Fine-tune with data.image_to_text_share above 0 for that."
+            )
+        prompt = torch.tensor([caption_prompt_ids(self.vocabulary, token_ids.cpu().numpy())], device=self.model.device)
+        sampling = dict(do_sample=True, temperature=temperature, top_k=0) if temperature else dict(do_sample=False)
+        with torch.random.fork_rng(devices=[prompt.device] if prompt.is_cuda else []):
+            torch.manual_seed(seed)
+            out = self.model.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                max_new_tokens=max_tokens,
+                logits_processor=[TextOnly(self.vocabulary)],
+                eos_token_id=self.vocabulary.eos_id,
+                pad_token_id=self.vocabulary.eos_id,
+                **sampling,
+            )
+        return " ".join(self.text_tokenizer.decode(out[0, prompt.shape[1] :], skip_special_tokens=True).split())
 
 
 def pick(scores: Tensor, uniforms: Tensor, temperatures: Tensor, top_k: int, top_p: float) -> Tensor:
@@ -137,7 +170,9 @@ def pick(scores: Tensor, uniforms: Tensor, temperatures: Tensor, top_k: int, top
 
 
 class ImageTokensOnly(LogitsProcessor):
-    """For ``model.generate``: exactly L visual ids after the prompt, then end-of-image, then EOS.
+    """For ``model.generate``: the picture's visual ids after the prompt, then end-of-image, then EOS.
+
+    Exactly ``tokens_per_image`` of them, or 1 to that many where the vocabulary is flexible.
 
     Args:  vocabulary of the model; prompt_length, the width of the (left-padded) prompt ids.
     """
@@ -146,15 +181,27 @@ class ImageTokensOnly(LogitsProcessor):
         self.vocabulary, self.prompt_length = vocabulary, prompt_length
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        v, done = self.vocabulary, input_ids.shape[1] - self.prompt_length
-        if done < v.tokens_per_image:
-            allowed = slice(v.visual_token_offset, v.visual_token_offset + v.codebook_size)
-        else:
-            only = v.end_image_id if done == v.tokens_per_image or v.eos_id is None else v.eos_id
-            allowed = slice(only, only + 1)
-        cut = torch.full_like(scores, -torch.inf)
-        cut[:, allowed] = scores[:, allowed]
-        return cut
+        v, answer = self.vocabulary, input_ids[:, self.prompt_length :]
+        allowed = torch.zeros_like(scores, dtype=torch.bool)
+        ended = (answer == v.end_image_id).any(1)  # (B,)
+        drawing = ~ended & (answer.shape[1] < v.tokens_per_image)
+        allowed[drawing, v.visual_token_offset : v.visual_token_offset + v.codebook_size] = True
+        may_end = ~ended & (answer.shape[1] >= (1 if v.flexible else v.tokens_per_image))
+        allowed[may_end, v.end_image_id] = True
+        allowed[ended, v.end_image_id if v.eos_id is None else v.eos_id] = True
+        return scores.masked_fill(~allowed, -torch.inf)
+
+
+class TextOnly(LogitsProcessor):
+    """For ``model.generate``: no visual id and neither of the marks."""
+
+    def __init__(self, vocabulary: VisualVocabulary) -> None:
+        self.vocabulary = vocabulary
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        scores = scores.clone()
+        scores[:, self.vocabulary.visual_token_offset : self.vocabulary.end_image_id + 1] = -torch.inf
+        return scores
 
 
 def _left_pad(prompts: Sequence[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:

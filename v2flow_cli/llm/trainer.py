@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils.logging import disable_progress_bar
 
 from v2flow_cli.errors import ModelError
+from v2flow_cli.llm.checkpoints import SafeCheckpoints, list_checkpoints, newest_checkpoint
 from v2flow_cli.recipe.schema import LMTrainLoop, Optimizer
+from v2flow_cli.store.checkpoint import Interrupted, stop_requested
 from v2flow_cli.tokenizer.hardware import pick_device, pick_dtype
 
 Log = Callable[[str], None]
@@ -38,8 +39,10 @@ class TrainingReport:
     eval_loss: float | None  # nats a token on the held-out sequences
 
 
-class LMTrainer(Trainer):
+class LMTrainer(SafeCheckpoints):
     """Trainer that decays matrices only: neither norms and biases nor the input and output tables."""
+
+    first_sample = 0  # where a resumed run goes on in the stream of training samples
 
     def get_decay_parameter_names(self, model: Any) -> list[str]:
         tables = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
@@ -49,13 +52,15 @@ class LMTrainer(Trainer):
 
 
 class RunClock(TrainerCallback, ExportableState):
-    """Logs, and stops after ``max_minutes`` or on a loss that is not finite; its clock goes on after a resume."""
+    """Logs, and stops after ``max_minutes``, a signal, or a loss that is not finite; time goes on after a resume."""
 
     def __init__(self, max_minutes: float = 0.0, sequences_per_step: int = 1, log: Log | None = None) -> None:
         self.max_minutes, self.sequences_per_step, self.log = max_minutes, sequences_per_step, log
         self.seconds_before = 0.0  # of the runs that this one continues
         self.started = time.monotonic()
         self.last_loss = math.nan
+        self.signals: list[int] = []  # received; see ``stop_requested``
+        self.interrupted = False
 
     @property
     def seconds(self) -> float:
@@ -80,12 +85,16 @@ class RunClock(TrainerCallback, ExportableState):
         self.started = time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.time_is_up and state.global_step < state.max_steps:
-            if self.log:
+        # Processes must leave the loop at the same step: what stops one of them stops all.
+        late, self.interrupted = _any_process([self.time_is_up, bool(self.signals)], args.device)
+        if (late or self.interrupted) and state.global_step < state.max_steps:
+            if self.log and not self.interrupted:
                 self.log(f"time limit: {self.max_minutes:g} minutes, stopping after step {state.global_step}")
             control.should_log = control.should_save = control.should_training_stop = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if "eval_loss" in logs and self.log:
+            self.log(f"step {state.global_step}/{state.max_steps}  held-out loss {logs['eval_loss']:.4f}")
         if "loss" not in logs:
             return
         self.last_loss = logs["loss"]
@@ -103,6 +112,15 @@ class RunClock(TrainerCallback, ExportableState):
             )
 
 
+def _any_process(flags: list[bool], device: torch.device) -> list[bool]:
+    """Each of ``flags`` if it is true in any process of a launch."""
+    if not torch.distributed.is_initialized():
+        return flags
+    shared = torch.tensor(flags, dtype=torch.int32, device=device)
+    torch.distributed.all_reduce(shared, op=torch.distributed.ReduceOp.MAX)
+    return [bool(flag) for flag in shared.tolist()]
+
+
 def training_arguments(
     optimizer: Optimizer, train: LMTrainLoop, output: str | Path, **overrides: Any
 ) -> TrainingArguments:
@@ -113,7 +131,7 @@ def training_arguments(
             f"train.batch_size is {train.batch_size}; expected a multiple of accumulate x processes "
             f"({train.accumulate} x {world_size})."
         )
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(Path(output) / "checkpoints"),
         max_steps=train.steps,
         per_device_train_batch_size=train.batch_size // train.accumulate // world_size,
@@ -132,6 +150,8 @@ def training_arguments(
         logging_steps=train.log_every,
         logging_nan_inf_filter=False,
         save_steps=train.save_every,
+        eval_strategy="steps" if train.eval_every else "no",
+        eval_steps=train.eval_every or None,
         save_total_limit=train.keep_checkpoints,
         disable_tqdm=True,
         report_to="none",
@@ -139,27 +159,37 @@ def training_arguments(
         remove_unused_columns=False,
         **overrides,
     )
+    if arguments.n_gpu > 1:
+        # One process with several GPUs would split batches by torch's DataParallel; a launcher is the way to use them.
+        arguments._n_gpu = 1
+    return arguments
 
 
 def run(trainer: LMTrainer, clock: RunClock, output: str | Path, resume: bool, log: Log) -> None:
-    """Train to the end, from the last checkpoint when resuming and there is one; a finished run is only loaded."""
+    """Train to the end, from the newest good checkpoint when resuming; a finished run is only loaded.
+
+    Raises:  Interrupted after SIGTERM or Ctrl-C, when the run is saved; ModelError where all checkpoints are damaged.
+    """
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     trainer.add_callback(clock)
     disable_progress_bar()
-    checkpoints = Path(output) / "checkpoints"
-    checkpoint = get_last_checkpoint(str(checkpoints)) if resume and checkpoints.is_dir() else None
+    checkpoint = newest_checkpoint(Path(output, "checkpoints"), log) if resume else None
     if checkpoint:
         log(f"resuming from {checkpoint}")
-        state = TrainerState.load_from_json(str(Path(checkpoint, "trainer_state.json")))
+        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         clock.go_on_from(state)
         if state.global_step >= trainer.args.max_steps or clock.time_is_up:
             # Trainer would take one more step before it noticed.
-            trainer._load_from_checkpoint(checkpoint)
+            trainer._load_from_checkpoint(str(checkpoint))
             trainer.state = state
             clock.started = time.monotonic()
             return
-    trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.first_sample = state.global_step * clock.sequences_per_step
+    with stop_requested() as clock.signals:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if clock.interrupted and trainer.state.global_step < trainer.args.max_steps:
+        raise Interrupted(trainer.state.global_step)
 
 
 def check_output(output: str | Path, resume: bool) -> None:
@@ -167,7 +197,7 @@ def check_output(output: str | Path, resume: bool) -> None:
     folder = Path(output)
     if folder.exists() and not folder.is_dir():
         raise ModelError(f"output {output} is a file; expected a folder to write the model to.")
-    if not resume and ((folder / "config.json").exists() or any(folder.glob("checkpoints/checkpoint-*"))):
+    if not resume and ((folder / "config.json").exists() or list_checkpoints(folder / "checkpoints")):
         raise ModelError(
             f"output {output} already holds a model or checkpoints. Continue it with --resume, choose "
             "another folder with --set output=FOLDER, or delete it."
@@ -188,9 +218,9 @@ def save_folder(
     tokenizer: Any,
     output: str | Path,
     save_dtype: str,
-    files: Mapping[str, str],
+    files: Mapping[str, str | bytes],
 ) -> None:
-    """The plain Hugging Face folder: config, safetensors, text tokenizer and the given text ``files``.
+    """The plain Hugging Face folder: config, safetensors, text tokenizer and the given ``files``.
 
     ``model`` is the trainer's model, or what its adapters were merged into. Everything is written under a
     temporary name in ``output`` first, so that an interrupted save leaves no half file.
@@ -207,8 +237,8 @@ def save_folder(
     with tempfile.TemporaryDirectory(dir=output, prefix=".saving-") as temporary:
         model.save_pretrained(temporary, state_dict=state_dict)
         tokenizer.save_pretrained(temporary)
-        for name, text in files.items():
-            Path(temporary, name).write_text(text, encoding="utf-8")
+        for name, content in files.items():
+            Path(temporary, name).write_bytes(content.encode() if isinstance(content, str) else content)
         # config.json last: a folder that has it is complete
         for path in sorted(Path(temporary).iterdir(), key=lambda p: p.name == "config.json"):
             os.replace(path, Path(output, path.name))

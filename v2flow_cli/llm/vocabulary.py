@@ -40,19 +40,22 @@ class VisualVocabulary:
     prompt_prefix: tuple[int, ...]  # ids before the caption, BOS included where the LLM has one
     prompt_suffix: tuple[int, ...]  # ids between the caption and begin_image_id
     eos_id: int | None  # follows end_image_id
+    flexible: bool = False  # 1 to tokens_per_image ids an image, instead of exactly that many
+    captions: bool = False  # also taught image to text
 
     @classmethod
     def of(cls, config: Any, where: str) -> VisualVocabulary:
         """The vocabulary recorded in a model's config.  Raises: ModelError if there is none, or it is damaged."""
         record = getattr(config, "v2flow", None)
-        names = [field.name for field in dataclasses.fields(cls)]
-        if not isinstance(record, dict) or any(name not in record for name in names):
+        fields = dataclasses.fields(cls)
+        needed = [field.name for field in fields if field.default is dataclasses.MISSING]
+        if not isinstance(record, dict) or any(name not in record for name in needed):
             raise ModelError(
                 f"{where}: no visual tokens recorded in its config.json, so this LLM cannot draw. "
                 "Teach it with `v2flow finetune-llm` first."
             )
-        values = {n: tuple(record[n]) if n.startswith("prompt_") else record[n] for n in names}
-        return cls(**values)
+        values = {field.name: record[field.name] for field in fields if field.name in record}
+        return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
 
     def record(self) -> dict[str, Any]:
         """What ``of`` reads back from ``config.v2flow``."""

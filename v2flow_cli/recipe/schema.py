@@ -34,7 +34,7 @@ class Optimizer:
     betas: tuple[float, float]  # of AdamW's two running averages
     weight_decay: float  # matrices only: never on norms, biases, embeddings or the flow head
     warmup_steps: int  # linear rise of the learning rate
-    schedule: Literal["constant", "cosine"]  # after the warm-up; cosine falls to 2% of the peak
+    schedule: Literal["constant", "cosine"]  # after the warm-up; cosine falls to 2% of the peak, to 0 for LMs
     clip_norm: float  # largest gradient norm; larger ones are scaled down
 
 
@@ -257,6 +257,7 @@ class LMTrainLoop:
     gradient_checkpointing: bool = False  # recompute activations: less memory, a third more time
     log_every: int = 20  # steps
     save_every: int = 500  # steps
+    eval_every: int = 0  # steps between held-out losses on the way; 0: only at the end
     keep_checkpoints: int = 1
 
 
@@ -308,6 +309,9 @@ class TokenPairs:
     max_caption_tokens: int  # longer captions are cut
     train_on_prompt: bool  # False: labels on the answer alone
     held_out_share: float  # of the images, chosen by a hash of their key, for the loss on the model card
+    photos: tuple[str, ...] = ()  # instead of token_sets: captioned tars or folders, encoded anew in every pass
+    image_to_text_share: float = 0.0  # of samples whose image is the prompt and whose caption is the answer
+    lengths: tuple[int, ...] = ()  # flexible tokenizers: an image keeps so many ids, drawn from these; empty: all
     shuffle_window: int = 16_384  # samples in memory that the next one is drawn from
 
 
@@ -335,15 +339,22 @@ class FinetuneRecipe:
     optimizer: Optimizer
     train: LMTrainLoop
     output: str  # folder of the trained model
+    sample_every: int = 0  # steps between sample pictures in OUTPUT/samples; 0 draws none
+    sample_prompts: tuple[str, ...] = ("a red fox", "a boat on the sea")  # what they show
 
     def problems(self) -> Iterator[str]:
+        data = self.data
         if (self.mode == "lora") != (self.lora is not None):
             yield f"mode is {self.mode} and lora is {self.lora}; expected a lora section for mode lora, and only there"
-        for name in ("caption_dropout", "held_out_share"):
-            if not 0 <= getattr(self.data, name) < 1:
-                yield f"data.{name} is {getattr(self.data, name)}; expected a share in [0, 1)"
-        if self.data.max_caption_tokens < 1 or self.data.shuffle_window < 1:
-            yield "data.max_caption_tokens and data.shuffle_window must be at least 1"
+        if bool(data.token_sets) == bool(data.photos):
+            yield "data.token_sets and data.photos: expected one of them, the other empty"
+        for name in ("caption_dropout", "held_out_share", "image_to_text_share"):
+            if not 0 <= getattr(data, name) < 1:
+                yield f"data.{name} is {getattr(data, name)}; expected a share in [0, 1)"
+        if data.max_caption_tokens < 1 or data.shuffle_window < 1 or min(data.lengths, default=1) < 1:
+            yield "data.max_caption_tokens, data.shuffle_window and data.lengths must be at least 1"
+        if self.sample_every < 0 or (self.sample_every and not any(p.strip() for p in self.sample_prompts)):
+            yield "sample_every must be 0 or more, and sample_prompts not empty where pictures are drawn"
         yield from _lm_loop_problems(self.train)
 
 

@@ -1,4 +1,4 @@
-"""Training checkpoints: safetensors and JSON in one folder per step, atomic and hashed.
+"""Training checkpoints: safetensors and JSON in one folder per step, atomic and hashed; signals that ask for one.
 
     checkpoints/step-00000500/{model,ema,optimizer}.safetensors, state.json
 
@@ -8,10 +8,12 @@ SHA-256 of each, so that the newest good one is found by itself.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+import signal
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,14 @@ from v2flow_cli.errors import ModelError
 from v2flow_cli.store.files import sha256_of
 
 FORMAT_VERSION = 1
+
+
+class Interrupted(Exception):
+    """SIGTERM or Ctrl-C arrived; the run was saved at ``step``."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"interrupted and saved at step {step}")
+        self.step = step
 
 
 def save_checkpoint(
@@ -111,3 +121,26 @@ def _read_state(folder: Path) -> dict[str, Any] | None:
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise ModelError(f"{folder}: written by a newer v2flow (checkpoint format {version}); update v2flow.")
     return record
+
+
+@contextlib.contextmanager
+def stop_requested() -> Iterator[list[int]]:
+    """A list that becomes non-empty when SIGTERM or SIGINT arrives; the step in progress is finished first."""
+    received: list[int] = []
+    previous = {}
+
+    def handler(number: int, frame: Any) -> None:
+        if received and number == signal.SIGINT:
+            raise KeyboardInterrupt  # a second Ctrl-C does not wait
+        received.append(number)
+
+    try:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            previous[number] = signal.signal(number, handler)
+    except ValueError:  # not the main thread: a notebook or a test runner keeps its own handlers
+        pass
+    try:
+        yield received
+    finally:
+        for number, old in previous.items():
+            signal.signal(number, old)

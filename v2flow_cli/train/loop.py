@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from v2flow_cli.errors import ModelError, SharedError, V2FlowError
 from v2flow_cli.recipe import AutoencoderRecipe, TokenizerRecipe, dump_recipe
 from v2flow_cli.recipe.schema import Optimizer, TrainLoop
-from v2flow_cli.store.checkpoint import list_checkpoints, load_newest, save_checkpoint
+from v2flow_cli.store.checkpoint import Interrupted, list_checkpoints, load_newest, save_checkpoint, stop_requested
 from v2flow_cli.store.files import publish, write_bytes
 from v2flow_cli.tokenizer.hardware import pick_dtype
 from v2flow_cli.train.agree import is_lost_contact, largest, raise_everywhere, texts_of_all
@@ -41,14 +40,6 @@ from v2flow_cli.train.state import (
 from v2flow_cli.train.tokenizer import TokenizerObjective
 
 Log = Callable[[str], None]
-
-
-class Interrupted(Exception):
-    """SIGTERM or Ctrl-C arrived; the run was saved at ``step``."""
-
-    def __init__(self, step: int) -> None:
-        super().__init__(f"interrupted and saved at step {step}")
-        self.step = step
 
 
 @dataclass(frozen=True)
@@ -147,7 +138,7 @@ def train(recipe: AutoencoderRecipe | TokenizerRecipe, *, resume: bool, log: Log
     )
     run_start, earlier_seconds = time.monotonic(), state.seconds
     keys: list[str] = []
-    with _stop_requested() as stop, _losing_contact(lambda: _on_samples(f"step {state.step}, rank {rank}", keys)):
+    with stop_requested() as stop, _losing_contact(lambda: _on_samples(f"step {state.step}, rank {rank}", keys)):
         while state.step < loop.steps and not (loop.max_minutes and state.seconds > 60 * loop.max_minutes):
             set_learning_rate(optimizer, learning_rate_at(state.step, recipe.optimizer, loop.steps))
             torch.manual_seed(_step_seed(loop.seed, state.step + state.bad_steps, rank))
@@ -374,26 +365,3 @@ def _losing_contact(where: Callable[[], str]) -> Iterator[None]:
             f"{where()}: lost contact with another process of this launch; its own message, or the launcher's, says "
             "why. Continue with --resume."
         ) from error
-
-
-@contextmanager
-def _stop_requested() -> Iterator[list[int]]:
-    """A list that becomes non-empty when SIGTERM or SIGINT arrives; the step in progress is finished first."""
-    received: list[int] = []
-    previous = {}
-
-    def handler(number: int, frame: Any) -> None:
-        if received and number == signal.SIGINT:
-            raise KeyboardInterrupt  # a second Ctrl-C does not wait
-        received.append(number)
-
-    try:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            previous[number] = signal.signal(number, handler)
-    except ValueError:  # not the main thread: a notebook or a test runner keeps its own handlers
-        pass
-    try:
-        yield received
-    finally:
-        for number, old in previous.items():
-            signal.signal(number, old)

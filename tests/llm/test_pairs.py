@@ -1,0 +1,143 @@
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from v2flow_cli.errors import DataError, TokenFileError
+from v2flow_cli.llm.pairs import Part, Samples, check_data, count_tokens
+from v2flow_cli.recipe.schema import TokenPairs
+
+DIGEST = "0123456789abcdef"
+
+
+def pairs(folder, **changes):
+    fields = dict(caption_dropout=0.0, max_caption_tokens=8, train_on_prompt=False, held_out_share=0.0)
+    return TokenPairs(**(dict(token_sets=(str(folder),)) | fields | dict(shuffle_window=5) | changes))
+
+
+def first(samples, count):
+    return [s["input_ids"].tolist() for s in itertools.islice(samples, count)]
+
+
+def test_stream_is_shuffled_complete_and_repeatable(text_tokenizer, vocabulary, tmp_path, token_set):
+    ids = token_set(tmp_path)
+    data = pairs(tmp_path, max_caption_tokens=40)
+    samples = Samples(data, text_tokenizer, vocabulary, seed=3)
+    three_passes = first(samples, 36)
+    assert first(samples, 36) == three_passes
+    pictures = [tuple(i - 300 for i in s if 300 <= i < 364) for s in three_passes]
+    expected = sorted(map(tuple, ids.tolist()))
+    for start in (0, 12, 24):
+        assert sorted(pictures[start : start + 12]) == expected
+    assert pictures[:12] != pictures[12:24] and pictures[:12] != [tuple(row) for row in ids.tolist()]
+    captions = {text_tokenizer.decode([i for i in s if 9 < i < 300]) for s in three_passes}
+    assert len(captions) > 12  # in three passes some image shows both of its captions
+    assert first(Samples(data, text_tokenizer, vocabulary, seed=4), 36) != three_passes
+
+
+def test_caption_dropout_leaves_the_empty_prompt(text_tokenizer, vocabulary, tmp_path, token_set):
+    token_set(tmp_path)
+    samples = Samples(pairs(tmp_path, caption_dropout=0.5), text_tokenizer, vocabulary, seed=0)
+    empty = sum(s[:3] == [0, 9, 364] for s in first(samples, 400))
+    assert 150 < empty < 250
+
+
+def test_held_out_images_are_never_trained_on(text_tokenizer, vocabulary, tmp_path, token_set):
+    ids = token_set(tmp_path, images=40)
+    data = pairs(tmp_path, held_out_share=0.3)
+    held = first(Samples(data, text_tokenizer, vocabulary, 0, held_out=True), 100)
+    trained = first(Samples(data, text_tokenizer, vocabulary, 0), 40 - len(held))
+    pictures = [{tuple(i - 300 for i in s if 300 <= i < 364) for s in part} for part in (held, trained)]
+    assert 0 < len(held) < 40 and not pictures[0] & pictures[1]
+    assert pictures[0] | pictures[1] == set(map(tuple, ids.tolist()))
+
+
+def test_nothing_left_to_train_on(text_tokenizer, vocabulary, tmp_path, token_set):
+    token_set(tmp_path, images=1)
+    samples = Samples(pairs(tmp_path, held_out_share=0.999999), text_tokenizer, vocabulary, seed=0)
+    with pytest.raises(DataError, match="no image to train on"):
+        next(iter(samples))
+
+
+class ImageTokenizer:
+    """What ``check_data`` asks an image tokenizer for."""
+
+    digest = DIGEST
+
+    def __init__(self, flexible=False, max_tokens=4):
+        self.flexible, self.max_tokens = flexible, max_tokens
+
+
+def test_token_sets_must_belong_together(tmp_path, token_set):
+    for name, length, digest in (("a", 4, DIGEST), ("b", 6, DIGEST), ("c", 4, "f" * 16)):
+        token_set(tmp_path / name, length=length, digest=digest)
+
+    def check(*names, tokenizer=ImageTokenizer(), **changes):  # noqa: B008
+        return check_data(pairs("", token_sets=tuple(str(tmp_path / n) for n in names), **changes), tokenizer)
+
+    assert check("a") == (4, 12)
+    with pytest.raises(DataError, match=r"one number of tokens an image.*a: 4.*b: 6"):
+        check("a", "b")
+    with pytest.raises(TokenFileError, match="made by tokenizer ffff"):
+        check("a", "c")
+    with pytest.raises(TokenFileError, match="no token manifest"):
+        check(".")
+    assert check("a", "b", tokenizer=ImageTokenizer(flexible=True, max_tokens=8), lengths=(1, 4)) == (6, 24)
+    with pytest.raises(DataError, match=r"data\.lengths is \[1, 9\], but the image tokenizer takes 1 to 4"):
+        check("a", tokenizer=ImageTokenizer(flexible=True), lengths=(1, 9))
+    with pytest.raises(DataError, match="has exactly 4 an image"):
+        check("a", lengths=(2,))
+
+
+def test_processes_share_one_order(text_tokenizer, vocabulary, tmp_path, token_set):
+    token_set(tmp_path)
+    samples = Samples(pairs(tmp_path), text_tokenizer, vocabulary, seed=0)
+    whole = first(samples, 24)
+    halves = []
+    for rank in (0, 1):
+        samples.part = Part(start=4, batch=2, rank=rank, ranks=2)
+        halves.append(first(samples, 10))
+    assert halves[0][:4] == whole[4:6] + whole[8:10] and halves[1][:4] == whole[6:8] + whole[10:12]
+    batches = zip(*(iter([half[i : i + 2] for i in range(0, 10, 2)]) for half in halves))
+    assert [s for both in batches for batch in both for s in batch] == whole[4:24]
+
+
+def test_image_to_text_and_lengths_by_share(text_tokenizer, vocabulary, tmp_path, token_set):
+    token_set(tmp_path)
+    data = pairs(tmp_path, image_to_text_share=0.5, lengths=(1, 3))
+    made = first(Samples(data, text_tokenizer, replace(vocabulary, flexible=True), seed=0), 400)
+    to_text = [s for s in made if s[1] == 364]
+    assert 150 < len(to_text) < 250
+    assert {sum(300 <= i < 364 for i in s) for s in made} == {1, 3}
+    token_set(tmp_path, captions=0)
+    assert all(s[1:3] == [9, 364] for s in first(Samples(data, text_tokenizer, vocabulary, seed=0), 20))
+
+
+def test_counts_of_the_unigram_model(tmp_path, token_set):
+    ids = token_set(tmp_path, images=3)
+    assert (count_tokens(pairs(tmp_path), 64) == np.bincount(ids.flatten(), minlength=64)).all()
+
+
+def test_photos_are_encoded_on_the_fly(text_tokenizer, vocabulary, tmp_path, tiny_tokenizer):
+    rng = np.random.default_rng(0)
+    for i in range(5):
+        Image.fromarray(rng.integers(0, 256, (40, 48, 3), dtype=np.uint8)).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text(f"number {i}")
+    data = pairs("", token_sets=(), photos=(str(tmp_path),))
+    assert check_data(data, tiny_tokenizer) == (4, 5)
+    vocabulary = replace(vocabulary, tokenizer_digest=tiny_tokenizer.digest)
+    samples = Samples(data, text_tokenizer, vocabulary, seed=0, image_tokenizer=tiny_tokenizer)
+    two_passes = first(samples, 10)
+    assert sorted(two_passes[:5]) == sorted(two_passes[5:]) and len({tuple(s) for s in two_passes}) == 5
+    processor = tiny_tokenizer.image_processor
+    (pixels,) = processor.preprocess([Image.open(tmp_path / "3.png").convert("RGB")])["pixel_values"]
+    ids = tiny_tokenizer.encode(pixels[None])[0].tolist()
+    caption = text_tokenizer("number 3")["input_ids"]
+    assert [0, *caption, 9, 364, *(i + 300 for i in ids), 365, 1] in two_passes
+    samples.part = Part(start=6, batch=2)
+    assert first(samples, 4) == two_passes[6:]
+    (tmp_path / "0.png").write_bytes(b"no picture")
+    with pytest.raises(DataError, match=r"0\.png.*not an image"):
+        first(samples, 10)

@@ -1,0 +1,157 @@
+"""How well an LLM draws, in figures: its loss on visual tokens, and whether a picture fits its own caption best."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from v2flow_cli.errors import DataError, ModelError
+from v2flow_cli.llm.finetune import TOKEN_COUNTS
+from v2flow_cli.llm.loss import labelled_losses
+from v2flow_cli.llm.pairs import encode_photos
+from v2flow_cli.llm.sample import DrawingLM
+from v2flow_cli.llm.sequences import caption_ids, collate, sample
+from v2flow_cli.store.stream import SampleStream
+from v2flow_cli.store.token_file import TokenManifest, TokenSample, read_token_set
+from v2flow_cli.tokenizer import V2FlowTokenizer
+
+
+@dataclass(frozen=True)
+class LLMFigures:
+    """Losses and entropies in nats a visual token; counts and shares of photos."""
+
+    photos: int
+    tokens: int  # visual ones, of all photos
+    visual_loss: float  # under the photo's own caption
+    other_caption_loss: float  # under another photo's
+    no_caption_loss: float  # under the empty prompt
+    ln_codebook_size: float  # a uniform guess
+    unigram_entropy: float  # of the measured ids: a code's own frequency among them, known beforehand
+    unigram_trained: float | None  # the measured ids under the frequencies of the training set
+    matched_share: float  # likelier under the own caption than under the other; a tie is half; chance is 0.5
+    matched_ci95: float  # half-width
+
+
+def read_captioned(
+    sources: Sequence[str], tokenizer: V2FlowTokenizer, limit: int | None, tick: Callable[[int], None]
+) -> list[TokenSample]:
+    """The captioned images of token sets (what ``encode`` wrote), tars or folders; photos are encoded here.
+
+    Raises:  DataError where fewer than two images have a caption, or a photo cannot be read; TokenFileError for
+             tokens of another tokenizer.
+    """
+    captioned = (pair for source in sources for pair in _read(source, tokenizer) if pair.captions)
+    pairs = []
+    for pair in itertools.islice(captioned, limit):
+        pairs.append(pair)
+        tick(1)
+    if len(pairs) < 2:
+        raise DataError(
+            f"{', '.join(sources)}: {len(pairs)} captioned images; expected at least 2. Captions are KEY.txt beside "
+            "KEY.jpg, in a folder or a WebDataset tar."
+        )
+    return pairs
+
+
+def _read(source: str, tokenizer: V2FlowTokenizer) -> Iterator[TokenSample]:
+    manifest = TokenManifest.load(Path(source))
+    if manifest is not None:
+        manifest.check_tokenizer(tokenizer.digest, source)
+        yield from read_token_set(Path(source))
+        return
+    photos = SampleStream([source], seed=0).epoch()
+    while batch := list(itertools.islice(photos, 8)):
+        for photo, token_ids in zip(batch, encode_photos(tokenizer, batch)):
+            yield TokenSample(photo.key, photo.captions, token_ids)
+
+
+def measure_llm(
+    llm: DrawingLM,
+    pairs: Sequence[TokenSample],
+    *,
+    batch_size: int = 8,
+    seed: int = 0,
+    tick: Callable[[int], None] = lambda advance: None,
+) -> LLMFigures:
+    """``pairs``, at least two, each under its first caption, under that of another one, and under none.
+
+    Which other one is drawn from ``seed``: a cycle through all of them in random order, so nobody meets itself.
+    """
+    order = np.random.default_rng(seed).permutation(len(pairs))
+    other = {int(i): int(j) for i, j in zip(order, np.roll(order, -1))}
+    own = [pair.captions[0] for pair in pairs]
+    losses = [
+        caption_losses(llm, captions, pairs, batch_size, tick)
+        for captions in (own, [own[other[i]] for i in range(len(pairs))], [""] * len(pairs))
+    ]
+    ids = np.concatenate([pair.token_ids for pair in pairs])
+    share = float(((losses[0] < losses[1]) + 0.5 * (losses[0] == losses[1])).double().mean())
+    counts, trained = np.bincount(ids, minlength=llm.vocabulary.codebook_size), trained_counts(llm)
+    return LLMFigures(
+        photos=len(pairs),
+        tokens=len(ids),
+        visual_loss=float(losses[0].sum()) / len(ids),
+        other_caption_loss=float(losses[1].sum()) / len(ids),
+        no_caption_loss=float(losses[2].sum()) / len(ids),
+        ln_codebook_size=math.log(llm.vocabulary.codebook_size),
+        unigram_entropy=_cross_entropy(ids, counts / len(ids)),
+        unigram_trained=None if trained is None else _cross_entropy(ids, (trained + 1) / (trained + 1).sum()),
+        matched_share=share,
+        matched_ci95=1.96 * math.sqrt(share * (1 - share) / len(pairs)),
+    )
+
+
+@torch.inference_mode()
+def caption_losses(
+    llm: DrawingLM,
+    captions: Sequence[str],
+    pairs: Sequence[TokenSample],
+    batch_size: int,
+    tick: Callable[[int], None] = lambda advance: None,
+) -> torch.Tensor:
+    """-log p of each image's visual tokens given the caption beside it, in nats an image, (N,) float64."""
+    vocabulary, model = llm.vocabulary, llm.model
+    found = []
+    for first in range(0, len(pairs), batch_size):
+        chosen = slice(first, first + batch_size)
+        batch = collate(
+            [
+                sample(vocabulary, caption_ids(llm.text_tokenizer, caption), pair.token_ids)
+                for caption, pair in zip(captions[chosen], pairs[chosen])
+            ],
+            pad_id=0,
+        )
+        inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        out = labelled_losses(model, model.get_output_embeddings(), inputs["input_ids"], inputs["labels"])
+        visual = out.losses.double() * vocabulary.is_visual(out.targets)
+        sums = torch.zeros(len(batch["labels"]), dtype=torch.float64, device=model.device)
+        found.append(sums.index_add_(0, out.rows, visual).cpu())
+        tick(len(sums))
+    return torch.cat(found)
+
+
+def trained_counts(llm: DrawingLM) -> np.ndarray | None:
+    """How often each code was trained on, (K,); None where the LLM's folder does not say.
+
+    Raises:  ModelError for a file that is damaged.
+    """
+    path = Path(llm.name, TOKEN_COUNTS)
+    if not path.is_file():
+        return None
+    try:
+        counts = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise ModelError(f"{path}: cannot be read ({error}). Remove it.") from None
+    if counts.shape != (llm.vocabulary.codebook_size,):
+        raise ModelError(f"{path}: shape is {counts.shape}; expected {(llm.vocabulary.codebook_size,)}. Remove it.")
+    return counts.astype(np.float64)
+
+
+def _cross_entropy(ids: np.ndarray, probs: np.ndarray) -> float:
+    return float(-np.log(probs[ids]).mean())

@@ -1,0 +1,157 @@
+"""Trainer's checkpoints without pickle: safetensors and JSON, hashed, each folder whole or absent.
+
+    checkpoints/checkpoint-500/model.safetensors (or adapter_model.safetensors), config.json   the weights
+                               optimizer.safetensors, optimizer.json                           and the schedule
+                               rng-0.safetensors                                               one for each process
+                               trainer_state.json, sha256.json
+
+FSDP and DeepSpeed write optimizer and weights in shards of their own, which are hashed and renamed all the same.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import Trainer
+from transformers.trainer import TRAINING_ARGS_NAME
+
+from v2flow_cli.errors import ModelError
+from v2flow_cli.store.files import sha256_of
+
+HASHES = "sha256.json"
+STAGING = ".partial"
+
+
+class SafeCheckpoints(Trainer):
+    """Trainer, its checkpoints written and read as this module says."""
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(Path(self.args.output_dir, STAGING))
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Write to a staging folder, which gets its name when every process is done with it."""
+        root, staging = Path(self.args.output_dir), Path(self.args.output_dir, STAGING)
+        try:
+            if self.args.should_save:
+                shutil.rmtree(staging, ignore_errors=True)
+            self.accelerator.wait_for_everyone()
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                seal(staging / f"checkpoint-{self.state.global_step}", root, self.keep)
+        except OSError as error:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise ModelError(
+                f"{root}: the checkpoint of step {self.state.global_step} cannot be written ({error.strerror}). "
+                "Earlier ones are untouched."
+            ) from None
+        self.accelerator.wait_for_everyone()
+
+    @property
+    def keep(self) -> int:
+        return self.args.save_total_limit or 1
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict=state_dict)
+        Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self._sharded:
+            super()._save_optimizer_and_scheduler(output_dir)
+        elif self.args.should_save:
+            state = self.optimizer.state_dict()
+            tensors = {
+                f"{number}/{name}": torch.as_tensor(value).detach().cpu().contiguous().clone()
+                for number, values in state["state"].items()
+                for name, value in values.items()
+            }
+            save_file(tensors, Path(output_dir, "optimizer.safetensors"))
+            record = {"param_groups": state["param_groups"], "scheduler": self.lr_scheduler.state_dict()}
+            Path(output_dir, "optimizer.json").write_text(json.dumps(record), encoding="utf-8")
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or self._sharded:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        record = json.loads(Path(checkpoint, "optimizer.json").read_text(encoding="utf-8"))
+        state: dict[int, dict[str, Any]] = {}
+        for key, tensor in load_file(Path(checkpoint, "optimizer.safetensors")).items():
+            number, _, name = key.partition("/")
+            state.setdefault(int(number), {})[name] = tensor
+        self.optimizer.load_state_dict({"state": state, "param_groups": record["param_groups"]})
+        self.lr_scheduler.load_state_dict(record["scheduler"])
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """PyTorch's generators; nothing else is drawn from in training (data orders come from seeds)."""
+        states = {"cpu": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            states["cuda"] = torch.cuda.get_rng_state()
+        os.makedirs(output_dir, exist_ok=True)  # another process may get here before the first
+        save_file(states, Path(output_dir, f"rng-{self.args.process_index}.safetensors"))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        path = Path(checkpoint or "", f"rng-{self.args.process_index}.safetensors")
+        if checkpoint is None or not path.exists():  # with more processes than before, dropout draws anew
+            return
+        states = load_file(path)
+        torch.set_rng_state(states["cpu"])
+        if "cuda" in states and torch.cuda.is_available():
+            torch.cuda.set_rng_state(states["cuda"])
+
+    @property
+    def _sharded(self) -> bool:
+        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
+
+
+def seal(folder: Path, root: Path, keep: int) -> None:
+    """Hash every file of a finished ``folder``, move it into ``root``, and drop all but the newest ``keep`` there."""
+    hashes = {path.relative_to(folder).as_posix(): sha256_of(path) for path in folder.rglob("*") if path.is_file()}
+    (folder / HASHES).write_text(json.dumps(hashes, indent=1), encoding="utf-8")
+    final = root / folder.name
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(folder, final)
+    shutil.rmtree(folder.parent)
+    for old in list_checkpoints(root)[:-keep]:
+        shutil.rmtree(old)
+
+
+def list_checkpoints(root: Path) -> list[Path]:
+    """Checkpoint folders under ``root``, oldest first."""
+    folders = (path for path in root.glob("checkpoint-*") if path.is_dir() and path.name[11:].isdigit())
+    return sorted(folders, key=lambda path: int(path.name[11:]))
+
+
+def newest_checkpoint(root: Path, log: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint whose files are what was written; None where there is none at all.
+
+    Raises:  ModelError when there are some, all of them damaged.
+    """
+    found = list_checkpoints(root)
+    for folder in reversed(found):
+        if damage := _damage(folder):
+            log(f"{folder} is damaged ({damage}); trying the one before it")
+        else:
+            return folder
+    if found:
+        raise ModelError(f"{root}: all {len(found)} checkpoints are damaged; remove the folder to start afresh.")
+    return None
+
+
+def _damage(folder: Path) -> str:
+    try:
+        hashes = json.loads((folder / HASHES).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        return f"{HASHES}: {error}"
+    for name, digest in hashes.items():
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if sha256_of(folder / name) != digest:
+            return f"{name} has changed"
+    return ""

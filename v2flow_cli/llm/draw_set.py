@@ -1,0 +1,241 @@
+"""Prompts to PNG files: what ``v2flow generate`` does, without the command line. Here LLM ids meet the decoder."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
+
+from v2flow_cli.errors import DataError, ModelError
+from v2flow_cli.llm.sample import STOPPED, DrawingLM
+from v2flow_cli.store.files import write_bytes
+from v2flow_cli.store.token_file import TokenManifest, save_token_ids
+from v2flow_cli.tokenizer import V2FlowTokenizer
+
+RECORD = "generated.jsonl"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture to draw; ``name`` is its file's, without suffix, and ``group`` that of its prompt's grid."""
+
+    prompt: str
+    seed: int
+    temperature: float
+    name: str
+    group: str
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How pictures are drawn; None is the decoder's own."""
+
+    top_k: int = 0
+    top_p: float = 1.0
+    llm_guidance_scale: float = 1.0
+    guidance_scale: float | None = None
+    num_mask_steps: int | None = None
+    num_flow_steps: int | None = None
+    solver: str | None = None
+
+
+def plan_pictures(prompts: Sequence[str], seeds: Sequence[int], temperatures: Sequence[float]) -> list[Picture]:
+    """Every prompt at every seed and temperature, under file names that differ.
+
+    Raises:  DataError for an empty prompt.
+    """
+    pictures: list[Picture] = []
+    groups: set[str] = set()
+    for number, prompt in enumerate(dict.fromkeys(prompts), 1):
+        if not prompt.strip():
+            raise DataError(f'prompt {number} is empty; say what to draw, such as "a red fox".')
+        group = base = re.sub(r"\W+", "-", prompt.lower()).strip("-_")[:40].strip("-_") or "picture"
+        while group in groups:
+            group = f"{base}-{number}"
+            number += 1
+        groups.add(group)
+        for seed in seeds:
+            pictures += [Picture(prompt, seed, t, f"{group}-t{t:g}-s{seed}", group) for t in temperatures]
+    return pictures
+
+
+def check_pair(llm: DrawingLM, image_tokenizer: V2FlowTokenizer) -> None:
+    """Raises: ModelError for an LLM that draws tokens of another image tokenizer."""
+    if llm.vocabulary.tokenizer_digest != image_tokenizer.digest:
+        raise ModelError(
+            f"{llm.name} draws tokens of tokenizer {llm.vocabulary.tokenizer_digest}, but the tokenizer at hand is "
+            f"{image_tokenizer.digest}. Give the one it was taught with: --tokenizer FOLDER."
+        )
+
+
+def about(picture: Picture, settings: Settings, llm: DrawingLM, image_tokenizer: V2FlowTokenizer) -> dict[str, Any]:
+    """All that says how to make the picture again; it stands in the PNG's text and in the JSONL."""
+    record = {"prompt": picture.prompt, "seed": picture.seed, "temperature": picture.temperature}
+    return record | asdict(settings) | {"tokenizer_digest": image_tokenizer.digest, "llm_digest": llm.digest}
+
+
+def draw_pictures(
+    llm: DrawingLM,
+    image_tokenizer: V2FlowTokenizer,
+    pictures: Sequence[Picture],
+    out: Path,
+    settings: Settings,
+    *,
+    batch_size: int = 16,
+    dtype: torch.dtype = torch.float32,
+    save_tokens: bool = False,
+    tick: Callable[[int], None] = lambda advance: None,
+) -> Iterator[tuple[Picture, Image.Image]]:
+    """Draws and writes ``pictures`` as ``out``/NAME.png in batches, and yields each with its image."""
+    device = image_tokenizer.device
+    for first in range(0, len(pictures), batch_size):
+        batch = pictures[first : first + batch_size]
+        token_ids = llm.draw(
+            [p.prompt for p in batch],
+            seeds=[p.seed for p in batch],
+            temperatures=[p.temperature for p in batch],
+            top_k=settings.top_k,
+            top_p=settings.top_p,
+            guidance_scale=settings.llm_guidance_scale,
+        )
+        lengths = (token_ids != STOPPED).sum(1).tolist()
+        images: list[Image.Image | None] = [None] * len(batch)
+        with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            for length in sorted(set(lengths)):
+                rows = [i for i, found in enumerate(lengths) if found == length]
+                decoded = image_tokenizer.decode(
+                    token_ids[rows, :length],
+                    guidance_scale=settings.guidance_scale,
+                    num_mask_steps=settings.num_mask_steps,
+                    num_flow_steps=settings.num_flow_steps,
+                    solver=settings.solver,
+                    seeds=[batch[i].seed for i in rows],
+                )
+                for i, image in zip(rows, image_tokenizer.image_processor.to_pil(decoded)):
+                    images[i] = image
+        if save_tokens:
+            ids = token_ids.cpu().numpy()
+            _save_tokens(out, {p.name: row[:n] for p, row, n in zip(batch, ids, lengths)}, image_tokenizer)
+        for picture, image in zip(batch, images):
+            assert image is not None
+            write_png(out / f"{picture.name}.png", image, about(picture, settings, llm, image_tokenizer))
+            yield picture, image
+        tick(len(batch))
+
+
+def write_png(path: Path, image: Image.Image, record: dict[str, Any]) -> None:
+    """``image`` with ``record`` as text metadata; settings left to the model are not written."""
+    info = PngInfo()
+    for key, value in _texts(record).items():
+        info.add_text(key, value)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", pnginfo=info)
+    write_bytes(path, buffer.getvalue())
+
+
+def is_made(path: Path, record: dict[str, Any]) -> bool:
+    """True if ``path`` is a picture made as ``record`` says, by its own metadata; False where there is none.
+
+    Raises:  DataError for a file that is something else.
+    """
+    if not path.exists():
+        return False
+    try:
+        with Image.open(path, formats=("PNG",)) as image:
+            found = {key: value for key, value in image.info.items() if str(key).startswith("v2flow:")}
+    except OSError as error:
+        raise DataError(f"{path}: exists, and is no picture ({error}). Use --force to overwrite it.") from None
+    wanted = _texts(record)
+    different = sorted(key for key in wanted.keys() | found.keys() if wanted.get(key) != found.get(key))
+    if different:
+        said = ", ".join(f"{key.removeprefix('v2flow:')} {found.get(key)}" for key in different)
+        raise DataError(f"{path}: exists, made with {said}. Use --force to draw it again, or another -o.")
+    return True
+
+
+def _texts(record: dict[str, Any]) -> dict[str, str]:
+    return {f"v2flow:{key}": str(value) for key, value in record.items() if value is not None}
+
+
+class MadeList:
+    """``generated.jsonl``: a line {"path": ..., "prompt": ..., "seed": ..., ...} for every picture in a folder."""
+
+    def __init__(self, folder: Path, redrawn: Collection[str] = ()) -> None:
+        """Reads what is listed; pictures that will be ``redrawn`` are taken off the list.  Raises: DataError."""
+        self.path = folder / RECORD
+        listed: dict[str, str] = {}
+        if self.path.exists():
+            *whole, half = self.path.read_text(encoding="utf-8").split("\n")  # a killed run may leave half a line
+            try:
+                listed = {json.loads(line)["path"]: line for line in whole}
+            except (ValueError, KeyError, TypeError) as error:
+                raise DataError(f"{self.path}: a line is no record of a picture ({error!r}). Remove it.") from None
+            if half or listed.keys() & set(redrawn):
+                listed = {name: line for name, line in listed.items() if name not in redrawn}
+                write_bytes(self.path, "".join(f"{line}\n" for line in listed.values()).encode())
+        self.paths = set(listed)
+
+    def add(self, name: str, record: dict[str, Any]) -> None:
+        """Append a picture, unless it is listed already."""
+        if name in self.paths:
+            return
+        self.paths.add(name)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"path": name, **record}, ensure_ascii=False) + "\n")
+
+
+def figure(
+    pictures: Sequence[Picture],
+    images: Sequence[Image.Image],
+    temperatures: Sequence[float],
+    seeds: Sequence[int],
+) -> Image.Image:
+    """The pictures of one prompt as Figure 6: a row for each seed, a column for each temperature, labelled."""
+    width, height = images[0].size
+    left, top, gap = 90, 56, 4
+    size = (left + len(temperatures) * (width + gap), top + len(seeds) * (height + gap))
+    sheet = Image.new("RGB", size, "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(16)
+    pen.text((8, 6), pictures[0].prompt[:100], fill="black", font=font)
+    for column, temperature in enumerate(temperatures):
+        pen.text((left + column * (width + gap), 32), f"T = {temperature:g}", fill="black", font=font)
+    for row, seed in enumerate(seeds):
+        pen.text((8, top + row * (height + gap) + height // 2), f"seed {seed}", fill="black", font=font)
+    for picture, image in zip(pictures, images):
+        column, row = temperatures.index(picture.temperature), seeds.index(picture.seed)
+        sheet.paste(image, (left + column * (width + gap), top + row * (height + gap)))
+    return sheet
+
+
+def check_tokens_folder(out: Path, image_tokenizer: V2FlowTokenizer, length: int) -> None:
+    """Raises: DataError if ``out`` holds the tokens of another tokenizer."""
+    before = TokenManifest.load(out)
+    if before is not None and not before.same_tokens(_manifest(image_tokenizer, length)):
+        raise DataError(f"{out}/manifest.json belongs to tokens of another tokenizer. Use another -o, or --force.")
+
+
+def _manifest(image_tokenizer: V2FlowTokenizer, length: int) -> TokenManifest:
+    size = image_tokenizer.grid_of(length)
+    return TokenManifest(image_tokenizer.digest, size, image_tokenizer.config.codebook_size, length, {})
+
+
+def _save_tokens(out: Path, ids: dict[str, np.ndarray], image_tokenizer: V2FlowTokenizer) -> None:
+    """One ``.npy`` a picture beside its PNG, listed in ``manifest.json`` with those that are there already."""
+    manifest = _manifest(image_tokenizer, max(len(row) for row in ids.values()))
+    before = TokenManifest.load(out)
+    if before is not None and before.same_tokens(manifest):
+        manifest.files.update(before.files)
+    for name, row in ids.items():
+        save_token_ids(out / f"{name}.npy", row, manifest.codebook_size)
+        manifest.files[name] = 1
+    manifest.save(out)

@@ -1,0 +1,39 @@
+"""A causal LM and its text tokenizer from a folder or the hub."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
+
+from v2flow_cli.errors import ModelError
+
+
+@contextlib.contextmanager
+def loading(name: str) -> Iterator[None]:
+    """Turns what transformers raises for a folder or hub id that is no causal LM into a ModelError."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(
+            f"llm {name}: cannot be loaded as a causal LM ({reason}). Give a Hugging Face model folder or hub id; "
+            "recipes/default/lm.yaml makes one."
+        ) from error
+
+
+def load_llm(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal LM and its text tokenizer from a folder or hub id.  Raises: ModelError."""
+    disable_progress_bar()
+    with loading(name):
+        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype), AutoTokenizer.from_pretrained(name)
+
+
+def context_length(config: Any) -> float:
+    """Positions that the LLM was made for; infinite where its config does not say."""
+    return getattr(config, "max_position_embeddings", None) or math.inf

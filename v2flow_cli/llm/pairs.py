@@ -1,0 +1,190 @@
+"""The training data as a stream: captions with the tokens that ``encode`` wrote, or with photos encoded on the fly."""
+
+from __future__ import annotations
+
+import itertools
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from v2flow_cli.errors import DataError, TokenFileError
+from v2flow_cli.llm.sequences import caption_ids, sample
+from v2flow_cli.llm.vocabulary import VisualVocabulary
+from v2flow_cli.recipe.schema import TokenPairs
+from v2flow_cli.store.images import open_image
+from v2flow_cli.store.stream import Sample, SampleStream
+from v2flow_cli.store.token_file import TokenManifest, TokenSample, read_token_set
+from v2flow_cli.tokenizer import V2FlowTokenizer
+
+
+@dataclass(frozen=True)
+class Part:
+    """Which samples of the one order a process takes: batches rank, rank + ranks, ... from sample ``start`` on."""
+
+    start: int = 0
+    batch: int = 1  # samples
+    rank: int = 0
+    ranks: int = 1
+
+
+class Pair(NamedTuple):
+    """A sample to be: what is said of which image, and which of them is the answer."""
+
+    caption: str
+    image: TokenSample | Sample
+    length: int | None  # tokens kept, where the vocabulary is flexible
+    to_text: bool
+
+
+class Samples(torch.utils.data.IterableDataset):
+    """Samples as a stream, see ``sequences.sample``: input_ids and labels, each (T,) int64.
+
+    Without ``held_out`` it never ends: every pass draws one of an image's captions, drops it with the recipe's
+    probability, and mixes the order, all from ``seed`` and the number of the pass. The n-th sample is always the
+    same, whatever the number of processes, so a resumed run goes on exactly from ``part.start``. With ``held_out``
+    it is one pass in file order over the held-out images, each with its first caption.
+    """
+
+    def __init__(
+        self,
+        data: TokenPairs,
+        text_tokenizer: PreTrainedTokenizerBase,
+        vocabulary: VisualVocabulary,
+        seed: int,
+        held_out: bool = False,
+        image_tokenizer: V2FlowTokenizer | None = None,
+    ) -> None:
+        """``image_tokenizer`` is needed where ``data.photos`` are to be encoded."""
+        self.data, self.text_tokenizer, self.vocabulary = data, text_tokenizer, vocabulary
+        self.seed, self.held_out, self.image_tokenizer = seed, held_out, image_tokenizer
+        self.part = Part()
+        self.photos = SampleStream(data.photos, seed=seed) if data.photos else None
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        part = self.part
+        numbered = enumerate(self._once() if self.held_out else self._endless())
+        mine = (pair for n, pair in numbered if n >= part.start and n // part.batch % part.ranks == part.rank)
+        while batch := list(itertools.islice(mine, part.batch)):
+            for pair, token_ids in zip(batch, self._token_ids(batch)):
+                words = caption_ids(self.text_tokenizer, pair.caption)[: self.data.max_caption_tokens]
+                yield sample(
+                    self.vocabulary,
+                    words,
+                    token_ids[: pair.length],
+                    to_text=pair.to_text,
+                    train_on_prompt=self.data.train_on_prompt,
+                )
+
+    def _once(self) -> Iterator[Pair]:
+        for image in self._images():
+            yield Pair(image.captions[0] if image.captions else "", image, None, False)
+
+    def _endless(self) -> Iterator[Pair]:
+        for number in itertools.count():
+            rng = np.random.default_rng([self.seed, number])
+            empty = True
+            for image in self._shuffled(number, rng):
+                empty = False
+                count, lengths = len(image.captions), self.data.lengths
+                caption = image.captions[rng.integers(count)] if count else ""
+                dropped, turned = rng.random() < self.data.caption_dropout, rng.random() < self.data.image_to_text_share
+                length = int(rng.choice(lengths)) if lengths else None
+                to_text = bool(turned and caption)
+                yield Pair("" if dropped and not to_text else caption, image, length, to_text)
+            if empty:
+                sources = ", ".join(self.data.token_sets or self.data.photos)
+                raise DataError(f"data: no image to train on in {sources}.")
+
+    def _images(self, photos: Iterator[Sample] | None = None) -> Iterator[TokenSample | Sample]:
+        if self.photos is not None:
+            images: Iterator[TokenSample | Sample] = photos or self.photos.epoch()
+        else:
+            images = itertools.chain.from_iterable(read_token_set(Path(folder)) for folder in self.data.token_sets)
+        # Which images are held out depends on their key alone: no list to keep, the same in every run.
+        limit = self.data.held_out_share * 2**32
+        return (image for image in images if (zlib.crc32(image.key.encode()) < limit) == self.held_out)
+
+    def _shuffled(self, number: int, rng: np.random.Generator) -> Iterator[TokenSample | Sample]:
+        """Pass ``number``: the stream of photos mixes by itself; tokens are drawn from a window."""
+        if self.photos is not None:
+            count = len(self.photos)
+            yield from self._images(itertools.islice(self.photos.samples(number * count), count))
+            return
+        window: list[TokenSample] = []
+        for image in self._images():
+            image = image._replace(token_ids=image.token_ids.astype(np.uint32))  # half the memory
+            if len(window) < self.data.shuffle_window:
+                window.append(image)
+                continue
+            drawn = int(rng.integers(len(window)))
+            window[drawn], image = image, window[drawn]
+            yield image
+        for drawn in rng.permutation(len(window)):
+            yield window[drawn]
+
+    def _token_ids(self, batch: Sequence[Pair]) -> list[np.ndarray]:
+        """Ids (L,) of every image of ``batch``.  Raises: DataError for a photo that cannot be read."""
+        if self.photos is None:
+            return [pair.image.token_ids for pair in batch]
+        return encode_photos(self.image_tokenizer, [pair.image for pair in batch])
+
+
+@torch.no_grad()
+def encode_photos(tokenizer: V2FlowTokenizer, photos: Sequence[Sample]) -> list[np.ndarray]:
+    """Ids (L,) of each photo at the tokenizer's own size.  Raises: DataError for one that cannot be read."""
+    size = tokenizer.config.image_size
+    names = [f"{photo.source}/{photo.key}" for photo in photos]
+    images = [
+        tokenizer.image_processor.preprocess_one(open_image(photo.image, name), size)
+        for photo, name in zip(photos, names)
+    ]
+    return list(tokenizer.encode(torch.stack(images)).cpu().numpy())
+
+
+def check_data(data: TokenPairs, tokenizer: V2FlowTokenizer) -> tuple[int, int]:
+    """(tokens an image, images) of the data; tokens are the most where the tokenizer's length is flexible.
+
+    Raises:  TokenFileError for a folder that is no token set or of another tokenizer; DataError where lengths differ,
+             or are asked for and do not fit; and what SampleStream raises.
+    """
+    length = tokenizer.max_tokens
+    if data.photos:
+        images = len(SampleStream(data.photos, seed=0))
+    else:
+        found, images = _check_token_sets(data.token_sets, tokenizer.digest)
+        if not tokenizer.flexible and len(set(found.values())) > 1:
+            said = ", ".join(f"{folder}: {length}" for folder, length in found.items())
+            raise DataError(f"data.token_sets: expected sets of one number of tokens an image, found {said}.")
+        length = max(found.values())
+    if data.lengths and not (tokenizer.flexible and max(data.lengths) <= length):
+        kind = f"takes 1 to {length}" if tokenizer.flexible else f"has exactly {length} an image"
+        raise DataError(f"data.lengths is {list(data.lengths)}, but the image tokenizer {kind}.")
+    return length, images
+
+
+def _check_token_sets(folders: Sequence[str], digest: str) -> tuple[dict[str, int], int]:
+    lengths, images = {}, 0
+    for folder in folders:
+        manifest = TokenManifest.load(Path(folder))
+        if manifest is None:
+            raise TokenFileError(f"{folder}: no token manifest in it; expected the output of `v2flow encode`.")
+        manifest.check_tokenizer(digest, folder)
+        lengths[folder] = manifest.tokens_per_image
+        images += manifest.count
+    return lengths, images
+
+
+def count_tokens(data: TokenPairs, codebook_size: int) -> np.ndarray:
+    """How often each code occurs in the token sets, (K,) uint32: the unigram model that an LLM has to beat."""
+    counts = np.zeros(codebook_size, dtype=np.uint32)
+    for folder in data.token_sets:
+        for image in read_token_set(Path(folder)):
+            counts += np.bincount(image.token_ids, minlength=codebook_size).astype(np.uint32)
+    return counts
