@@ -27,6 +27,7 @@ default-model: .venv/installed
 	$(V2FLOW) train recipes/default/autoencoder.yaml --resume
 	$(V2FLOW) finetune-llm recipes/default/lm.yaml --resume
 	$(V2FLOW) train recipes/default/tokenizer.yaml --resume
+	$(V2FLOW) train recipes/default/tokenizer_256.yaml --resume
 	$(V2FLOW) encode $(PAIRS) -o runs/default/tokens --model runs/default/tokenizer
 	$(V2FLOW) finetune-llm recipes/default/llm.yaml --resume
 	mkdir -p v2flow_cli/assets/default/tokenizer v2flow_cli/assets/default/llm

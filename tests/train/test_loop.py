@@ -153,6 +153,15 @@ def test_starting_from_another_tokenizer(world, tmp_path):
     again = build_objective(recipe(world, "tokenizer", tmp_path / "u", f"init_from={done.folder}"))
     saved = load_file(done.folder / "model.safetensors")
     assert all(torch.equal(saved[k], v) for k, v in again.model.state_dict().items())
+    # another stage: the settings are this recipe's, not the ones that the weights were trained with
+    more = ("quantizer.start_step=1", "flow.share=0.5", "loss.commit=0.5", "sampling.num_flow_steps=3")
+    later = recipe(world, "tokenizer", tmp_path / "u", f"init_from={done.folder}", *more)
+    config = build_objective(later).model.config
+    assert (config.quantizer["start_step"], config.flow["share"], config.sampling["num_flow_steps"]) == (1, 0.5, 3)
+    with pytest.raises(ModelError, match=r"quantizer\.usage is in one alone"):
+        build_objective(
+            recipe(world, "tokenizer", tmp_path / "u", f"init_from={done.folder}", "quantizer.usage_decay=0.9")
+        )
     with pytest.raises(ModelError, match=r"quantizer\.codebook_size is 64, but the recipe says 32"):
         build_objective(
             recipe(world, "tokenizer", tmp_path / "u", f"init_from={done.folder}", "quantizer.codebook_size=32")

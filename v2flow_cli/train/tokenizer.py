@@ -26,11 +26,7 @@ class TokenizerObjective(nn.Module):
         if model is not None:
             self.model = model
             return
-        self.model = V2FlowTokenizer.from_pretrained(recipe.init_from) if recipe.init_from else _build(recipe)
-        if recipe.init_from:
-            _check_same_shapes(self.model.config, recipe)
-            self.model.config.sampling = dataclasses.asdict(recipe.sampling)
-            self.model.config.image_size = recipe.image_size
+        self.model = _continue(recipe) if recipe.init_from else _build(recipe)
 
     def train(self, mode: bool = True) -> TokenizerObjective:
         super().train(mode)
@@ -101,6 +97,19 @@ def _build(recipe: TokenizerRecipe) -> V2FlowTokenizer:
         model.latents.autoencoder.load_state_dict(weights)
     if table is not None:
         model.vocabulary.set_table(table)
+    return model
+
+
+def _continue(recipe: TokenizerRecipe) -> V2FlowTokenizer:
+    """The weights of ``init_from`` under the settings of the recipe: another stage, not the old one resumed."""
+    start = V2FlowTokenizer.from_pretrained(recipe.init_from)
+    _check_same_shapes(start.config, recipe)
+    model = V2FlowTokenizer(build_config(recipe, start.config.autoencoder, start.config.vocab_shape))
+    weights = start.state_dict()
+    other = sorted(set(weights) ^ set(model.state_dict()))
+    if other:
+        raise ModelError(f"{recipe.init_from}: its weights are not those of the recipe; {other[0]} is in one alone.")
+    model.load_state_dict(weights)
     return model
 
 
