@@ -61,7 +61,7 @@ def load_failures(path: Path) -> list[Failure]:
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
         records = [json.loads(line) for line in lines if line.endswith("\n")]  # a killed run may leave half of one
         return [Failure(r["shard"], r["reason"], r["key"], r["samples"]) for r in records]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise DataError(f"{path}: not a list of bad samples ({error}). Remove it and run again.") from error
