@@ -4,6 +4,7 @@ import pytest
 from typer.testing import CliRunner
 
 from v2flow_cli.cli.app import app
+from v2flow_cli.recipe import load_recipe
 
 from ..conftest import RECIPES
 
@@ -52,3 +53,27 @@ def test_an_output_that_cannot_be_written_is_one_message(tmp_path, monkeypatch, 
     (tmp_path / "file").write_text("")
     done = v2flow("train", RECIPES / "tiny" / "autoencoder.yaml", "--set", "output=file/run")
     assert done.exit_code == 1 and "file/run/recipe.yaml: cannot be written" in done.stderr
+
+
+def recipes():
+    """Every recipe of ``v2flow train``; the paper's take seconds each, so all but one are for the slow suite."""
+    for path in sorted(RECIPES.rglob("*.yaml")):
+        if load_recipe(path).kind in ("autoencoder", "tokenizer"):
+            slow = path.parent.name == "paper" and path.stem != "base"
+            name = f"{path.parent.name}/{path.stem}"
+            yield pytest.param(path, id=name, marks=[pytest.mark.slow] if slow else [])
+
+
+@pytest.mark.parametrize("path", recipes())
+def test_every_recipe_is_planned_without_a_network(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    done = v2flow("train", path, "--dry-run", "--json")
+    assert done.exit_code == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["peak_with_one_image_bytes"] > report["one_image_bytes"] > 0
+    if path.parent.name == "paper":
+        assert "missing" not in report
+        assert report["tokens_per_image"] == {"tokens-64": 64, "tokens-128": 128, "512px-1024": 1024}.get(
+            path.stem, 256
+        )

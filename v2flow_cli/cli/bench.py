@@ -108,7 +108,15 @@ def bench(
         bool, typer.Option("--alignment", help="Measure how visual tokens lie among the LLM's words (Figure 1b).")
     ] = False,
     plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw the plane of --alignment.")] = None,
-    speed: Annotated[bool, typer.Option("--speed/--no-speed", help="Images/s, memory, and time of --help.")] = True,
+    speed: Annotated[
+        bool,
+        typer.Option("--speed/--no-speed", help="Images/s, memory, time of --help; of a RECIPE.yaml: its cost."),
+    ] = True,
+    batches: Annotated[str, typer.Option(metavar="N,...", help="Of a recipe's speed: the batch sizes.")] = "1,4,16",
+    repeats: Annotated[int, typer.Option(min=1, help="Of a recipe's speed: timed passes; the median counts.")] = 1,
+    autoencoder: Annotated[
+        bool, typer.Option("--autoencoder", help="Of a recipe's speed: time its autoencoder too.")
+    ] = False,
     join: Annotated[
         list[Path] | None,
         typer.Option(metavar="FILE.json", help="Measure nothing: one table of results that --json printed."),
@@ -133,6 +141,8 @@ def bench(
         v2flow bench captioned/ --llm
 
         v2flow bench imgs/ --alignment --plot alignment.png
+
+        v2flow bench --speed recipes/paper/512px-256.yaml --batches 1,4
     """
     # Modes: `if NAME: return measure_name(...)`, each imported from its own file here.
     if llm:
@@ -173,6 +183,12 @@ def bench(
         "guidance_schedule": schedule.value if schedule else None,
         "noise_temperature": noise,
     }
+    if speed and images and images[0].endswith((".yaml", ".yml")):
+        from v2flow_cli.cli.bench_speed import bench_speed
+
+        counts = _numbers("--batches", batches, 1)
+        plumbing = {"repeats": repeats, "autoencoder": autoencoder, "device": device, "dtype": dtype, "json_": json_}
+        return bench_speed(images, batch_sizes=counts, size=sizes[0], settings=fixed, **plumbing)
 
     from v2flow_cli.bench.sweep import parse_sweeps
 
