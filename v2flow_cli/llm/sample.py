@@ -21,7 +21,10 @@ STOPPED = -1  # after the end of a picture of flexible length
 
 
 class DrawingLM:
-    """An LLM folder ready to draw, and to caption where it was taught to."""
+    """An LLM folder ready to draw, and to caption where it was taught to.
+
+    Departs (D13): as many visual tokens are drawn as a picture has, and no other words.
+    """
 
     def __init__(
         self, model: PreTrainedModel, text_tokenizer: PreTrainedTokenizerBase, vocabulary: VisualVocabulary, name: str

@@ -106,6 +106,7 @@ def extend_tables(
     rows and the scale that gives their root-mean-square distance from it. A codebook (K, D) of another width than
     the table is first turned into it by a seeded semi-orthogonal map, which keeps angles (exactly where the table is
     wider). Without a codebook, and for the two marks, codes are Gaussian. Existing rows stay bit-identical.
+    Departs (D12): the paper takes the codes as they are; moved and scaled they neither dominate nor vanish at first.
     """
     before = model.get_input_embeddings().weight.shape[0]
     model.resize_token_embeddings(before + codebook_size + 2, mean_resizing=False)

@@ -100,6 +100,8 @@ class LatentSource:
 
     autoencoder: str  # folder or hub id: ours, or a diffusers AutoencoderDC / AutoencoderKL / AutoencoderTiny
     patch_size: int  # latent positions per side of one decoded patch
+    cache: str = ""  # a folder, "memory" or "device" keeps latents of fixed crops; empty computes them at each step
+    cache_crops: int = 1  # crops of each photo that are kept
 
 
 @dataclass(frozen=True)
@@ -171,7 +173,10 @@ class Flow:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How ``decode`` samples unless told otherwise (Algorithm 1, Eq. 7)."""
+    """How ``decode`` samples unless told otherwise (Algorithm 1, Eq. 7).
+
+    Departs (D11): guidance may rise along the sampling. Silent (S9): the scale of the initial noise.
+    """
 
     num_mask_steps: int  # rounds of unmasking
     num_flow_steps: int  # solver steps in each round
@@ -234,6 +239,8 @@ class TokenizerRecipe:
                 f"quantizer.kmeans_steps is {self.quantizer.kmeans_steps}; expected 0 or at most start_step - 2 "
                 f"({self.quantizer.start_step} - 2): k-means needs vectors to start from"
             )
+        if self.latents.cache_crops < 1:
+            yield f"latents.cache_crops is {self.latents.cache_crops}; expected at least 1"
         if not 0 <= self.quantizer.usage_decay < 1:
             yield f"quantizer.usage_decay is {self.quantizer.usage_decay}; expected a number in [0, 1)"
         if self.sampling.solver == "ddim" and self.flow.formulation != "ddim":

@@ -12,7 +12,7 @@ ROTARY_BASE = 100.0  # longest wavelength about 600 positions
 
 
 class RotaryPositions(nn.Module):
-    """2D rotary positions: half of each head turns with the row, half with the column.
+    """2D rotary positions: half of each head turns with the row, half with the column. Silent (S5).
 
     Coordinates are in patches, so one model takes any image size.
     """
@@ -38,7 +38,7 @@ class Block(nn.Module):
     """Pre-norm attention and MLP in which every position may attend to the first ``known`` positions.
 
     Hidden positions (those after ``known``) carry no information, only a question, so nothing attends to
-    them. Leaving some of them out changes nothing for the others, in training and in sampling.
+    them. Departs (D8). Leaving some of them out changes nothing for the others, in training and in sampling.
     """
 
     def __init__(self, settings: Context) -> None:
@@ -80,7 +80,7 @@ class MaskedTransformer(nn.Module):
         self.embed_token = nn.Linear(token_size, width)
         self.embed_patch = nn.Linear(patch_size, width)
         self.mask_token = nn.Parameter(0.02 * torch.randn(width))
-        self.dummy_token = nn.Parameter(0.02 * torch.randn(width))  # D of Eq. 7, one token
+        self.dummy_token = nn.Parameter(0.02 * torch.randn(width))  # D of Eq. 7; Departs (D10): one token
         self.positions = RotaryPositions(width // settings.num_heads)
         self.encoder = nn.ModuleList(Block(settings) for _ in range(settings.encoder_depth))
         self.decoder = nn.ModuleList(Block(settings) for _ in range(settings.decoder_depth))
@@ -114,7 +114,7 @@ class MaskedTransformer(nn.Module):
             known = block(known, angles, known.shape[1])
         count = known.shape[1]
         known = self.norm_encoder(known)
-        # Departs: a mask token starts from the encoded token of its own cell, so that the decoder does not have to
+        # Departs (D9): a mask token starts from the encoded token of its own cell, so that the decoder does not have to
         # learn first to look where it stands. Under the dummy D that is D itself.
         cells = hidden_cells if tokens is not None else torch.zeros_like(hidden_cells)
         own = known.gather(1, cells[..., None].expand(-1, -1, known.shape[-1]))

@@ -20,7 +20,7 @@ class Path:
     """z_t = alpha(t) data + sigma(t) noise.
 
     ``rectified_flow``: alpha = 1 - t, sigma = t (Eq. 2). ``ddim``: the variance-preserving cosine path of
-    diffusion models, for the ablation of Table 3. Departs: the paper's Eq. 2 names the point on the path u_t
+    diffusion models, for the ablation of Table 3. Departs (D1): the paper's Eq. 2 names the point on the path u_t
     and Eq. 3 regresses u_t; what generates the path is its velocity, noise - data, and that is regressed here.
     """
 
@@ -49,7 +49,7 @@ class Path:
 
 
 def sample_times(count: int, shift: float, device: torch.device) -> Tensor:
-    """Logit-normal times (count,) moved toward noise: t' = s t / (1 + (s - 1) t)."""
+    """Logit-normal times (count,) moved toward noise: t' = s t / (1 + (s - 1) t). Silent (S6): their distribution."""
     t = torch.sigmoid(torch.randn(count, device=device))
     return shift * t / (1 + (shift - 1) * t)
 
@@ -69,7 +69,7 @@ class VelocityNetwork(nn.Module):
     """A light AdaLN MLP on each position, conditioned on its context and on the time (section 2.3).
 
     It predicts the data as a linear regression of the context plus a residual that sees z_t; the velocity is
-    (z_t - data) / t. Departs: predicting the data spares a narrow network from passing the noise through,
+    (z_t - data) / t. Departs (D2): predicting the data spares a narrow network from passing the noise through,
     and makes one step from pure noise the conditional mean. Modulation is the sum of a part of the context and
     a part of the time, so that sampling computes the first once per position and the second once per step.
     """
@@ -162,6 +162,7 @@ def solve(predict: Predict, noise: Tensor, path: Path, steps: int, solver: str) 
     ``euler`` and ``heun`` follow the velocity; ``ddim`` is its deterministic step on any path (on the straight
     path the same as Euler's); ``dpm++`` is DPM-Solver++(2M), arXiv 2211.01095, second order at one prediction a
     step. The last step of each goes straight to the predicted data, because log-SNR and 1 / t end there.
+    Silent (S7): the solver, and the times between its steps.
     """
     times = flow_times(steps)
     z, previous = noise, None  # previous: (data, log-SNR) of the step before

@@ -17,6 +17,8 @@ PIXELS = "pixels"  # no autoencoder: the "latents" are the image itself
 class Latents(nn.Module):
     """A frozen autoencoder behind one interface: latents have zero mean and about unit variance.
 
+    Departs (D3): what is tokenized and decoded are latents, as in the official code; ``pixels`` is the paper's text.
+
     Args:    spec, the autoencoder's own config with its ``class`` name: ``V2FlowAutoencoder``, one of
              ``DIFFUSERS_CLASSES``, or ``pixels``.
     """
@@ -51,6 +53,8 @@ class Latents(nn.Module):
 def load_autoencoder_spec(path_or_id: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(spec, weights) of an autoencoder folder or hub id, for ``Latents(spec)`` and its ``autoencoder``.
 
+    A v2flow tokenizer's folder gives the autoencoder inside it.
+
     Raises:  ModelError for a folder that is no autoencoder of a known class.
     """
     if path_or_id == PIXELS:
@@ -67,6 +71,8 @@ def load_autoencoder_spec(path_or_id: str) -> tuple[dict[str, Any], dict[str, Te
         known = ("latent_channels", "encoder_width", "encoder_depth", "decoder_width", "decoder_depth")
         spec = {k: getattr(model.config, k) for k in (*known, "latent_noise", "scaling_factor", "shift_factor")}
         return {"class": "V2FlowAutoencoder", **spec}, model.state_dict()
+    if config.get("model_type") == "v2flow":
+        return _inside_tokenizer(path_or_id, config)
     name = config.get("_class_name")
     if name not in DIFFUSERS_CLASSES:
         raise ModelError(
@@ -76,6 +82,19 @@ def load_autoencoder_spec(path_or_id: str) -> tuple[dict[str, Any], dict[str, Te
     model = getattr(diffusers, name).from_pretrained(path_or_id)
     spec = {k: v for k, v in dict(model.config).items() if not k.startswith("_")}
     return {"class": name, **spec}, model.state_dict()
+
+
+def _inside_tokenizer(path_or_id: str, config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    from safetensors import SafetensorError, safe_open
+    from transformers.utils import cached_file
+
+    prefix = "latents.autoencoder."
+    try:
+        with safe_open(cached_file(path_or_id, "model.safetensors"), framework="pt") as file:
+            names = [name for name in file.keys() if name.startswith(prefix)]
+            return config["autoencoder"], {name.removeprefix(prefix): file.get_tensor(name).float() for name in names}
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{path_or_id}: the tokenizer's autoencoder cannot be read ({error}).") from None
 
 
 def _build(kind: str | None, spec: dict[str, Any]) -> nn.Module:

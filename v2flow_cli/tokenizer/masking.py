@@ -10,7 +10,10 @@ from torch import Tensor
 
 
 def sample_mask_ratio(minimum: float, std: float) -> float:
-    """A mask ratio from the normal around 1 with ``std``, truncated to [minimum, 1]; uses torch's generator."""
+    """A mask ratio from the normal around 1 with ``std``, truncated to [minimum, 1]; uses torch's generator.
+
+    Silent (S4): the distribution.
+    """
     # Inverse CDF of the truncated normal: Phi(x) between Phi(minimum) and Phi(1) = 1/2.
     lowest = 0.5 * (1 + math.erf((minimum - 1) / (std * math.sqrt(2))))
     u = lowest + (0.5 - lowest) * torch.rand(()).item()

@@ -26,7 +26,7 @@ class QuantizerOutput:
 class EMAQuantizer(nn.Module):
     """A codebook (K, D) moved by exponential averages of the vectors that chose each code.
 
-    Vectors are first standardised by running statistics. Silent: the paper does not say how; soft mixtures of
+    Vectors are first standardised by running statistics. Silent (S2): the paper does not say how; soft mixtures of
     thousands of words all lie within a narrow cone, where a cosine hardly tells them apart and the decoder sees
     little but their mean. One diagonal affine map keeps them in the vocabulary's space (``vectors`` undoes it).
     With ``distance: cosine`` vectors and codes have unit length. For the first ``start_step`` steps nothing is
@@ -98,7 +98,10 @@ class EMAQuantizer(nn.Module):
         self.std.lerp_(flat.std(0).clamp_min(1e-6), rate)
 
     def _prepare_codebook(self, vectors: Tensor, steps_left: int) -> None:
-        """Ring, k-means, running counts: what precedes quantisation, each harmless to repeat within a step."""
+        """Ring, k-means, running counts: what precedes quantisation, each harmless to repeat within a step.
+
+        Silent (S1): the start of the codebook.
+        """
         kmeans_steps = self.settings.kmeans_steps
         if not kmeans_steps or steps_left > kmeans_steps + 1:
             self._fill_ring(vectors)
@@ -123,7 +126,7 @@ class EMAQuantizer(nn.Module):
 
     @torch.no_grad()
     def _update(self, vectors: Tensor, ids: Tensor) -> None:
-        """One EMA step, then revival of codes that (almost) nothing chose, with their EMA state."""
+        """One EMA step, then revival of codes that (almost) nothing chose, with their EMA state. Silent (S3)."""
         counts = self._move(vectors, ids, keep=self.settings.ema_decay, rate=1 - self.settings.ema_decay)
         if self.settings.usage_decay:
             self.usage.lerp_(counts, 1 - self.settings.usage_decay)
@@ -191,7 +194,7 @@ def straight_through(vectors: Tensor, codes: Tensor) -> Tensor:
 def turn_onto(vectors: Tensor, codes: Tensor) -> Tensor:
     """The codes (..., D) as the vectors (..., D), rotated and scaled by a constant; the gradient turns back with them.
 
-    Silent: the paper copies gradients. Copied, all vectors of a cell get the same one; turned, those far from the
+    Silent (S10): how gradients pass. Copied, all vectors of a cell get the same one; turned, those far from the
     code are pushed apart or together as the loss asks. Source: arXiv 2410.06424, section 4.
     """
     start, end = F.normalize(vectors.detach(), dim=-1), F.normalize(codes, dim=-1)

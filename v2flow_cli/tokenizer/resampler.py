@@ -36,7 +36,8 @@ class GridResampler(nn.Module):
         rows, columns = REFERENCE_GRIDS[settings.tokens_per_256px]
         side = REFERENCE_PX // pixels_per_latent
         merge, split = (side // rows, side // columns), (rows // side, columns // side)
-        # A strided convolution, as in latent diffusion: averaging neighbours would hide which of them had what.
+        # Silent (S8): its kind. A strided convolution, as in latent diffusion: averaging neighbours would hide which
+        # of them had what.
         if (merge[0] * rows, merge[1] * columns) == (side, side):
             self.downsample: nn.Module = nn.Conv2d(width, width, merge, stride=merge)
         elif (split[0] * side, split[1] * side) == (rows, columns):
@@ -84,9 +85,11 @@ class VocabularyProjection(nn.Module):
     ``table`` holds (L - mean) / rms: because alpha sums to 1, a mixture of these rows is the mixture of the
     LLM's own rows after one fixed affine map, so v still lives in the LLM's vocabulary space, while cosine
     distances are not swamped by the mean that all rows share. With ``whiten`` the map also gives the rows unit
-    covariance. Departs: an LLM's table has a few directions that outweigh all others (in our small LM one holds
+    covariance. Departs (D6): an LLM's table has a few directions that outweigh all others (in our small LM one holds
     70% of the variance); mixtures of such rows vary along two or three directions, too few for 14 bits.
     ``codebook_to_llm`` undoes the map.
+
+    Departs (D4): the ``tied`` generator scores a word by the cosine of its row and the projected token.
     """
 
     def __init__(self, settings: Vocabulary, token_size: int, vocab_size: int, embedding_size: int) -> None:
@@ -128,6 +131,8 @@ class VocabularyProjection(nn.Module):
     def forward(self, tokens: Tensor, noise_scale: float = 0.0) -> VocabularyOutput:
         """Mixtures v (B, N, D) of tokens (B, N, d_v); ``noise_scale`` 0 is deterministic, 1 is Eq. 4.
 
+        Departs (D5): the noise has a factor, which training raises from 0 and ``encode`` leaves at 0.
+
         Large vocabularies take memory for one piece of the tokens at a time: its logits are computed again in the
         backward pass, and nowhere is there a second table (rows of unit length, or of another type).
         """
@@ -158,7 +163,7 @@ class VocabularyProjection(nn.Module):
         return _Mixed(probs @ self.table.to(probs.dtype), probs.sum(0, dtype=torch.float32), entropy)
 
     def _mix_best(self, tokens: Tensor, lengths: Tensor, noise_scale: float) -> _Mixed:
-        """Mixtures of each token's ``top_k`` best words; the rest get no weight."""
+        """Departs (D7): mixtures of each token's ``top_k`` best words; the rest get no weight."""
         k = min(self.settings.top_k, len(self.table))
         projected = self.generator(tokens)
         if self.settings.generator == "free":

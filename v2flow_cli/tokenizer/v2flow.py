@@ -275,20 +275,20 @@ class V2FlowTokenizer(PreTrainedModel):
 
     # -- training ------------------------------------------------------------------------------------------
 
-    def forward(self, images: Tensor, step: int, noise_scale: float, loss: TokenizerLoss) -> V2FlowOutput:
-        """One training pass over images (B, 3, H, W); randomness comes from torch's generators.
+    def forward(self, latents: Tensor, step: int, noise_scale: float, loss: TokenizerLoss) -> V2FlowOutput:
+        """One training pass over scaled latents (B, C, h, w); randomness comes from torch's generators.
 
         Source: sections 2.2 and 2.3; a share ``loss.guidance_dropout`` of the images sees the dummy D (Eq. 7).
         """
-        latents = self.latents.encode(images)
+        height, width = (side * self.latents.downsampling for side in latents.shape[-2:])
         vectors, word_entropy, batch_entropy = self.embed(latents, noise_scale)
         quantized = self.quantizer(vectors, step if self.training else None)
         patches = self._patchify(latents)
         batch, positions, _ = patches.shape
-        token_coordinates, coordinates, cells = self._positions(images.shape[-2], images.shape[-1], batch)
+        token_coordinates, coordinates, cells = self._positions(height, width, batch)
         settings: Context = self.config.section("context")
         ratio = sample_mask_ratio(settings.mask_ratio_min, settings.mask_ratio_std)
-        order = random_orders(batch, positions, images.device)
+        order = random_orders(batch, positions, latents.device)
         hidden_count = max(1, math.ceil(ratio * positions))
         hidden, seen = order[:, :hidden_count], order[:, hidden_count:]
         visible, visible_at = gather(patches, seen), gather(coordinates, seen)

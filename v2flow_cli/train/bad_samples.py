@@ -12,6 +12,7 @@ from v2flow_cli.errors import ModelError, SharedError
 from v2flow_cli.store.failures import Failure, budget_error, load_failures, over_budget
 from v2flow_cli.train.agree import share_failures
 from v2flow_cli.train.crops import CropBatch
+from v2flow_cli.train.latent_cache import LatentBatch
 
 
 class BadSamples:
@@ -24,7 +25,7 @@ class BadSamples:
         self.path, self.budget, self.log, self.enabled = path, budget, log, enabled
         self.seen = dict.fromkeys(load_failures(path))  # of the run that this one continues
 
-    def add(self, accelerator: Accelerator, batch: CropBatch) -> None:
+    def add(self, accelerator: Accelerator, batch: CropBatch | LatentBatch) -> None:
         """Take up what all ranks met while they made ``batch``.
 
         Raises: SharedError, on every rank, when the budget is spent; ModelError where the list cannot be written.

@@ -35,6 +35,10 @@ class CropBatch:
     failures: list[Failure]
     total: int
 
+    def inputs(self, device: torch.device) -> dict[str, Tensor]:
+        """What the objective takes."""
+        return {"images": self.images.to(device, non_blocking=True)}
+
 
 class CropBatches(IterableDataset[CropBatch | V2FlowError]):
     """Endless batches of random square crops; loader worker w of W makes batches w, w + W, ... after ``start``.

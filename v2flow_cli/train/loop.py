@@ -28,6 +28,7 @@ from v2flow_cli.train.autoencoder import AutoencoderObjective
 from v2flow_cli.train.bad_samples import BadSamples
 from v2flow_cli.train.card import write_card
 from v2flow_cli.train.crops import CropBatch, crop_loader
+from v2flow_cli.train.latent_cache import LatentBatch, cached_batches
 from v2flow_cli.train.meter import Meter
 from v2flow_cli.train.state import (
     TrainState,
@@ -126,16 +127,13 @@ def train(recipe: AutoencoderRecipe | TokenizerRecipe, *, resume: bool, log: Log
 
     if accelerator.is_main_process:
         write_bytes(folder / "recipe.yaml", dump_recipe(recipe).encode())
-    batches = iter(
-        crop_loader(
-            recipe.data,
-            micro_batch,
-            seed=loop.seed,
-            start=(state.step + state.bad_steps) * loop.accumulate,
-            rank=rank,
-            world_size=ranks,
-        )
-    )
+    start = (state.step + state.bad_steps) * loop.accumulate
+    batches: Iterator[CropBatch | LatentBatch | V2FlowError]
+    if isinstance(objective, TokenizerObjective) and objective.recipe.latents.cache:
+        batches = cached_batches(accelerator, objective.recipe, objective.model.latents, micro_batch, start, log)
+    else:
+        loader = crop_loader(recipe.data, micro_batch, seed=loop.seed, start=start, rank=rank, world_size=ranks)
+        batches = iter(loader)
     run_start, earlier_seconds = time.monotonic(), state.seconds
     keys: list[str] = []
     with stop_requested() as stop, _losing_contact(lambda: _on_samples(f"step {state.step}, rank {rank}", keys)):
@@ -249,7 +247,7 @@ def _accelerator(loop: TrainLoop) -> Accelerator:
 def _forward_backward(
     accelerator: Accelerator,
     model: nn.Module,
-    batches: Iterator[CropBatch | V2FlowError],
+    batches: Iterator[CropBatch | LatentBatch | V2FlowError],
     accumulate: int,
     step: int,
     keys: list[str],
@@ -270,14 +268,14 @@ def _forward_backward(
         keys.extend(batch.keys)
         sync = nullcontext() if micro == accumulate - 1 else accelerator.no_sync(model)
         with sync, accelerator.autocast():
-            terms = model(batch.images.to(accelerator.device, non_blocking=True), step)
+            terms = model(step=step, **batch.inputs(accelerator.device))
             accelerator.backward(terms["loss"] / accumulate)
         for name, value in terms.items():
             totals[name] = totals.get(name, 0.0) + value.detach() / accumulate
     return totals, waited
 
 
-def _next(batches: Iterator[CropBatch | V2FlowError]) -> tuple[CropBatch, str]:
+def _next(batches: Iterator[CropBatch | LatentBatch | V2FlowError]) -> tuple[CropBatch | LatentBatch, str]:
     """The next batch, or an empty one and why there is none."""
     nothing = CropBatch(torch.empty(0), [], [], 0)
     try:

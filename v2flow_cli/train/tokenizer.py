@@ -33,11 +33,13 @@ class TokenizerObjective(nn.Module):
         self.model.latents.eval()
         return self
 
-    def forward(self, images: Tensor, step: int) -> dict[str, Tensor]:
-        """Loss terms of a batch (B, 3, S, S); ``loss`` is what is minimised."""
+    def forward(self, images: Tensor | None = None, step: int = 0, latents: Tensor | None = None) -> dict[str, Tensor]:
+        """Loss terms of images (B, 3, S, S), or of their scaled latents; ``loss`` is what is minimised."""
+        if latents is None:
+            latents = self.model.latents.encode(images)
         words, weights = self.recipe.vocabulary, self.recipe.loss
         ramp = min(1.0, step / words.gumbel_ramp_steps) if words.gumbel_ramp_steps else 1.0
-        out = self.model(images, step=step, noise_scale=ramp * words.gumbel_noise, loss=weights)
+        out = self.model(latents, step=step, noise_scale=ramp * words.gumbel_noise, loss=weights)
         loss = (
             weights.flow * out.flow_loss
             + weights.regression * out.regression_loss

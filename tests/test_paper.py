@@ -1,0 +1,20 @@
+"""docs/paper.md and the marks in the code say the same: each departure and each open point has one label in both."""
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_departures_and_open_points_are_those_of_the_code():
+    page = (ROOT / "docs" / "paper.md").read_text(encoding="utf-8")
+    told = {(label[0], label) for label in re.findall(r"^\| ([DS]\d+) \|", page, re.M)}
+    code = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "v2flow_cli").rglob("*.py"))
+    marked = {(kind[0], label) for kind, label in re.findall(r"\b(Departs|Silent) \(([DS]\d+)\)", code)}
+    assert marked == told
+
+
+def test_every_paper_recipe_is_on_the_page():
+    page = (ROOT / "docs" / "paper.md").read_text(encoding="utf-8")
+    files = {f"recipes/paper/{path.name}" for path in (ROOT / "recipes" / "paper").glob("*.yaml")}
+    assert files == {*re.findall(r"recipes/paper/[\w-]+\.yaml", page)}
