@@ -17,5 +17,7 @@ def test_departures_and_open_points_are_those_of_the_code():
 def test_every_tokenizer_of_the_paper_is_on_the_page():
     page = (ROOT / "docs" / "paper.md").read_text(encoding="utf-8")
     paths = (ROOT / "recipes" / "paper").glob("*.yaml")
-    files = {f"recipes/paper/{path.name}" for path in paths if "\nkind: tokenizer\n" in path.read_text(encoding="utf-8")}
+    files = {
+        f"recipes/paper/{path.name}" for path in paths if "\nkind: tokenizer\n" in path.read_text(encoding="utf-8")
+    }
     assert files and files <= {*re.findall(r"recipes/paper/[\w.-]+\.yaml", page)}
