@@ -3,6 +3,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from v2flow_cli.errors import DataError, TokenFileError
@@ -113,6 +114,24 @@ def test_image_to_text_and_lengths_by_share(text_tokenizer, vocabulary, tmp_path
     assert {sum(300 <= i < 364 for i in s) for s in made} == {1, 3}
     token_set(tmp_path, captions=0)
     assert all(s[1:3] == [9, 364] for s in first(Samples(data, text_tokenizer, vocabulary, seed=0), 20))
+
+
+def test_noise_and_labels_by_share(text_tokenizer, vocabulary, tmp_path, token_set):
+    token_set(tmp_path, length=16)
+    data = pairs(tmp_path, token_noise=0.8, label_share=0.25, image_to_text_share=0.2)
+    samples = Samples(data, text_tokenizer, replace(vocabulary, tokens_per_image=16), seed=0)
+    made = list(itertools.islice(samples, 600))
+    drawn = [s for s in made if s["input_ids"][-2] == 365]
+    labels = np.stack([s["labels"][-18:-2] for s in drawn])
+    read = np.stack([s["input_ids"][-18:-2] for s in drawn])
+    assert 0.22 < (labels != -100).mean() < 0.28
+    noisy = (labels != read)[labels != -100].mean()
+    assert 0.35 < noisy < 0.43  # 0.8 / 2, less the chance of the same id
+    assert all((s["labels"][-2:] == torch.tensor([365, 1])).all() for s in drawn)
+    again = list(itertools.islice(samples, 600))
+    assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(made, again))
+    held = Samples(replace(data, held_out_share=0.9), text_tokenizer, vocabulary, seed=0, held_out=True)
+    assert all((s["labels"][-18:-2] == s["input_ids"][-18:-2]).all() for s in held)
 
 
 def test_counts_of_the_unigram_model(tmp_path, token_set):

@@ -19,6 +19,16 @@ def test_labels_by_hand(text_tokenizer, vocabulary):
     assert sample(vocabulary, words, ids, train_on_prompt=True)["labels"].tolist() == prompt + answer
 
 
+def test_noise_is_read_and_never_learned(text_tokenizer, vocabulary):
+    words, ids = caption_ids(text_tokenizer, "fox"), np.array([7, 0, 63, 7])
+    plain = sample(vocabulary, words, ids)
+    made = sample(vocabulary, words, ids, read_ids=np.array([7, 5, 63, 6]), learned=np.array([True, True, False, True]))
+    assert made["input_ids"].tolist()[-6:] == [307, 305, 363, 306, 365, 1]
+    assert made["labels"].tolist()[-6:] == [307, 300, -100, 307, 365, 1]
+    assert made["labels"].tolist()[:-6] == plain["labels"].tolist()[:-6] == [-100] * (len(plain["labels"]) - 6)
+    assert made["input_ids"].tolist()[:-6] == plain["input_ids"].tolist()[:-6]
+
+
 def test_image_to_text_by_hand(text_tokenizer, vocabulary):
     caption = text_tokenizer("A red fox")["input_ids"]
     made = sample(vocabulary, caption, np.array([7, 0, 63, 7]), to_text=True)

@@ -125,10 +125,10 @@ def draw_pictures(
         if save_tokens:
             ids = token_ids.cpu().numpy()
             _save_tokens(out, {p.name: row[:n] for p, row, n in zip(batch, ids, lengths)}, image_tokenizer)
-        for picture, image in zip(batch, images):
-            assert image is not None
-            write_png(out / f"{picture.name}.png", image, about(picture, settings, llm, image_tokenizer))
-            yield picture, image
+        for picture, drawn in zip(batch, images):
+            assert drawn is not None
+            write_png(out / f"{picture.name}.png", drawn, about(picture, settings, llm, image_tokenizer))
+            yield picture, drawn
         tick(len(batch))
 
 
@@ -151,7 +151,7 @@ def is_made(path: Path, record: dict[str, Any]) -> bool:
         return False
     try:
         with Image.open(path, formats=("PNG",)) as image:
-            found = {key: value for key, value in image.info.items() if str(key).startswith("v2flow:")}
+            found = {str(key): value for key, value in image.info.items() if str(key).startswith("v2flow:")}
     except OSError as error:
         raise DataError(f"{path}: exists, and is no picture ({error}). Use --force to overwrite it.") from None
     wanted = _texts(record)

@@ -182,7 +182,8 @@ def finetune(recipe: FinetuneRecipe, *, log: Log, resume: bool = False) -> Train
         eval_loss=trainer.evaluate()["eval_loss"] if held_out else None,
     )
     plain = trainer.model.merge_and_unload() if recipe.mode == "lora" else trainer.model
-    files = {"README.md": _card(recipe, report, images, len(held_out), vocabulary), "recipe.yaml": dump_recipe(recipe)}
+    card = _card(recipe, report, images, len(held_out), vocabulary)
+    files: dict[str, str | bytes] = {"README.md": card, "recipe.yaml": dump_recipe(recipe)}
     if recipe.data.token_sets and trainer.is_world_process_zero():
         files[TOKEN_COUNTS] = _npy(count_tokens(recipe.data, codebook_size))
     save_folder(trainer, plain, text_tokenizer, recipe.output, recipe.train.save_dtype, files)

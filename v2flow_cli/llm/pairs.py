@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -41,6 +41,7 @@ class Pair(NamedTuple):
     image: TokenSample | Sample
     length: int | None  # tokens kept, where the vocabulary is flexible
     to_text: bool
+    seed: int | None  # of noise and labels; None where nothing is drawn
 
 
 class Samples(torch.utils.data.IterableDataset):
@@ -74,17 +75,27 @@ class Samples(torch.utils.data.IterableDataset):
         while batch := list(itertools.islice(mine, part.batch)):
             for pair, token_ids in zip(batch, self._token_ids(batch)):
                 words = caption_ids(self.text_tokenizer, pair.caption)[: self.data.max_caption_tokens]
-                yield sample(
-                    self.vocabulary,
-                    words,
-                    token_ids[: pair.length],
-                    to_text=pair.to_text,
-                    train_on_prompt=self.data.train_on_prompt,
-                )
+                token_ids = token_ids[: pair.length]
+                kind: dict[str, Any] = dict(to_text=pair.to_text, train_on_prompt=self.data.train_on_prompt)
+                yield sample(self.vocabulary, words, token_ids, **kind, **self._disturbed(token_ids, pair.seed))
+
+    def _disturbed(self, token_ids: np.ndarray, seed: int | None) -> dict[str, Any]:
+        """What the LLM reads instead of ``token_ids`` (L,), and which of them it has to predict.
+
+        Departs: the paper does neither. Earlier tokens of a picture tell so much of the next one that a short training
+        never looks at the caption; with a share of them random, from none to ``token_noise``, it has to.
+        """
+        if seed is None:
+            return {}
+        rng, length = np.random.default_rng(seed), len(token_ids)
+        noisy = rng.random(length) < rng.random() * self.data.token_noise
+        noise = rng.integers(self.vocabulary.codebook_size, size=length)
+        learned = rng.random(length) < self.data.label_share
+        return {"read_ids": np.where(noisy, noise, token_ids), "learned": learned}
 
     def _once(self) -> Iterator[Pair]:
         for image in self._images():
-            yield Pair(image.captions[0] if image.captions else "", image, None, False)
+            yield Pair(image.captions[0] if image.captions else "", image, None, False, None)
 
     def _endless(self) -> Iterator[Pair]:
         for number in itertools.count():
@@ -97,7 +108,8 @@ class Samples(torch.utils.data.IterableDataset):
                 dropped, turned = rng.random() < self.data.caption_dropout, rng.random() < self.data.image_to_text_share
                 length = int(rng.choice(lengths)) if lengths else None
                 to_text = bool(turned and caption)
-                yield Pair("" if dropped and not to_text else caption, image, length, to_text)
+                seed = int(rng.integers(2**63)) if self.data.token_noise or self.data.label_share < 1 else None
+                yield Pair("" if dropped and not to_text else caption, image, length, to_text, seed)
             if empty:
                 sources = ", ".join(self.data.token_sets or self.data.photos)
                 raise DataError(f"data: no image to train on in {sources}.")
@@ -119,6 +131,7 @@ class Samples(torch.utils.data.IterableDataset):
             return
         window: list[TokenSample] = []
         for image in self._images():
+            assert isinstance(image, TokenSample)
             image = image._replace(token_ids=image.token_ids.astype(np.uint32))  # half the memory
             if len(window) < self.data.shuffle_window:
                 window.append(image)
@@ -131,9 +144,11 @@ class Samples(torch.utils.data.IterableDataset):
 
     def _token_ids(self, batch: Sequence[Pair]) -> list[np.ndarray]:
         """Ids (L,) of every image of ``batch``.  Raises: DataError for a photo that cannot be read."""
+        images = [pair.image for pair in batch]
         if self.photos is None:
-            return [pair.image.token_ids for pair in batch]
-        return encode_photos(self.image_tokenizer, [pair.image for pair in batch])
+            return [image.token_ids for image in images if isinstance(image, TokenSample)]
+        assert self.image_tokenizer is not None, "photos need an image tokenizer"
+        return encode_photos(self.image_tokenizer, [image for image in images if isinstance(image, Sample)])
 
 
 @torch.no_grad()

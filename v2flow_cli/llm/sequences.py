@@ -75,14 +75,26 @@ def sample(
     *,
     to_text: bool = False,
     train_on_prompt: bool = False,
+    read_ids: np.ndarray | None = None,
+    learned: np.ndarray | None = None,
 ) -> dict[str, Tensor]:
-    """input_ids and labels, each (T,), of a caption's ids and an image's (L,): to draw it, or ``to_text``."""
+    """input_ids and labels, each (T,), of a caption's ids and an image's (L,): to draw it, or ``to_text``.
+
+    Args:  to draw it, the LLM may be given other ``read_ids`` (L,) than those it has to predict, and may have to
+           predict only those where ``learned`` (L,) is True.
+    """
     if to_text:
         prompt, answer = caption_prompt_ids(vocabulary, token_ids), [*words, *_stop(vocabulary)]
     else:
         prompt, answer = prompt_ids(vocabulary, words), answer_ids(vocabulary, token_ids)
-    labels = [*(prompt if train_on_prompt else [IGNORE] * len(prompt)), *answer]
-    return {"input_ids": torch.tensor(prompt + answer), "labels": torch.tensor(labels)}
+    labels = torch.tensor([*(prompt if train_on_prompt else [IGNORE] * len(prompt)), *answer])
+    input_ids = torch.tensor(prompt + answer)
+    picture = slice(len(prompt), len(prompt) + len(token_ids))
+    if learned is not None and not to_text:
+        labels[picture][torch.from_numpy(~learned)] = IGNORE
+    if read_ids is not None and not to_text:
+        input_ids[picture] = torch.tensor(_visual(vocabulary, read_ids))
+    return {"input_ids": input_ids, "labels": labels}
 
 
 def collate(samples: Sequence[dict[str, Tensor]], pad_id: int) -> dict[str, Tensor]:

@@ -54,8 +54,9 @@ class VisualVocabulary:
                 f"{where}: no visual tokens recorded in its config.json, so this LLM cannot draw. "
                 "Teach it with `v2flow finetune-llm` first."
             )
-        values = {field.name: record[field.name] for field in fields if field.name in record}
-        return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+        known = {field.name: record[field.name] for field in fields if field.name in record}
+        values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in known.items()}
+        return cls(**values)
 
     def record(self) -> dict[str, Any]:
         """What ``of`` reads back from ``config.v2flow``."""

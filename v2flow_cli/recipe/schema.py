@@ -319,6 +319,8 @@ class TokenPairs:
     photos: tuple[str, ...] = ()  # instead of token_sets: captioned tars or folders, encoded anew in every pass
     image_to_text_share: float = 0.0  # of samples whose image is the prompt and whose caption is the answer
     lengths: tuple[int, ...] = ()  # flexible tokenizers: an image keeps so many ids, drawn from these; empty: all
+    token_noise: float = 0.0  # up to this share of a picture's ids is read as random ones; labels stay
+    label_share: float = 1.0  # of a picture's ids that are learned in a sample; the others are only read
     shuffle_window: int = 16_384  # samples in memory that the next one is drawn from
 
 
@@ -358,6 +360,8 @@ class FinetuneRecipe:
         for name in ("caption_dropout", "held_out_share", "image_to_text_share"):
             if not 0 <= getattr(data, name) < 1:
                 yield f"data.{name} is {getattr(data, name)}; expected a share in [0, 1)"
+        if not 0 <= data.token_noise <= 1 or not 0 < data.label_share <= 1:
+            yield "data.token_noise must be a share in [0, 1], and data.label_share one in (0, 1]"
         if data.max_caption_tokens < 1 or data.shuffle_window < 1 or min(data.lengths, default=1) < 1:
             yield "data.max_caption_tokens, data.shuffle_window and data.lengths must be at least 1"
         if self.sample_every < 0 or (self.sample_every and not any(p.strip() for p in self.sample_prompts)):
