@@ -113,6 +113,15 @@ def test_pieces_change_neither_values_nor_gradients(generator, top_k, monkeypatc
     assert all(torch.equal(one, two) for one, two in zip(noisy, run(1.0)))  # computed again with the same noise
 
 
+@pytest.mark.parametrize("generator,top_k", [("tied", 0), ("free", 0), ("tied", 5)])
+def test_autocast_gives_the_same_mixtures_to_its_precision(generator, top_k):
+    made, tokens = projection(generator, top_k), torch.randn(1, 4, 16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rough = made(tokens).embeddings.float()
+    exact = made(tokens).embeddings
+    assert (rough - exact).abs().mean() < 0.1 * exact.abs().mean()
+
+
 def test_noise_only_when_asked_for():
     made, tokens = projection(), torch.randn(1, 4, 16)
     assert torch.equal(made(tokens).embeddings, made(tokens).embeddings)

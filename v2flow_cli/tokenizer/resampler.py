@@ -156,11 +156,11 @@ class VocabularyProjection(nn.Module):
 
     def _mix_all(self, tokens: Tensor, lengths: Tensor, noise_scale: float) -> _Mixed:
         logits = self.generator(tokens)
+        table = self.table.to(logits.dtype)  # under autocast a copy; autocast itself would make two
         if self.settings.generator == "tied":
-            table = self.table.to(logits.dtype)
             logits = (F.normalize(logits, dim=-1) @ table.T) * (self.log_scale.exp() / lengths)
         probs, entropy = self._soft_categorical(logits, noise_scale)
-        return _Mixed(probs @ self.table.to(probs.dtype), probs.sum(0, dtype=torch.float32), entropy)
+        return _Mixed(probs.to(table.dtype) @ table, probs.sum(0, dtype=torch.float32), entropy)
 
     def _mix_best(self, tokens: Tensor, lengths: Tensor, noise_scale: float) -> _Mixed:
         """Departs (D7): mixtures of each token's ``top_k`` best words; the rest get no weight."""
