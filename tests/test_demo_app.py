@@ -79,7 +79,6 @@ def test_without_gradio_it_says_what_to_install(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_module_serves_the_embedded_models() -> None:
     pytest.importorskip("gradio")
-    import time
     import urllib.request
 
     with socket.socket() as free:
@@ -91,7 +90,6 @@ def test_the_module_serves_the_embedded_models() -> None:
         assert process.stdout is not None and process.stdout.readline().strip() == f"http://127.0.0.1:{port}"
         page = urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=60).read().decode()
         assert "v2flow" in page and process.poll() is None
-        time.sleep(0.1)
     finally:
         process.terminate()
         process.wait(60)

@@ -1,0 +1,45 @@
+"""Write what each command says of itself (``v2flow COMMAND --help``) into its page.
+
+    python docs/make_command_reference.py
+
+Each page (``docs/COMMAND.md``) is prose written by hand around one block between two marks, which this fills.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import typer.main
+
+from v2flow_cli.cli.app import app
+
+DOCS = Path(__file__).resolve().parent
+WIDTH = 110  # columns of the help
+BLOCK = re.compile(r"<!-- help:begin.*?<!-- help:end -->\n", re.S)
+COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+
+
+def block(name: str) -> str:
+    """The help of a command as one Markdown block."""
+    command = COMMANDS[name]
+    context = command.context_class(command, info_name=f"v2flow {name}", terminal_width=WIDTH, max_content_width=WIDTH)
+    lines = "\n".join(line.rstrip() for line in command.get_help(context).splitlines())
+    return (
+        "<!-- help:begin; written by docs/make_command_reference.py: edit the command, then run that -->\n"
+        f"## All options\n\n```text\n{lines}\n```\n<!-- help:end -->\n"
+    )
+
+
+def page_with_block(text: str, name: str) -> str:
+    """``text`` of a page with its block renewed; put at its end where it has none."""
+    if BLOCK.search(text):
+        return BLOCK.sub(lambda _: block(name), text)
+    return text.rstrip("\n") + "\n\n" + block(name)
+
+
+if __name__ == "__main__":
+    for name in COMMANDS:
+        page = DOCS / f"{name}.md"
+        page.write_text(page_with_block(page.read_text(encoding="utf-8"), name), encoding="utf-8")
