@@ -67,7 +67,7 @@ class Row:
     @property
     def entropy_bytes(self) -> float | None:
         """Bytes an image under the ideal order-0 code of the ids."""
-        return self.codebook and self.codebook.entropy_bits * (self.tokens_per_image or 0) / 8
+        return None if self.codebook is None else self.codebook.entropy_bits * (self.tokens_per_image or 0) / 8
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -69,7 +70,7 @@ class FrechetDistance:
     """Frechet distance of two sets of features (N, D), filled batch by batch; memory does not grow with N."""
 
     def __init__(self, num_features: int = FEATURES) -> None:
-        features = nn.Identity()  # what comes in are features already
+        features: Any = nn.Identity()  # what comes in are features already
         features.num_features = num_features
         self._metric = FrechetInceptionDistance(feature=features)
 

@@ -76,7 +76,8 @@ def plots(table: Table) -> str:
 def _chart(table: Table, x: str, x_label: str, title: str) -> str:
     """One figure: a drawing for each metric, of which the page shows one."""
     group = f"{x}-{table.size}"
-    drawings, choices = [], []
+    drawings: list[str] = []
+    choices: list[str] = []
     for metric, (label, _, _) in METRICS.items():
         rows = [row for row in table.rows if row[x] and row[metric] is not None]
         if len(rows) < 2:

@@ -90,9 +90,9 @@ def parse_sweeps(texts: Sequence[str], fixed: Mapping[str, Any] | None = None) -
         axes.append(axis)
     settings = []
     for chosen in itertools.product(*axes):
-        values = {**base, **{argument: value for _, argument, value in chosen}}
-        tokens = values.pop(TOKENS, None)
-        settings.append(Setting(", ".join(label for label, _, _ in chosen), values, tokens))
+        arguments = {**base, **{argument: value for _, argument, value in chosen}}
+        tokens = arguments.pop(TOKENS, None)
+        settings.append(Setting(", ".join(label for label, _, _ in chosen), arguments, tokens))
     return settings
 
 

@@ -14,7 +14,7 @@ MAX_IMAGE_ROWS = 600  # of the table of single photos; ``--images-csv`` has them
 
 Cell = tuple[str, str]  # (HTML, sort key; "" for what was not measured)
 #: heading: (key of a record, decimals, whether it has an interval)
-_COLUMNS = {
+_COLUMNS: dict[str, tuple[str, int, bool]] = {
     "tokens": ("tokens_per_image", 0, False),
     "bytes": ("bytes_per_image", 0, False),
     "bits/pixel": ("bits_per_pixel", 4, False),
@@ -32,8 +32,8 @@ _COLUMNS = {
 def measured_table(table: Table) -> str:
     """Every system over all photos, tokenizers marked; columns that no row fills are left out."""
     columns = {
-        head: (key, *rest)
-        for head, (key, *rest) in _COLUMNS.items()
+        head: (key, digits, interval)
+        for head, (key, digits, interval) in _COLUMNS.items()
         if key in ("lpips", "rfid") or any(row[key] is not None for row in table.rows)
     }
     rows = [

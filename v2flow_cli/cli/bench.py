@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 COMMANDS = ("train", "encode", "decode", "shard", "finetune-llm", "generate", "bench")
 T = TypeVar("T")
+N = TypeVar("N", int, float)
 
 
 class LpipsNet(str, Enum):
@@ -172,7 +173,7 @@ def bench(
         return join_results(join, csv=csv, report=report, json_=json_)
 
     sizes: list[int | None] = [*_numbers("--res", res, 16)] if res else [None]
-    budgets = _numbers("--codec-bytes", codec_bytes, 1) if codec_bytes else []
+    budgets = _numbers("--codec-bytes", codec_bytes, 1) if codec_bytes else ()
     scales = _numbers("--cfg", cfg, 0, float) if cfg else []
     swept = [*(sweep or ()), *([f"cfg={cfg}"] if len(scales) > 1 else ())]
     fixed = {
@@ -288,10 +289,10 @@ def bench(
         fail(f"{len(failed)} of the images could not be measured; the figures are of the other ones.")
 
 
-def _numbers(option: str, text: str, least: float, kind: Callable[[str], T] = int) -> list[T]:  # type: ignore[assignment]
+def _numbers(option: str, text: str, least: float, kind: type[N] = int) -> list[N]:  # type: ignore[assignment]
     """Different numbers between commas, from ``least`` on."""
     try:
-        values = [kind(part) for part in text.split(",")]
+        values: list[N] = [kind(part) for part in text.split(",")]
     except ValueError:
         values = []
     if not values or not all(least <= value < 1_000_000 for value in values) or len({*values}) < len(values):

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from v2flow_cli.cli.console import EXIT_INTERRUPTED, log, result, result_json
+
+if TYPE_CHECKING:
+    from v2flow_cli.llm.trainer import TrainingReport
 
 
 def finetune_llm(
@@ -30,17 +35,22 @@ def finetune_llm(
 
         v2flow finetune-llm recipes/default/llm.yaml --resume
     """
-    from v2flow_cli.recipe import FinetuneRecipe, load_recipe
+    from v2flow_cli.recipe import FinetuneRecipe, LMRecipe, load_recipe
 
     spec = load_recipe(recipe, set_ or (), kinds=("lm", "finetune"))
+    plan: Callable[[], dict[str, Any]]
+    run: Callable[..., TrainingReport]
     if isinstance(spec, FinetuneRecipe):
-        from v2flow_cli.llm.finetune import finetune as run
-        from v2flow_cli.llm.finetune import plan
+        from v2flow_cli.llm import finetune
+
+        plan, run = partial(finetune.plan, spec), partial(finetune.finetune, spec)
     else:
-        from v2flow_cli.llm.pretrain import plan
-        from v2flow_cli.llm.pretrain import pretrain as run
+        from v2flow_cli.llm import pretrain
+
+        assert isinstance(spec, LMRecipe)  # one of the kinds asked for
+        plan, run = partial(pretrain.plan, spec), partial(pretrain.pretrain, spec)
     if dry_run:
-        for key, value in (estimates := plan(spec)).items():
+        for key, value in (estimates := plan()).items():
             if not json_:
                 result(f"{key}: {value:,.4g}" if isinstance(value, float) else f"{key}: {value:,}")
         if json_:
@@ -50,7 +60,7 @@ def finetune_llm(
     from v2flow_cli.store.checkpoint import Interrupted
 
     try:
-        report = run(spec, log=log, resume=resume)
+        report = run(log=log, resume=resume)
     except Interrupted as stop:
         log(f"{stop}; continue with --resume")
         raise typer.Exit(EXIT_INTERRUPTED) from None

@@ -33,9 +33,10 @@ def train(
 
         accelerate launch -m v2flow_cli.cli.app train recipes/default/tokenizer.yaml --resume
     """
-    from v2flow_cli.recipe import load_recipe
+    from v2flow_cli.recipe import AutoencoderRecipe, TokenizerRecipe, load_recipe
 
     tree = load_recipe(recipe, set_ or (), kinds=("autoencoder", "tokenizer"))
+    assert isinstance(tree, AutoencoderRecipe | TokenizerRecipe)  # the kinds asked for
     if dry_run:
         from v2flow_cli.train.plan import plan
 

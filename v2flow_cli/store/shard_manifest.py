@@ -141,14 +141,14 @@ def _load_manifest(path: Path, stamp: int) -> dict[str, ShardInfo]:
 
 def _parse_shard(record: dict[str, Any]) -> ShardInfo | None:
     name, samples, size = record.get("name"), record.get("samples"), record.get("bytes")
-    hashes = record.get("sha256"), record.get("index_sha256")
+    digest, index_digest = record.get("sha256"), record.get("index_sha256")
     if not isinstance(name, str) or not name.endswith(".tar") or "/" in name or "\\" in name or "\0" in name:
         return None
     if type(samples) is not int or samples < 1 or type(size) is not int or size < 1:
         return None
-    if not isinstance(hashes[0], str) or not isinstance(hashes[1], str | None):
+    if not isinstance(digest, str) or not isinstance(index_digest, str | None):
         return None
-    return ShardInfo(name, samples, size, *hashes)
+    return ShardInfo(name, samples, size, digest, index_digest)
 
 
 def load_index(shard: Path, info: ShardInfo) -> list[SampleIndex] | None:

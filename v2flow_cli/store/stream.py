@@ -186,8 +186,9 @@ class _Tar:
     def promised(self) -> int | None:
         """Samples by the manifest, where the shard still has the size that it names."""
         info = load_manifest(self.path.parent).get(self.path.name)
-        same = info is not None and index_path(self.path).is_file() and self.path.is_file()
-        return info.samples if same and self.path.stat().st_size == info.bytes else None
+        if info is None or not index_path(self.path).is_file() or not self.path.is_file():
+            return None
+        return info.samples if self.path.stat().st_size == info.bytes else None
 
     def index(self) -> tuple[list[SampleIndex], list[Failure]]:
         index = index_shard(self.path)

@@ -48,7 +48,7 @@ def _scan(file: BinaryIO, size: int) -> TarScan:
                 if member.isreg() and not member.issparse():
                     scan.members.append((member.name, member.offset_data, member.size))
                 end = tar.offset
-                tar.members = []  # the archive's own list would grow with it
+                tar.members = []  # type: ignore[attr-defined]  # the archive's own list would grow with it
         except (tarfile.TarError, ValueError, EOFError, OverflowError):
             scan.damaged_at = end
             return scan

@@ -98,7 +98,7 @@ def write_shards(
         # No mixture of two sets, however this run ends.
         _remove([out / MANIFEST, *old, *map(index_path, old)])
     remove_partials(out)
-    with contextlib.closing(stream):
+    with contextlib.closing(stream):  # type: ignore[type-var]  # a generator
         while sample is not None:
             path, size, captions = out / f"{prefix}-{len(report.shards):06d}.tar", 0, 0
             first = sample

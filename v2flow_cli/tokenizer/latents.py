@@ -27,7 +27,7 @@ class Latents(nn.Module):
         super().__init__()
         spec = dict(spec)
         self.kind = spec.pop("class", None)
-        self.autoencoder = _build(self.kind, spec)
+        self.autoencoder: Any = _build(self.kind, spec)  # each class of diffusers has its own encode
         self.channels, self.downsampling, self.scale, self.shift = _geometry(self.kind, self.autoencoder)
         self.requires_grad_(False)
 

@@ -35,6 +35,13 @@ class EMAQuantizer(nn.Module):
     All arithmetic is float32, also under autocast.
     """
 
+    codebook: Tensor
+    counts: Tensor
+    usage: Tensor
+    ring_position: Tensor
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, settings: Quantizer, code_size: int) -> None:
         super().__init__()
         self.settings = settings

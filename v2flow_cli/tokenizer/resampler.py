@@ -92,6 +92,11 @@ class VocabularyProjection(nn.Module):
     Departs (D4): the ``tied`` generator scores a word by the cosine of its row and the projected token.
     """
 
+    table: Tensor
+    table_mean: Tensor
+    table_rms: Tensor
+    unwhiten: Tensor
+
     def __init__(self, settings: Vocabulary, token_size: int, vocab_size: int, embedding_size: int) -> None:
         super().__init__()
         self.settings = settings

@@ -17,6 +17,9 @@ from v2flow_cli.tokenizer.hardware import DTYPES
 class AutoencoderObjective(nn.Module):
     """Weighted pixel losses, and a running estimate of the latents' mean and standard deviation."""
 
+    latent_mean: Tensor
+    latent_square: Tensor
+
     def __init__(self, recipe: AutoencoderRecipe) -> None:
         super().__init__()
         self.recipe = recipe

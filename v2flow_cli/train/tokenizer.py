@@ -94,10 +94,11 @@ def build_config(recipe: TokenizerRecipe, autoencoder: dict, vocab_shape: tuple[
 def _build(recipe: TokenizerRecipe) -> V2FlowTokenizer:
     spec, weights = load_autoencoder_spec(recipe.latents.autoencoder)
     table = None if recipe.vocabulary.llm == "none" else load_vocab_embeddings(recipe.vocabulary.llm)
-    model = V2FlowTokenizer(build_config(recipe, spec, (0, 0) if table is None else tuple(table.shape)))
+    shape = (0, 0) if table is None else (table.shape[0], table.shape[1])
+    model = V2FlowTokenizer(build_config(recipe, spec, shape))
     if weights:
         model.latents.autoencoder.load_state_dict(weights)
-    if table is not None:
+    if table is not None and model.vocabulary is not None:
         model.vocabulary.set_table(table)
     return model
 
