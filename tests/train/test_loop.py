@@ -14,7 +14,8 @@ from v2flow_cli.errors import ModelError, V2FlowError
 from v2flow_cli.recipe import dump_recipe, load_recipe
 from v2flow_cli.store.checkpoint import Interrupted
 from v2flow_cli.tokenizer import V2FlowTokenizer
-from v2flow_cli.train.loop import build_objective, learning_rate_at, train
+from v2flow_cli.train.loop import build_objective, train
+from v2flow_cli.train.optimizer import learning_rate_at
 
 from .conftest import quiet, recipe
 

@@ -6,8 +6,11 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, Task
 
 from v2flow_cli.errors import SharedError, V2FlowError
 
@@ -71,11 +74,7 @@ def progress(label: str, total: int | None) -> Iterator[Tick]:
         yield lambda advance=1: None
         return
     if sys.stderr.isatty():
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        with _bar() as bar:
             task = bar.add_task(label, total=total)
             yield lambda advance=1: bar.advance(task, advance)
         return
@@ -88,6 +87,38 @@ def progress(label: str, total: int | None) -> Iterator[Tick]:
             log(f"{label}: {done}/{total}" if total else f"{label}: {done}")
 
     yield tick
+
+
+@contextlib.contextmanager
+def steps_bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar on a terminal that is told the number of the step; nothing elsewhere, where a training logs lines."""
+    if not is_main_process() or not sys.stderr.isatty():
+        yield lambda step: None
+        return
+    with _bar() as bar:
+        task = bar.add_task(label, total=total, start=False)
+
+        def at_step(step: int) -> None:
+            if not bar.tasks[0].started:  # a resumed run starts in the middle, which is no speed
+                bar.update(task, completed=step)
+                bar.start_task(task)
+            bar.update(task, completed=step)
+
+        yield at_step
+
+
+def _bar() -> Progress:
+    """A bar with rate and time left on stderr; lines that are logged meanwhile scroll above it."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.text import Text
+
+    class Rate(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            return Text("" if task.speed is None else f"{task.speed:.3g}/s", style="progress.data.speed")
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True), transient=True)
 
 
 def fail(message: str, code: int = EXIT_FAILED) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from v2flow_cli.cli.console import EXIT_INTERRUPTED, log, result, result_json
+from v2flow_cli.cli.console import EXIT_INTERRUPTED, log, result, result_json, steps_bar
 
 
 def train(
@@ -52,7 +52,8 @@ def train(
     from v2flow_cli.train.loop import train as run
 
     try:
-        trained = run(tree, resume=resume, log=log, approximate=approximate)
+        with steps_bar("train", tree.train.steps) as at_step:
+            trained = run(tree, resume=resume, log=log, approximate=approximate, at_step=at_step)
     except Interrupted as stop:
         log(f"{stop}; continue with --resume")
         raise typer.Exit(EXIT_INTERRUPTED) from None

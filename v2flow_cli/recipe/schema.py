@@ -54,6 +54,8 @@ class TrainLoop:
     save_dtype: Literal["fp32", "bf16"] = "fp32"  # of the finished model on disk
     keep_checkpoints: int = 2
     skip_bad_steps: int = 0  # non-finite losses to skip before the run stops
+    grid_every: int = 500  # steps between pictures of the same crops and what comes back, and one at the end; 0: none
+    tracker: Literal["auto", "none", "tensorboard", "wandb"] = "auto"  # beside metrics.jsonl; auto: what is installed
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,10 @@ class AutoencoderObjective(nn.Module):
             "latent_std": (self.latent_square - self.latent_mean**2).sqrt(),
         }
 
+    def reconstruct(self, images: Tensor) -> Tensor:
+        """Images (B, 3, S, S) through the model and back."""
+        return self.model(images)[0]
+
     def no_decay(self) -> tuple[str, ...]:
         return ()
 

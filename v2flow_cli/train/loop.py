@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from v2flow_cli.errors import ModelError, SharedError, V2FlowError
 from v2flow_cli.recipe import AutoencoderRecipe, TokenizerRecipe, dump_recipe
-from v2flow_cli.recipe.schema import Optimizer, TrainLoop
+from v2flow_cli.recipe.schema import TrainLoop
 from v2flow_cli.store.checkpoint import Interrupted, list_checkpoints, load_newest, save_checkpoint, stop_requested
 from v2flow_cli.store.files import publish, write_bytes
 from v2flow_cli.tokenizer.hardware import pick_dtype
@@ -30,6 +30,7 @@ from v2flow_cli.train.card import write_card
 from v2flow_cli.train.crops import CropBatch, crop_loader
 from v2flow_cli.train.latent_cache import LatentBatch, cached_batches
 from v2flow_cli.train.meter import Meter
+from v2flow_cli.train.optimizer import build_optimizer, learning_rate_at, set_learning_rate
 from v2flow_cli.train.state import (
     TrainState,
     WeightAverage,
@@ -39,6 +40,7 @@ from v2flow_cli.train.state import (
     restore_optimizer,
 )
 from v2flow_cli.train.tokenizer import TokenizerObjective
+from v2flow_cli.train.watch import Watch, tracker_options
 
 Log = Callable[[str], None]
 
@@ -61,18 +63,26 @@ def build_objective(recipe: AutoencoderRecipe | TokenizerRecipe) -> AutoencoderO
     return TokenizerObjective(recipe)
 
 
-def train(recipe: AutoencoderRecipe | TokenizerRecipe, *, resume: bool, log: Log, approximate: bool = False) -> Trained:
+def train(
+    recipe: AutoencoderRecipe | TokenizerRecipe,
+    *,
+    resume: bool,
+    log: Log,
+    approximate: bool = False,
+    at_step: Callable[[int], None] = lambda step: None,
+) -> Trained:
     """Train ``recipe`` to its last step (or ``max_minutes``) and save the averaged model in ``recipe.output``.
 
     With ``resume`` the newest good checkpoint is continued: 4 steps equal 2, save, resume, 2, bit for bit. With
-    ``approximate`` that may be on another number of processes, which changes crops and noise.
+    ``approximate`` that may be on another number of processes, which changes crops and noise. ``at_step`` hears of
+    every step, for a bar.
 
     Raises:  ModelError when the output holds a run and ``resume`` is off, or cannot be written; V2FlowError on a loss
              that is not finite, bad data, or a process that has gone; Interrupted after a signal, when the run is
              saved.
     """
     loop, folder = recipe.train, Path(recipe.output)
-    accelerator = _accelerator(loop)
+    accelerator = _accelerator(loop, folder)
     rank, ranks = accelerator.process_index, accelerator.num_processes
     micro_batch = loop.batch_size // loop.accumulate // ranks
     if micro_batch * loop.accumulate * ranks != loop.batch_size:
@@ -134,6 +144,7 @@ def train(recipe: AutoencoderRecipe | TokenizerRecipe, *, resume: bool, log: Log
     else:
         loader = crop_loader(recipe.data, micro_batch, seed=loop.seed, start=start, rank=rank, world_size=ranks)
         batches = iter(loader)
+    watch = Watch(accelerator, folder, dump_recipe(recipe), recipe.data, loop.seed)
     run_start, earlier_seconds = time.monotonic(), state.seconds
     keys: list[str] = []
     with stop_requested() as stop, _losing_contact(lambda: _on_samples(f"step {state.step}, rank {rank}", keys)):
@@ -161,12 +172,15 @@ def train(recipe: AutoencoderRecipe | TokenizerRecipe, *, resume: bool, log: Log
             state.step += 1
             state.images_seen += loop.batch_size
             average.update(objective, state.step)
-            terms.update(objective.after_step(state.step))
+            figures = {**terms, **objective.after_step(state.step)}
             # The slowest rank's clock, so that all ranks leave the loop at the same step.
             state.seconds = largest(accelerator, earlier_seconds + time.monotonic() - run_start)
-            meter.add(terms, images=loop.batch_size, waited=waited)
+            meter.add(figures, images=loop.batch_size, waited=waited)
             if state.step % loop.log_every == 0 or state.step == loop.steps:
-                meter.write(state, optimizer.param_groups[0]["lr"])
+                watch.figures(meter.write(state, optimizer.param_groups[0]["lr"]))
+            if loop.grid_every and (state.step % loop.grid_every == 0 or state.step == loop.steps):
+                watch.grid(objective, state.step)
+            at_step(state.step)
             interrupted = largest(accelerator, float(bool(stop))) > 0
             if interrupted or state.step % loop.save_every == 0:
                 save()
@@ -203,45 +217,18 @@ def _export(objective: AutoencoderObjective | TokenizerObjective, folder: Path, 
         raise ModelError(f"{folder}: the model cannot be written ({error}). Make room, then --resume.") from None
 
 
-def build_optimizer(
-    objective: AutoencoderObjective | TokenizerObjective, settings: Optimizer
-) -> tuple[torch.optim.AdamW, dict[int, str]]:
-    """AdamW with weight decay on matrices only, and the name of each parameter by ``id``."""
-    free = objective.no_decay()
-    decayed, plain, names = [], [], {}
-    for name, parameter in objective.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        names[id(parameter)] = name
-        is_matrix = parameter.ndim >= 2 and not name.startswith(free)
-        (decayed if is_matrix else plain).append(parameter)
-    groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas), names
-
-
-def learning_rate_at(step: int, settings: Optimizer, steps: int) -> float:
-    """Linear warm-up, then constant or a half cosine to 2% of the peak at the last step."""
-    if step < settings.warmup_steps:
-        return settings.learning_rate * (step + 1) / settings.warmup_steps
-    if settings.schedule == "constant":
-        return settings.learning_rate
-    progress = (step - settings.warmup_steps) / max(1, steps - settings.warmup_steps)
-    return settings.learning_rate * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = value
-
-
-def _accelerator(loop: TrainLoop) -> Accelerator:
+def _accelerator(loop: TrainLoop, folder: Path) -> Accelerator:
     precision = loop.precision
     if precision == "auto":
         device = Accelerator().device
         precision = "bf16" if pick_dtype("auto", device) is torch.bfloat16 else "fp32"
     # A step in which no image, or every image, sees the dummy D leaves some weights without a gradient.
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-    return Accelerator(mixed_precision="bf16" if precision == "bf16" else "no", kwargs_handlers=[unused])
+    return Accelerator(
+        mixed_precision="bf16" if precision == "bf16" else "no",
+        kwargs_handlers=[unused],
+        **tracker_options(loop.tracker, folder),
+    )
 
 
 def _forward_backward(
@@ -348,6 +335,8 @@ FREE_TO_CHANGE = {
     "workers",
     "error_budget",
     "output",
+    "tracker",
+    "grid_every",
 }
 
 

@@ -56,8 +56,8 @@ class Meter:
         self.images += images
         self.waited += waited
 
-    def write(self, state: TrainState, learning_rate: float) -> None:
-        """One line of the means since the last one.  Raises: ModelError where it cannot be written."""
+    def write(self, state: TrainState, learning_rate: float) -> dict[str, float]:
+        """Log the means since the last line, and return them.  Raises: ModelError where they cannot be written."""
         elapsed = max(time.monotonic() - self.start, 1e-9)
         self.last = {f"train/{name}": self.sums[name] / self.counts[name] for name in self.sums}
         record = {
@@ -80,3 +80,4 @@ class Meter:
             shown = "  ".join(f"{k.removeprefix('train/')} {v:.4g}" for k, v in self.last.items())
             self.log(f"step {state.step}  {shown}  {record['images_per_second']:.1f} img/s")
         self._reset()
+        return record

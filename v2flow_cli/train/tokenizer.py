@@ -55,6 +55,11 @@ class TokenizerObjective(nn.Module):
             "batch_word_entropy": out.batch_entropy.detach(),
         }
 
+    def reconstruct(self, images: Tensor) -> Tensor:
+        """Images (B, 3, S, S) to tokens and back, at the recipe's own sampling; image i has seed i."""
+        size = images.shape[-2:]
+        return self.model.decode(self.model.encode(images), height=size[0], width=size[1])
+
     def no_decay(self) -> tuple[str, ...]:
         """Parameters without weight decay: the flow head, as in the official training."""
         return ("model.flow.",)

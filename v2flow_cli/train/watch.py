@@ -21,6 +21,7 @@ from v2flow_cli.errors import V2FlowError
 from v2flow_cli.recipe.schema import ImageData
 from v2flow_cli.store.files import write_bytes
 from v2flow_cli.tokenizer.preprocess import to_uint8
+from v2flow_cli.train.agree import raise_everywhere
 from v2flow_cli.train.crops import crop_loader
 
 GRID_IMAGES = 8
@@ -77,8 +78,15 @@ class Watch:
 
     def grid(self, objective: Reconstructs, step: int) -> None:
         """Write ``grids/step-NNNNNNNN.png``: crops above what the model makes of them now (not the average)."""
-        if not self._accelerator.is_main_process:
-            return
+        problem = ""
+        if self._accelerator.is_main_process:
+            try:
+                self._draw(objective, step)
+            except V2FlowError as error:
+                problem = str(error)
+        raise_everywhere(self._accelerator, problem)
+
+    def _draw(self, objective: Reconstructs, step: int) -> None:
         images = self._crops()
         objective.train(False)
         with torch.no_grad(), self._accelerator.autocast():
