@@ -51,7 +51,7 @@ class Axis:
     def ticks(self) -> list[float]:
         """Four to eight round values."""
         if self.log:
-            for steps in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 8)):
+            for steps in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7)):
                 decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
                 ticks = [m * 10.0**e for e in decades for m in steps if self.low <= m * 10.0**e <= self.high]
                 if len(ticks) >= 4:
@@ -96,8 +96,7 @@ def _chart(table: Table, x: str, x_label: str, title: str) -> str:
         return ""
     families = dict.fromkeys(row["family"] for row in table.rows if row[x])
     legend = "".join(f'<li><i class="hue{_hue(table, family)}"></i>{escape(family)}</li>' for family in families)
-    ceiling = any(row["kind"] == "autoencoder" for row in table.rows)
-    note = '<li><i class="ceiling"></i>autoencoder alone</li>' if ceiling else ""
+    note = '<li><i class="ceiling"></i>autoencoder alone</li>' if _ceilings(table, x) else ""
     return (
         f'<figure class="plot"><figcaption>{title}<fieldset class="metrics"><legend class="hide">Metric of {title}'
         f'</legend>{"".join(choices)}</fieldset></figcaption>{"".join(drawings)}<ul class="legend">{legend}{note}</ul>'
@@ -107,7 +106,7 @@ def _chart(table: Table, x: str, x_label: str, title: str) -> str:
 
 def _drawing(table: Table, rows: Sequence[Record], x: str, x_label: str, metric: str, title: str) -> str:
     label, digits, _ = METRICS[metric]
-    ceilings = [row for row in table.rows if row["kind"] == "autoencoder" and row[metric] is not None]
+    ceilings = [row for row in _ceilings(table, x) if row[metric] is not None]
     across = Axis.around([row[x] for row in rows], log=True)
     up = Axis.around([row[metric] for row in (*rows, *ceilings)], log=False)
 
@@ -131,7 +130,8 @@ def _drawing(table: Table, rows: Sequence[Record], x: str, x_label: str, metric:
     for row in ceilings:
         y = HEIGHT - BOTTOM - up.at(row[metric]) * (HEIGHT - TOP - BOTTOM)
         parts.append(f'<line class="ceiling" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-    for family in dict.fromkeys(row["family"] for row in rows):
+    on_top = sorted(rows, key=lambda row: row["kind"] != "codec")  # tokenizers are drawn over codecs
+    for family in dict.fromkeys(row["family"] for row in on_top):
         curve = sorted((row for row in rows if row["family"] == family), key=lambda row: row[x])
         if len({row[x] for row in curve}) == len(curve) > 1:  # a sweep at one rate has no order along this axis
             line = " ".join(f"{a:.1f},{b:.1f}" for a, b in map(point, curve))
@@ -147,6 +147,11 @@ def _drawing(table: Table, rows: Sequence[Record], x: str, x_label: str, metric:
             tag = shape.split(" ")[0][1:]
             parts.append(f'{shape} class="hue{_hue(table, family)}" tabindex="0"><title>{escape(tip)}</title></{tag}>')
     return "".join(parts) + "</svg>"
+
+
+def _ceilings(table: Table, x: str) -> list[Record]:
+    """Autoencoders alone bound the quality at any rate; over speed they would only flatten the plot."""
+    return [row for row in table.rows if row["kind"] == "autoencoder" and x == "bits_per_pixel"]
 
 
 def _hue(table: Table, family: str) -> int:
