@@ -124,7 +124,8 @@ def draw_pictures(
                     images[i] = image
         if save_tokens:
             ids = token_ids.cpu().numpy()
-            _save_tokens(out, {p.name: row[:n] for p, row, n in zip(batch, ids, lengths)}, image_tokenizer)
+            rows_of = {p.name: row[:n] for p, row, n in zip(batch, ids, lengths)}
+            _save_tokens(out, rows_of, image_tokenizer, llm.vocabulary.tokens_per_image)
         for picture, drawn in zip(batch, images):
             assert drawn is not None
             write_png(out / f"{picture.name}.png", drawn, about(picture, settings, llm, image_tokenizer))
@@ -229,13 +230,15 @@ def _manifest(image_tokenizer: V2FlowTokenizer, length: int) -> TokenManifest:
     return TokenManifest(image_tokenizer.digest, size, image_tokenizer.config.codebook_size, length, {})
 
 
-def _save_tokens(out: Path, ids: dict[str, np.ndarray], image_tokenizer: V2FlowTokenizer) -> None:
-    """One ``.npy`` a picture beside its PNG, listed in ``manifest.json`` with those that are there already."""
-    manifest = _manifest(image_tokenizer, max(len(row) for row in ids.values()))
+def _save_tokens(out: Path, ids: dict[str, np.ndarray], image_tokenizer: V2FlowTokenizer, length: int) -> None:
+    """One ``.npy`` a picture beside its PNG; those of ``length`` tokens, as all of a set, are in ``manifest.json``."""
+    manifest = _manifest(image_tokenizer, length)
     before = TokenManifest.load(out)
     if before is not None and before.same_tokens(manifest):
         manifest.files.update(before.files)
     for name, row in ids.items():
         save_token_ids(out / f"{name}.npy", row, manifest.codebook_size)
-        manifest.files[name] = 1
-    manifest.save(out)
+        if len(row) == length:
+            manifest.files[name] = 1
+    if manifest.files:
+        manifest.save(out)
