@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import io
+import re
 import tokenize
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,7 +82,7 @@ def read_sections(source: str) -> dict[str, Section]:
 def reference(source: str) -> str:
     """The page for the schema's text."""
     sections = read_sections(source)
-    recipes = [s for s in sections.values() if s.fields and s.fields[0].name == "kind"]
+    recipes = [s for s in sections.values() if s.name.endswith("Recipe")]
     parts = [INTRODUCTION]
     for recipe in recipes:
         kind = recipe.fields[0].annotation.removeprefix("Literal['").removesuffix("']")
@@ -100,10 +101,10 @@ def _text(text: str) -> str:
 def _table(section: Section, sections: dict[str, Section]) -> str:
     rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
     for field in section.fields:
-        base = field.annotation.removesuffix(" | None")
         kind = _type(field.annotation)
-        if base in sections:
-            kind = kind.replace(base, f"[{base}](#{base.lower()})")
+        for base in field.annotation.split(" | "):
+            if base in sections:
+                kind = re.sub(rf"\b{base}\b", f"[{base}](#{base.lower()})", kind)
         default = f"`{field.default}`" if field.default else "required"
         rows.append(f"| `{field.name}` | {kind} | {default} | {_text(field.meaning)} |")
     return "\n".join(rows) + "\n"
@@ -111,19 +112,18 @@ def _table(section: Section, sections: dict[str, Section]) -> str:
 
 def _type(annotation: str) -> str:
     """An annotation as a reader of YAML says it."""
-    optional = annotation.endswith(" | None")
-    annotation = annotation.removesuffix(" | None")
+    return ", or ".join(_one_type(part) for part in annotation.split(" | "))
+
+
+def _one_type(annotation: str) -> str:
     tree = ast.parse(annotation, mode="eval").body
-    if isinstance(tree, ast.Subscript) and isinstance(tree.value, ast.Name):
-        items = tree.slice.elts if isinstance(tree.slice, ast.Tuple) else [tree.slice]
-        words = [ast.unparse(item) for item in items]
-        if tree.value.id == "Literal":
-            annotation = ", ".join(f"`{ast.literal_eval(item)}`" for item in items)
-        elif words[-1] == "...":
-            annotation = f"list of {words[0]}"
-        else:
-            annotation = f"list of {len(words)} {words[0]}"
-    return f"{annotation}, or null" if optional else annotation
+    if not (isinstance(tree, ast.Subscript) and isinstance(tree.value, ast.Name)):
+        return "null" if annotation == "None" else annotation
+    items = tree.slice.elts if isinstance(tree.slice, ast.Tuple) else [tree.slice]
+    words = [ast.unparse(item) for item in items]
+    if tree.value.id == "Literal":
+        return ", ".join(f"`{ast.literal_eval(item)}`" for item in items)
+    return f"list of {words[0]}" if words[-1] == "..." else f"list of {len(words)} {words[0]}"
 
 
 if __name__ == "__main__":

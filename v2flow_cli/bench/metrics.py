@@ -16,19 +16,12 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d
 from torchmetrics.functional.image import structural_similarity_index_measure
 
+from v2flow_cli.tokenizer.preprocess import psnr as psnr
+
 SSIM_SIGMA, SSIM_WINDOW = 1.5, 11  # pixels
 _SSIM: dict[str, Any] = {"sigma": SSIM_SIGMA, "data_range": 1.0, "reduction": "none"}
 MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # of the scales, fine to coarse
 MS_SSIM_MIN_SIZE = SSIM_WINDOW * 2 ** (len(MS_SSIM_WEIGHTS) - 1)  # pixels a side
-
-
-def psnr(reference: Tensor, images: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each image in dB, (B,) float64; infinite where nothing differs.
-
-    Args:  reference, images: (B, H, W, 3) uint8.
-    """
-    mse = (reference.double() - images.double()).square().flatten(1).mean(1)
-    return 10 * torch.log10(255.0**2 / mse)
 
 
 def ssim(reference: Tensor, images: Tensor) -> Tensor:

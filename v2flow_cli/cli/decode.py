@@ -28,6 +28,13 @@ class Schedule(str, Enum):
     linear = "linear"
 
 
+class Guidance(str, Enum):
+    """What ``--guidance`` takes."""
+
+    cfg = "cfg"
+    apg = "apg"
+
+
 def decode(
     tokens: Annotated[
         list[str],
@@ -46,6 +53,9 @@ def decode(
     schedule: Annotated[
         Schedule | None,
         typer.Option(help="linear raises the guidance from 1 as sampling goes on. Default: the model's."),
+    ] = None,
+    guidance: Annotated[
+        Guidance | None, typer.Option(help="apg spares colours and contrast at high --cfg. Default: the model's.")
     ] = None,
     noise: Annotated[
         float | None,
@@ -96,6 +106,7 @@ def decode(
             num_flow_steps=steps,
             solver=solver.value if solver else None,
             guidance_schedule=schedule.value if schedule else None,
+            guidance=guidance.value if guidance else None,
             noise_temperature=noise,
         )
     seconds = time.perf_counter() - start

@@ -31,6 +31,15 @@ def encode(
     res: Annotated[
         int | None, typer.Option(min=1, help="Side of the centre crop in pixels. Default: the model's.")
     ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(min=1, help="Keep the first so many tokens of an image (flexible tokenizers).")
+    ] = None,
+    max_error: Annotated[
+        float | None,
+        typer.Option(
+            metavar="DB", help="Keep the fewest tokens whose picture has this PSNR in dB (flexible tokenizers)."
+        ),
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images encoded at a time; the ids do not depend on it.")] = 8,
     workers: Annotated[int, typer.Option(min=1, help="Threads that read and decode images.")] = 2,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
@@ -54,11 +63,17 @@ def encode(
 
         v2flow encode shards/ -o shard-tokens/ --batch-size 32 --workers 4
 
+        v2flow encode imgs/ -o tokens-32/ --model runs/flextok/small --tokens 32
+
+        v2flow encode imgs/ -o tokens-18db/ --model runs/flextok/small --max-error 18
+
         torchrun --nproc-per-node 8 -m v2flow_cli.cli.app encode shards/ -o shard-tokens/
     """
     from v2flow_cli.errors import DataError
     from v2flow_cli.store.images import SUFFIXES, expand_input, find_images
 
+    if tokens is not None and max_error is not None:
+        raise DataError("--tokens and --max-error: give one of them; the second chooses the number by itself.")
     kinds = {_kind(expand_input(given)[1], SUFFIXES, given) for given in inputs}
     if len(kinds) > 1:
         raise DataError(f"{' '.join(inputs)}: holds both images and tars. Encode them one kind at a time.")
@@ -66,6 +81,7 @@ def encode(
 
     from v2flow_cli.store.encode_set import SetEncoder, encode_files, encode_shards
     from v2flow_cli.store.failures import over_budget
+    from v2flow_cli.store.prefixes import Prefixes
     from v2flow_cli.store.ranks import launched
     from v2flow_cli.store.shards import find_shard_files
     from v2flow_cli.tokenizer import V2FlowTokenizer
@@ -75,7 +91,12 @@ def encode(
     target = pick_device(device)
     tokenizer = V2FlowTokenizer.from_pretrained(model).to(target)
     encoder = SetEncoder(
-        tokenizer, image_size=res, batch_size=batch_size, workers=workers, dtype=pick_dtype(dtype, target)
+        tokenizer,
+        image_size=res,
+        batch_size=batch_size,
+        workers=workers,
+        dtype=pick_dtype(dtype, target),
+        prefixes=Prefixes(tokens, max_error),
     )
     start = time.perf_counter()
     with launched() as ranks, progress("encode", None if tars else -(-len(files) // ranks.count)) as tick:
@@ -88,6 +109,7 @@ def encode(
     seconds = time.perf_counter() - start
 
     manifest = report.manifest
+    mean_tokens = report.tokens / report.images if report.images else None
     if json_:
         result_json(
             {
@@ -97,6 +119,9 @@ def encode(
                 "kept_files": report.kept_files,
                 "image_size_px": list(manifest.image_size),
                 "tokens_per_image": manifest.tokens_per_image,
+                "variable_length": manifest.variable_length,
+                "mean_tokens_per_image": mean_tokens,
+                "short_of_max_error": report.short,
                 "codebook_size": manifest.codebook_size,
                 "tokenizer_digest": manifest.tokenizer_digest,
                 "seconds": seconds,
@@ -104,11 +129,16 @@ def encode(
             }
         )
     else:
+        length = str(manifest.tokens_per_image)
+        if manifest.variable_length:
+            length = f"1 to {length}" + (f" (mean {mean_tokens:.1f})" if mean_tokens else "")
         kept = f", {report.kept_files} finished earlier" if report.kept_files else ""
         result(
             f"{out}: {report.images} images in {report.files} files{kept}; "
-            f"{manifest.tokens_per_image} tokens an image, ids below {manifest.codebook_size:,}"
+            f"{length} tokens an image, ids below {manifest.codebook_size:,}"
         )
+    if report.short:
+        log(f"{report.short} images have less than {max_error:g} dB even with all their tokens, which were kept")
     for failure in report.failures:
         log(f"left out: {failure.name}: {failure.reason}")
     if over_budget(report.failures, report.good, error_budget):

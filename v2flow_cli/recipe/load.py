@@ -56,6 +56,18 @@ def parse_recipe(tree: Mapping[str, Any], where: str, kinds: Iterable[str] = tup
     return cast(Recipe, recipe)
 
 
+def parse_section(name: str, values: Any, where: str) -> Any:
+    """One section of a tokenizer recipe from plain values, as a model's ``config.json`` holds them.
+
+    Raises:  RecipeError when its keys are not the schema's.
+    """
+    problems: list[str] = []
+    section = _coerce(typing.get_type_hints(KINDS["tokenizer"])[name], values, name, problems)
+    if problems:
+        raise RecipeError(f"{where}: {'; '.join(problems)}.")
+    return section
+
+
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML that ``load_recipe`` reads back to an equal recipe."""
     return yaml.safe_dump(_plain(dataclasses.asdict(cast(Any, recipe))), sort_keys=False)
@@ -105,12 +117,25 @@ def _build(schema: type, tree: Any, prefix: str, problems: list[str]) -> Any:
     return schema(**values) if not problems else None
 
 
+def _variant(variants: list[Any], value: Any, where: str, problems: list[str]) -> Any:
+    """The one of ``variants`` whose ``kind`` the section ``value`` names; the first where it names none."""
+    if len(variants) == 1 or not isinstance(value, Mapping) or "kind" not in value:
+        return variants[0]
+    kinds = {typing.get_args(typing.get_type_hints(variant)["kind"])[0]: variant for variant in variants}
+    if value["kind"] not in kinds:
+        problems.append(f"{where}.kind is {value['kind']!r}; expected one of {', '.join(kinds)}")
+    return kinds.get(value["kind"])
+
+
 def _coerce(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
         return _build(cast(type, hint), value, f"{where}.", problems)
-    if origin in (types.UnionType, typing.Union):  # only `X | None`
-        return None if value is None else _coerce(args[0], value, where, problems)
+    if origin in (types.UnionType, typing.Union):  # `X | None`, or sections told apart by their `kind`
+        if value is None and type(None) in args:
+            return None
+        variant = _variant([a for a in args if a is not type(None)], value, where, problems)
+        return None if variant is None else _coerce(variant, value, where, problems)
     if origin is Literal:
         if value in args and type(value) in {type(a) for a in args}:
             return value

@@ -7,6 +7,7 @@ default and must stand in the YAML; defaults are for plumbing.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -127,6 +128,24 @@ class Resampler:
     hidden_size: int  # channels, and the width d_v of a token
     depth: tuple[int, int]  # RegStage blocks before and after the downsampler
     tokens_per_256px: int  # n for a 256 x 256 image: 64, 128 or 256; other sizes in proportion
+    kind: Literal["grid"] = "grid"
+
+
+@dataclass(frozen=True)
+class Registers:
+    """The other resampler: registers in a transformer over latent patches, one ordered sequence (FlexTok)."""
+
+    kind: Literal["registers"]
+    hidden_size: int  # width of the transformer, and the width d_v of a token
+    depth: int  # blocks
+    num_heads: int  # attention heads
+    mlp_ratio: float  # hidden width of a block's MLP over hidden_size
+    dropout: float  # of both branches of a block
+    patch_size: int  # latent positions per side of one encoded patch
+    max_tokens: int  # registers; the longest sequence of an image of any size
+    places: Literal["centre", "spread"]  # of registers: all on the middle (FlexTok), or each its own, evenly spread
+    causal: bool  # a register sees the registers before it, not those behind
+    nested_dropout: Literal["uniform", "power_of_two", "none"]  # prefix lengths trained; none: the whole sequence
 
 
 @dataclass(frozen=True)
@@ -144,11 +163,33 @@ class Quantizer:
     gradient: Literal["straight_through", "rotation"] = "straight_through"
     kmeans_steps: int = 0  # steps of k-means before start_step, from the newest real vectors; 0 takes these themselves
     usage_decay: float = 0.0  # of the running count that finds dead codes, where it shall forget sooner; 0: ema_decay
+    kind: Literal["ema"] = "ema"
+
+
+@dataclass(frozen=True)
+class FSQ:
+    """The other quantiser: each of a few numbers rounded to its own levels (arXiv 2309.15505); nothing is learned."""
+
+    kind: Literal["fsq"]
+    levels: tuple[int, ...]  # values each number can take; their product is K
+    usage_floor: float  # training stops when usage stays under this share
+
+    start_step = 0  # it quantises from the first step
+
+    @property
+    def codebook_size(self) -> int:
+        """K."""
+        return math.prod(self.levels)
+
+    @property
+    def code_size(self) -> int:
+        """Numbers in a code."""
+        return len(self.levels)
 
 
 @dataclass(frozen=True)
 class Context:
-    """Masked transformer encoder-decoder (section 2.3)."""
+    """Masked transformer encoder-decoder (section 2.3); null where flow.kind is transformer."""
 
     hidden_size: int  # width of the transformer
     encoder_depth: int  # blocks over tokens and visible patches
@@ -171,6 +212,24 @@ class Flow:
     repeats: int  # noise draws per position and step
     # Share of each batch's images on which the velocity network is trained; the context sees all. 0: regression alone.
     share: float = 1.0
+    kind: Literal["mlp"] = "mlp"
+
+
+@dataclass(frozen=True)
+class FlowTransformer:
+    """The other decoder: a transformer gives the velocity of all patches at once (FlexTok); needs context: null."""
+
+    kind: Literal["transformer"]
+    formulation: Literal["rectified_flow", "ddim"]  # as for the MLP
+    hidden_size: int  # width of the transformer
+    token_depth: int  # blocks over the tokens alone, computed once an image
+    depth: int  # blocks over the noised patches, which read the tokens, computed at every step
+    num_heads: int  # attention heads
+    mlp_ratio: float  # hidden width of a block's MLP over hidden_size
+    dropout: float  # of both branches of a block
+    time_shift: float  # as for the MLP
+    repeats: int  # noise draws per image and step
+    share: float = 1.0  # of each batch's images that the flow loss sees; the regression loss sees all. 0: it alone
 
 
 @dataclass(frozen=True)
@@ -186,6 +245,10 @@ class Sampling:
     guidance_scale: float  # 1 means no guidance
     guidance_schedule: Literal["constant", "linear"]  # linear rises from 1 as the sampling goes on
     noise_temperature: float  # factor on the initial noise
+    guidance: Literal["cfg", "apg"] = "cfg"  # Eq. 7, or adaptive projected guidance (arXiv 2410.02416)
+    apg_momentum: float = -0.5  # share of the earlier steps' guidance that is added; below 0 it is taken away
+    apg_threshold: float = 0.05  # largest root mean square of the guidance over an image's latents; 0: no limit
+    apg_parallel: float = 0.0  # share kept of the guidance along the prediction itself; 1 keeps all
 
 
 @dataclass(frozen=True)
@@ -208,10 +271,10 @@ class TokenizerRecipe:
     image_size: int  # pixels, default of ``encode``
     latents: LatentSource
     vocabulary: Vocabulary
-    resampler: Resampler
-    quantizer: Quantizer
-    context: Context
-    flow: Flow
+    resampler: Resampler | Registers
+    quantizer: Quantizer | FSQ
+    context: Context | None
+    flow: Flow | FlowTransformer
     sampling: Sampling
     loss: TokenizerLoss
     optimizer: Optimizer
@@ -220,12 +283,22 @@ class TokenizerRecipe:
     init_from: str = ""  # a tokenizer folder to start from, of the same shapes
 
     def problems(self) -> Iterator[str]:
-        if self.context.hidden_size % (4 * self.context.num_heads):
+        whole = isinstance(self.flow, FlowTransformer)
+        if whole != (self.context is None):
             yield (
-                f"context.hidden_size is {self.context.hidden_size}; with {self.context.num_heads} heads it must be "
-                "a multiple of 4 x num_heads (2D rotary positions)"
+                f"flow.kind is {self.flow.kind} and context is {'null' if self.context is None else 'a section'}; "
+                "kind: mlp needs the context section, kind: transformer needs context: null"
             )
-        if not 0 <= self.context.mask_ratio_min <= 1:
+        if whole and self.sampling.num_mask_steps != 1:
+            yield f"sampling.num_mask_steps is {self.sampling.num_mask_steps}; a flow transformer has 1 round"
+        transformers = {"context": self.context, "resampler": self.resampler, "flow": self.flow}
+        for name, part in transformers.items():
+            if isinstance(part, Context | Registers | FlowTransformer) and part.hidden_size % (4 * part.num_heads):
+                yield (
+                    f"{name}.hidden_size is {part.hidden_size}; with {part.num_heads} heads it must be "
+                    "a multiple of 4 x num_heads (2D rotary positions)"
+                )
+        if self.context is not None and not 0 <= self.context.mask_ratio_min <= 1:
             yield f"context.mask_ratio_min is {self.context.mask_ratio_min}; expected a share in [0, 1]"
         if not 0 <= self.flow.share <= 1:
             yield f"flow.share is {self.flow.share}; expected a share in [0, 1]"
@@ -234,17 +307,22 @@ class TokenizerRecipe:
                 f"data.min_scale is {self.data.min_scale} and data.max_scale {self.data.max_scale}; expected "
                 "0 < min_scale <= max_scale <= 1"
             )
-        if self.resampler.tokens_per_256px not in (64, 128, 256):
+        if isinstance(self.resampler, Resampler) and self.resampler.tokens_per_256px not in (64, 128, 256):
             yield f"resampler.tokens_per_256px is {self.resampler.tokens_per_256px}; expected 64, 128 or 256"
-        if self.quantizer.kmeans_steps and not 0 < self.quantizer.kmeans_steps <= self.quantizer.start_step - 2:
+        ema = self.quantizer if isinstance(self.quantizer, Quantizer) else None
+        if ema and ema.kmeans_steps and not 0 < ema.kmeans_steps <= ema.start_step - 2:
             yield (
-                f"quantizer.kmeans_steps is {self.quantizer.kmeans_steps}; expected 0 or at most start_step - 2 "
-                f"({self.quantizer.start_step} - 2): k-means needs vectors to start from"
+                f"quantizer.kmeans_steps is {ema.kmeans_steps}; expected 0 or at most start_step - 2 "
+                f"({ema.start_step} - 2): k-means needs vectors to start from"
             )
         if self.latents.cache_crops < 1:
             yield f"latents.cache_crops is {self.latents.cache_crops}; expected at least 1"
-        if not 0 <= self.quantizer.usage_decay < 1:
-            yield f"quantizer.usage_decay is {self.quantizer.usage_decay}; expected a number in [0, 1)"
+        if ema and not 0 <= ema.usage_decay < 1:
+            yield f"quantizer.usage_decay is {ema.usage_decay}; expected a number in [0, 1)"
+        if isinstance(self.resampler, Registers) and self.resampler.max_tokens < 1:
+            yield f"resampler.max_tokens is {self.resampler.max_tokens}; expected at least 1"
+        if isinstance(self.quantizer, FSQ) and (not self.quantizer.levels or min(self.quantizer.levels) < 2):
+            yield f"quantizer.levels is {list(self.quantizer.levels)}; expected numbers of at least 2"
         if self.sampling.solver == "ddim" and self.flow.formulation != "ddim":
             yield "sampling.solver is ddim, but flow.formulation is rectified_flow; use euler, heun or dpm++"
         if self.flow.formulation == "ddim" and self.sampling.solver != "ddim":

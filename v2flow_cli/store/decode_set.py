@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from v2flow_cli.errors import TokenFileError
-from v2flow_cli.store.encode_set import Failure
+from v2flow_cli.store.failures import Failure
 from v2flow_cli.store.files import check_absent, write_bytes
 from v2flow_cli.store.images import FoundFile
 from v2flow_cli.store.shards import safe_key
-from v2flow_cli.store.token_file import TokenManifest, find_manifest, load_samples, load_token_ids
+from v2flow_cli.store.token_file import TokenManifest, find_manifest, load_samples, load_token_ids, row_of
 from v2flow_cli.tokenizer import V2FlowTokenizer
 
 
@@ -71,12 +72,11 @@ def open_token_files(
 
 
 def _open(tokenizer: V2FlowTokenizer, file: FoundFile, manifest: TokenManifest | None, out: Path) -> TokenRows:
-    length = None if manifest is None else manifest.tokens_per_image
-    ids = load_token_ids(file.path, tokenizer.config.codebook_size, length)
+    length, variable = (None, tokenizer.flexible) if manifest is None else manifest.lengths
+    ids = load_token_ids(file.path, tokenizer.config.codebook_size, length, variable)
     try:
         size = tokenizer.grid_of(ids.shape[-1]) if manifest is None else manifest.image_size
-        if tokenizer.num_tokens(*size) != ids.shape[-1]:
-            raise ValueError(f"{size[0]} x {size[1]} px has {tokenizer.num_tokens(*size)} tokens")
+        tokenizer.check_length(ids.shape[-1], *size)
     except ValueError as error:
         raise TokenFileError(
             f"{file.path}: {ids.shape[-1]} tokens an image do not fit this model ({error})."
@@ -109,12 +109,13 @@ def decode_files(
     Args:   sampling, as V2FlowTokenizer.decode takes it (guidance_scale, num_mask_steps, ...).
     """
     device = tokenizer.device
-    for batch, (height, width) in _batches(opened, tokenizer.config.codebook_size, batch_size):
-        ids = np.stack([ids for ids, _, _ in batch]).astype(np.int64)
-        token_ids = torch.from_numpy(ids).to(device)  # (B, L)
+    for batch, (height, width) in _batches(opened, tokenizer, batch_size):
+        rows = [torch.from_numpy(row_of(ids, tokenizer.config.codebook_size)) for ids, _, _ in batch]
+        token_ids = pad_sequence(rows, batch_first=True).to(device)  # (B, L), of which ``lengths`` count
+        lengths = [len(row) for row in rows]
         seeds = [image_seed(seed, key) for _, key, _ in batch]
         with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            images = tokenizer.decode(token_ids, height=height, width=width, seeds=seeds, **sampling)
+            images = tokenizer.decode(token_ids, lengths=lengths, height=height, width=width, seeds=seeds, **sampling)
         for image, (_, _, target) in zip(tokenizer.image_processor.to_pil(images), batch):
             buffer = io.BytesIO()
             image.save(buffer, "PNG")
@@ -124,12 +125,13 @@ def decode_files(
 
 
 def _batches(
-    opened: Sequence[TokenRows], codebook_size: int, batch_size: int
+    opened: Sequence[TokenRows], tokenizer: V2FlowTokenizer, batch_size: int
 ) -> Iterator[tuple[list[tuple[np.ndarray, str, Path]], tuple[int, int]]]:
     """Rows of equal image size in groups of at most ``batch_size``, with that size."""
     waiting: dict[tuple[int, int], list[tuple[np.ndarray, str, Path]]] = {}
     for rows in opened:
-        ids = np.atleast_2d(load_token_ids(rows.path, codebook_size))  # one file open at a time
+        codes = tokenizer.config.codebook_size
+        ids = np.atleast_2d(load_token_ids(rows.path, codes, variable_length=tokenizer.flexible))  # one open at a time
         for row in zip(ids, rows.keys, rows.targets):
             batch = waiting.setdefault(rows.size, [])
             batch.append(row)

@@ -20,6 +20,7 @@ from v2flow_cli.errors import DataError, TokenFileError
 from v2flow_cli.store.failures import Failure, load_failures, save_failures
 from v2flow_cli.store.files import check_absent, map_ahead, remove_partials, write_bytes
 from v2flow_cli.store.images import FoundFile, open_image
+from v2flow_cli.store.prefixes import Prefixes, shortest_prefixes
 from v2flow_cli.store.ranks import Ranks
 from v2flow_cli.store.shard_manifest import SampleIndex
 from v2flow_cli.store.shards import Verify, captions_of, index_shard, open_shard, read_member
@@ -28,6 +29,7 @@ from v2flow_cli.tokenizer import V2FlowTokenizer
 
 Tick = Callable[[int], None]
 ALONE = Ranks()
+WHOLE = Prefixes()
 _UNFINISHED = ".unfinished"  # lies in a folder of tokens from the beginning of a run to its end
 
 
@@ -39,6 +41,8 @@ class EncodeReport:
     images: int = 0  # encoded by this call
     files: int = 0  # token files written by this call
     kept_files: int = 0  # finished ones of an earlier call
+    tokens: int = 0  # written by this call
+    short: int = 0  # images of this call whose every token does not reach the PSNR asked for
     good: int = 0  # images in all files of this set, earlier calls included
     failures: list[Failure] = field(default_factory=list)
 
@@ -47,8 +51,8 @@ class SetEncoder:
     """Images to ids in batches, the bad ones put aside.
 
     Args:   image_size, side in pixels (default: the tokenizer's); batch_size, images; workers, threads that
-            decode; dtype, what the tokenizer computes in.
-    Raises: DataError for an image size that the tokenizer cannot take.
+            decode; dtype, what the tokenizer computes in; prefixes, how many tokens of an image are kept.
+    Raises: DataError for an image size or prefixes that the tokenizer does not have.
     """
 
     def __init__(
@@ -59,15 +63,23 @@ class SetEncoder:
         batch_size: int = 8,
         workers: int = 2,
         dtype: torch.dtype = torch.float32,
+        prefixes: Prefixes = WHOLE,
     ) -> None:
+        self.prefixes, self.short = prefixes, 0
         self.tokenizer, self.batch_size, self.workers, self.dtype = tokenizer, batch_size, workers, dtype
         self.image_size = image_size or tokenizer.config.image_size
         try:
             length = tokenizer.num_tokens(self.image_size, self.image_size)
         except ValueError as error:
             raise DataError(f"--res {self.image_size}: {error}") from error
-        size = (self.image_size, self.image_size)
-        self.empty_manifest = TokenManifest(tokenizer.digest, size, tokenizer.config.codebook_size, length)
+        self.empty_manifest = TokenManifest(
+            tokenizer.digest,
+            (self.image_size, self.image_size),
+            tokenizer.config.codebook_size,
+            prefixes.longest(tokenizer, length),
+            variable_length=prefixes.min_psnr_db is not None,
+            min_psnr_db=prefixes.min_psnr_db,
+        )
 
     def encode(
         self, items: Iterable[tuple[str, str, Path | bytes | DataError]], failures: list[Failure], tick: Tick
@@ -109,9 +121,15 @@ class SetEncoder:
             torch.inference_mode(),
             torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32),
         ):
-            token_ids = self.tokenizer.encode(images).cpu().numpy()  # (B, L)
+            token_ids = self.tokenizer.encode(images, self.prefixes.tokens)  # (B, L)
+            lengths: list[int | None] = [None] * len(batch)
+            if self.prefixes.min_psnr_db is not None:
+                keys = [key for key, _ in batch]
+                lengths = shortest_prefixes(self.tokenizer, images, token_ids, keys, self.prefixes.min_psnr_db)
+                self.short += lengths.count(None)
         tick(len(batch))
-        yield from zip((key for key, _ in batch), token_ids)
+        for (key, _), ids, length in zip(batch, token_ids.cpu().numpy(), lengths):
+            yield key, ids[:length]
 
 
 def encode_files(
@@ -134,7 +152,8 @@ def encode_files(
     ):
         save_token_ids(targets[key], token_ids, report.manifest.codebook_size)
         report.images += 1
-    report.files = report.images
+        report.tokens += len(token_ids)
+    report.files, report.short = report.images, encoder.short
     return _end(report, out, ranks, lambda: {key: 1 for key, target in targets.items() if target.exists()})
 
 
@@ -169,10 +188,12 @@ def encode_shards(
             report.kept_files += 1
             tick(count)
         else:
-            bad, count = _encode_shard(encoder, shard, target, verify, tick)
+            bad, count, tokens = _encode_shard(encoder, shard, target, verify, tick)
             report.images += count
+            report.tokens += tokens
             report.files += bool(count)
         report.failures += bad
+    report.short = encoder.short
     return _end(report, out, ranks, lambda: {key: _rows(path) for key, path in targets.items() if path.exists()})
 
 
@@ -202,7 +223,8 @@ def _end(report: EncodeReport, out: Path, ranks: Ranks, written: Callable[[], di
     said = out / f".{ranks.rank}.failures.jsonl"
     if ranks.rank:
         save_failures(said, report.failures)
-    report.images, report.files, report.kept_files = ranks.sum([report.images, report.files, report.kept_files])
+    counts = [report.images, report.files, report.kept_files, report.tokens, report.short]
+    report.images, report.files, report.kept_files, report.tokens, report.short = ranks.sum(counts)
     if ranks.rank == 0:
         for rank in range(1, ranks.count):
             said = out / f".{rank}.failures.jsonl"
@@ -246,8 +268,8 @@ def _bad_path(target: Path) -> Path:
 
 def _encode_shard(
     encoder: SetEncoder, shard: FoundFile, target: Path, verify: Verify, tick: Tick
-) -> tuple[list[Failure], int]:
-    """Write a shard's tokens, keys and bad samples; returns the latter and the number of good ones."""
+) -> tuple[list[Failure], int, int]:
+    """Write a shard's tokens, keys and bad samples; returns the latter, the number of good ones, and of tokens."""
     captions: dict[str, tuple[str, ...]] = {}
     try:
         index = index_shard(shard.path, verify)
@@ -264,8 +286,8 @@ def _encode_shard(
         _bad_path(target).unlink()
     if rows:  # the ids last: where they are, all is
         save_samples(target, [(key, captions) for key, captions, _ in rows])
-        save_token_ids(target, np.stack([ids for _, _, ids in rows]), encoder.empty_manifest.codebook_size)
-    return failures, len(rows)
+        save_token_ids(target, [ids for _, _, ids in rows], encoder.empty_manifest.codebook_size)
+    return failures, len(rows), sum(len(ids) for _, _, ids in rows)
 
 
 def _images_of(

@@ -46,6 +46,14 @@ AUTOENCODERS: dict[str, dict[str, Any]] = {
         "layers_per_block": 2,
         "latent_channels": 4,
     },
+    "ostris/vae-kl-f8-d16": {
+        "class": "AutoencoderKL",
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "block_out_channels": (128, 256, 512, 512),
+        "layers_per_block": 2,
+        "latent_channels": 16,
+    },
     "madebyollin/taesd": {"class": "AutoencoderTiny"},
 }
 

@@ -5,8 +5,11 @@
     tokens/set-000.npy           (N, L), one shard, and
     tokens/set-000.samples.jsonl N lines {"key": ..., "captions": [...]}, in the order of the rows
 
-Ids are little-endian uint16 where the codebook has at most 65,536 entries, else uint32. docs/file-formats.md
-has the rest.
+Where lengths vary (``variable_length``), L is that of the image, or of the longest row, and the other rows end in
+the id K, one more than the largest: a reader that knows nothing of it stops rather than read rubbish.
+
+Ids are little-endian uint16 where the codebook has at most 65,536 entries, else uint32. docs/file-formats.md has
+the rest.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from v2flow_cli.errors import TokenFileError
 from v2flow_cli.store.files import write_bytes
 
 FORMAT = "v2flow-tokens"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 where all images have the same number of tokens, so that older readers go on reading them
 MANIFEST = "manifest.json"
 
 
@@ -35,20 +38,28 @@ class TokenManifest:
     tokenizer_digest: str  # V2FlowTokenizer.digest
     image_size: tuple[int, int]  # height and width in pixels that the ids were made from
     codebook_size: int  # K: ids lie in [0, K)
-    tokens_per_image: int  # L
+    tokens_per_image: int  # L; the most that an image can have where lengths vary
     files: dict[str, int] = field(default_factory=dict)  # path under the folder without .npy -> images in it
+    variable_length: bool = False  # images have 1 to tokens_per_image tokens
+    min_psnr_db: float | None = None  # what the lengths were chosen by, if by that
 
     @property
     def count(self) -> int:
         """Images in all files."""
         return sum(self.files.values())
 
+    @property
+    def lengths(self) -> tuple[int, bool]:
+        """(L, whether lengths vary up to it), as ``load_token_ids`` takes them."""
+        return self.tokens_per_image, self.variable_length
+
     def same_tokens(self, other: TokenManifest) -> bool:
         """True if both describe ids of the same tokenizer, image size and length."""
         return self._identity() == other._identity()
 
     def _identity(self) -> tuple[Any, ...]:
-        return self.tokenizer_digest, self.image_size, self.codebook_size, self.tokens_per_image
+        lengths = self.tokens_per_image, self.variable_length, self.min_psnr_db
+        return self.tokenizer_digest, self.image_size, self.codebook_size, *lengths
 
     def check_tokenizer(self, digest: str, where: str | Path) -> None:
         """Raises: TokenFileError if the ids were made by another tokenizer than the one with ``digest``."""
@@ -62,11 +73,12 @@ class TokenManifest:
         """Write ``folder/manifest.json``."""
         record = {
             "format": FORMAT,
-            "format_version": FORMAT_VERSION,
+            "format_version": 2 if self.variable_length else 1,
             "tokenizer_digest": self.tokenizer_digest,
             "image_size": list(self.image_size),
             "codebook_size": self.codebook_size,
             "tokens_per_image": self.tokens_per_image,
+            **({"variable_length": True, "min_psnr_db": self.min_psnr_db} if self.variable_length else {}),
             "count": self.count,
             "files": self.files,
         }
@@ -115,7 +127,15 @@ class TokenManifest:
                     problem = f"{name} is {record.get(name)!r}; expected a positive integer"
         if problem:
             raise TokenFileError(f"{path}: {problem}. Encode the images again.")
-        manifest = cls(digest, (size[0], size[1]), record["codebook_size"], record["tokens_per_image"], files)
+        variable: Any = record.get("variable_length", False)
+        least: Any = record.get("min_psnr_db")
+        if type(variable) is not bool or not (least is None or isinstance(least, float | int)):
+            raise TokenFileError(
+                f"{path}: variable_length is {variable!r} and min_psnr_db {least!r}; expected true or false, and a "
+                "number or null. Encode the images again."
+            )
+        counts = record["codebook_size"], record["tokens_per_image"]
+        manifest = cls(digest, (size[0], size[1]), *counts, files, variable, least)
         if record.get("count") != manifest.count:
             raise TokenFileError(f"{path}: count is {record.get('count')!r}; files add up to {manifest.count}.")
         return manifest
@@ -142,16 +162,28 @@ def find_manifest(
     return None
 
 
-def save_token_ids(path: Path, token_ids: np.ndarray, codebook_size: int) -> None:
-    """Write ids, (L,) or (N, L) integers in [0, codebook_size), as a ``.npy`` of uint16 or uint32."""
+def save_token_ids(path: Path, token_ids: np.ndarray | Sequence[np.ndarray], codebook_size: int) -> None:
+    """Write ids in [0, codebook_size), (L,) of one image or (N, L) of many, as a ``.npy`` of uint16 or uint32.
+
+    Many images of different lengths are rows that end in the id ``codebook_size``.
+    """
+    if not isinstance(token_ids, np.ndarray):
+        rows = np.full((len(token_ids), max(map(len, token_ids))), codebook_size)
+        for row, ids in zip(rows, token_ids):
+            row[: len(ids)] = ids
+        token_ids = rows
     buffer = io.BytesIO()
-    np.save(buffer, token_ids.astype("<u2" if codebook_size <= 65_536 else "<u4"), allow_pickle=False)
+    short = codebook_size <= 65_536 and token_ids.max() < 65_536  # the mark of a short row is one id more
+    np.save(buffer, token_ids.astype("<u2" if short else "<u4"), allow_pickle=False)
     write_bytes(path, buffer.getvalue())
 
 
-def load_token_ids(path: Path, codebook_size: int, tokens_per_image: int | None = None) -> np.ndarray:
+def load_token_ids(
+    path: Path, codebook_size: int, tokens_per_image: int | None = None, variable_length: bool = False
+) -> np.ndarray:
     """Ids (L,) or (N, L) of any integer type, every one in [0, codebook_size); mapped, not held in memory.
 
+    With ``variable_length`` L is at most ``tokens_per_image``, and rows may end in the id ``codebook_size``.
     Raises: TokenFileError for a file that is missing, damaged, not of integers, of another number of
             dimensions, out of range, or (where ``tokens_per_image`` is given) of another length.
     """
@@ -168,13 +200,24 @@ def load_token_ids(path: Path, codebook_size: int, tokens_per_image: int | None 
         raise TokenFileError(f"{path}: dtype is {ids.dtype}; token ids are integers (uint16 or uint32).")
     if ids.ndim not in (1, 2) or ids.size == 0:
         raise TokenFileError(f"{path}: shape is {ids.shape}; expected (L,) for one image or (N, L) for many.")
-    if tokens_per_image is not None and ids.shape[-1] != tokens_per_image:
-        raise TokenFileError(f"{path}: {ids.shape[-1]} tokens an image; expected {tokens_per_image}.")
+    length, expected = ids.shape[-1], tokens_per_image
+    if expected is not None and (length > expected if variable_length else length != expected):
+        raise TokenFileError(f"{path}: {length} tokens an image; expected {'at most ' * variable_length}{expected}.")
     low, high = int(ids.min()), int(ids.max())
-    if low < 0 or high >= codebook_size:
+    padded = variable_length and ids.ndim == 2 and high == codebook_size
+    if padded:
+        ends = ids == codebook_size
+        if ends[:, 0].any() or (ends[:, :-1] & ~ends[:, 1:]).any():
+            raise TokenFileError(f"{path}: {codebook_size}, which ends a short row, stands before an id or alone.")
+    if low < 0 or (high >= codebook_size and not padded):
         bad = low if low < 0 else high
         raise TokenFileError(f"{path}: holds the id {bad}; the codebook has ids 0 to {codebook_size - 1}.")
     return ids
+
+
+def row_of(ids: np.ndarray, codebook_size: int) -> np.ndarray:
+    """The ids (L',) int64 of one row without what marks its end."""
+    return ids[ids < codebook_size].astype(np.int64)
 
 
 def samples_path(path: Path) -> Path:
@@ -215,7 +258,7 @@ def load_samples(path: Path) -> list[tuple[str, tuple[str, ...]]] | None:
 
 
 class TokenSample(NamedTuple):
-    """One image of a token set.  token_ids: (L,) int64."""
+    """One image of a token set.  token_ids: (L,) int64, of its own length where lengths vary."""
 
     key: str
     captions: tuple[str, ...]
@@ -233,11 +276,11 @@ def read_token_set(folder: Path) -> Iterator[TokenSample]:
         raise TokenFileError(f"{folder}: no token manifest in it; expected the output of `v2flow encode`.")
     for name, count in sorted(manifest.files.items()):
         path = folder / f"{name}.npy"
-        ids = np.atleast_2d(load_token_ids(path, manifest.codebook_size, manifest.tokens_per_image))
+        ids = np.atleast_2d(load_token_ids(path, manifest.codebook_size, *manifest.lengths))
         samples = load_samples(path) or [(name, ())]
         if not len(ids) == len(samples) == count:
             raise TokenFileError(
                 f"{path}: {len(ids)} rows, {len(samples)} keys, and {count} in the manifest. Encode it again."
             )
         for (key, captions), row in zip(samples, ids):
-            yield TokenSample(key, captions, row.astype(np.int64))
+            yield TokenSample(key, captions, row_of(row, manifest.codebook_size))

@@ -1,7 +1,8 @@
 """The tokenizer of the paper in pure torch: reads no data set, prints nothing.
 
 Read ``v2flow.py`` first: it assembles, in this order, ``preprocess``, ``latents`` (with ``autoencoder``),
-``resampler``, ``quantizer``, ``masking``, ``context``, ``flow`` and ``sampling``.
+``resampler``, ``quantizer``, ``masking``, ``context``, ``flow``, ``guidance``, ``sampling`` and ``decoder``.
+FlexTok's parts take the same places: ``registers`` and ``prefix``, ``fsq``, ``flow_transformer``.
 """
 
 from v2flow_cli.tokenizer.preprocess import V2FlowImageProcessor

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from v2flow_cli.recipe.schema import Context
+from v2flow_cli.recipe.schema import Context, FlowTransformer, Registers
+from v2flow_cli.tokenizer.prefix import TokenEmbedding
 
 ROTARY_BASE = 100.0  # longest wavelength about 600 positions
 
@@ -34,6 +35,11 @@ def rotate(x: Tensor, angles: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
 
 
+def sines(angles: Tensor) -> Tensor:
+    """Cosines and sines (B, L, head_size) of ``RotaryPositions`` (B, 1, L, head_size / 2): a place as features."""
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)[:, 0]
+
+
 class Block(nn.Module):
     """Pre-norm attention and MLP in which every position may attend to the first ``known`` positions.
 
@@ -41,7 +47,7 @@ class Block(nn.Module):
     them. Departs (D8). Leaving some of them out changes nothing for the others, in training and in sampling.
     """
 
-    def __init__(self, settings: Context) -> None:
+    def __init__(self, settings: Context | Registers | FlowTransformer) -> None:
         super().__init__()
         width = settings.hidden_size
         self.heads, self.dropout = settings.num_heads, settings.dropout
@@ -51,33 +57,42 @@ class Block(nn.Module):
         inner = int(width * settings.mlp_ratio)
         self.mlp = nn.Sequential(nn.Linear(width, inner), nn.GELU(approximate="tanh"), nn.Linear(inner, width))
 
-    def forward(self, x: Tensor, angles: Tensor, known: int, skip: int = 0) -> Tensor:
-        """(B, L, W) -> (B, L - skip, W): the first ``skip`` positions are read but not computed further."""
-        h = self.norm_attention(x)
+    def forward(self, x: Tensor, angles: Tensor, known: int, skip: int = 0, seen: Tensor | None = None) -> Tensor:
+        """(B, L, W) -> (B, L - skip, W): the first ``skip`` positions are read but not computed further.
+
+        ``seen`` (L, L), True where one position attends to another, narrows what ``known`` allows.
+        """
+        y = self.attend(self.norm_attention(x), angles, known, skip, seen)
+        x = x[:, skip:] + self.drop(y)
+        return x + self.drop(self.mlp(self.norm_mlp(x)))
+
+    def attend(self, h: Tensor, angles: Tensor, known: int, skip: int = 0, seen: Tensor | None = None) -> Tensor:
+        """What the normed positions (B, L, W) after ``skip`` read from the first ``known``, (B, L - skip, W)."""
         query = rotate(self._split(self.query(h[:, skip:])), angles[:, :, skip:])
         key, value = self.key_value(h[:, :known]).chunk(2, dim=-1)
         key, value = rotate(self._split(key), angles[:, :, :known]), self._split(value)
-        y = F.scaled_dot_product_attention(query, key, value)
-        x = x[:, skip:] + self._drop(self.out(y.transpose(1, 2).flatten(2)))
-        return x + self._drop(self.mlp(self.norm_mlp(x)))
+        mask = None if seen is None else seen[skip:, :known]
+        y = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        return self.out(y.transpose(1, 2).flatten(2))
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, L, head_size)
 
-    def _drop(self, x: Tensor) -> Tensor:
+    def drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training) if self.dropout else x
 
 
 class MaskedTransformer(nn.Module):
     """Encoder over quantised tokens and visible patches; decoder that also answers the mask tokens.
 
-    Args:    token_size, width of a codebook vector; patch_size, numbers in a latent patch.
+    Args:    token_size, width of a codebook vector; patch_size, numbers in a latent patch; max_tokens, of an
+             ordered sequence, 0 for a grid.
     """
 
-    def __init__(self, settings: Context, token_size: int, patch_size: int) -> None:
+    def __init__(self, settings: Context, token_size: int, patch_size: int, max_tokens: int = 0) -> None:
         super().__init__()
         width = settings.hidden_size
-        self.embed_token = nn.Linear(token_size, width)
+        self.embed_token = TokenEmbedding(token_size, width, max_tokens)
         self.embed_patch = nn.Linear(patch_size, width)
         self.mask_token = nn.Parameter(0.02 * torch.randn(width))
         self.dummy_token = nn.Parameter(0.02 * torch.randn(width))  # D of Eq. 7; Departs (D10): one token
@@ -94,19 +109,21 @@ class MaskedTransformer(nn.Module):
         patch_coordinates: Tensor,
         hidden_coordinates: Tensor,
         hidden_cells: Tensor,
+        lengths: Tensor | None = None,
     ) -> Tensor:
         """Context (B, M, W) of M hidden positions.
 
         Args:    tokens (B, n, D), or None for the dummy D; token_coordinates (B, n, 2), in patches;
                  patches (B, v, P), the visible ones; their coordinates (B, v, 2); hidden_coordinates (B, M, 2);
-                 hidden_cells (B, M), the index of the token in whose cell each hidden position lies.
+                 hidden_cells (B, M), the index of the token in whose cell each hidden position lies;
+                 lengths (B,), how many tokens of an ordered sequence each image keeps (default: all n).
         """
         batch = len(hidden_coordinates)
         if tokens is None or token_coordinates is None:
             start = self.dummy_token.expand(batch, 1, -1)
             start_coordinates = hidden_coordinates.float().mean(1, keepdim=True)
         else:
-            start, start_coordinates = self.embed_token(tokens), token_coordinates
+            start, start_coordinates = self.embed_token(tokens, lengths), token_coordinates
         known = torch.cat([start, self.embed_patch(patches)], dim=1)
         coordinates = torch.cat([start_coordinates.float(), patch_coordinates.float()], dim=1)
         angles = self.positions(coordinates)
@@ -124,6 +141,17 @@ class MaskedTransformer(nn.Module):
             x = block(x, angles, count)
         x = self.decoder[-1](x, angles, count, skip=count)
         return self.norm_out(x)
+
+
+def nearby(values: Tensor, at: Tensor, asked: Tensor, area: Tensor, known: Tensor | None = None) -> Tensor:
+    """Means (B, M, W) of ``values`` (B, n, W), which lie ``at`` (B, n, 2), by closeness to ``asked`` (B, M, 2).
+
+    ``area`` (B,), in squared patches, is how far closeness reaches; ``known`` (B, n), True where a value counts.
+    """
+    logits = -torch.cdist(asked.float(), at.float()).square() / area[:, None, None]
+    if known is not None:
+        logits = logits.masked_fill(~known[:, None], float("-inf"))
+    return logits.softmax(-1).to(values.dtype) @ values
 
 
 def grid_cells(rows: int, columns: int, height: int, width: int, device: torch.device) -> Tensor:

@@ -61,8 +61,9 @@ class Condition:
     data_mean: Tensor  # (B, M, P): regression of the data from the context alone
     modulation: Tensor  # (B, M, depth * 3 * W + 2 * W)
 
-    def __getitem__(self, index: slice) -> Condition:
-        return Condition(self.data_mean[index], self.modulation[index])
+    def joined(self, other: Condition) -> Condition:
+        """Both conditions in one batch."""
+        return Condition(torch.cat([self.data_mean, other.data_mean]), torch.cat([self.modulation, other.modulation]))
 
 
 class VelocityNetwork(nn.Module):

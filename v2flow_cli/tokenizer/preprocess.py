@@ -31,6 +31,15 @@ def to_uint8(images: Tensor) -> Tensor:
     return images.detach().float().add(1.0).mul(127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu()
 
 
+def psnr(reference: Tensor, images: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of each image in dB, (B,) float64; infinite where nothing differs.
+
+    Args:  reference, images: (B, H, W, 3) uint8.
+    """
+    mse = (reference.double() - images.double()).square().flatten(1).mean(1)
+    return 10 * torch.log10(255.0**2 / mse)
+
+
 class V2FlowImageProcessor(BaseImageProcessor):
     """Shorter side to ``size`` (bicubic), centre crop to a square, pixels to [-1, 1]."""
 

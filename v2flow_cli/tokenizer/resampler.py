@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from v2flow_cli.recipe.schema import Resampler, Vocabulary
+from v2flow_cli.tokenizer.context import grid_cells, grid_coordinates
 
 REFERENCE_PX = 256  # token counts are given for images of this side
 
@@ -31,6 +32,7 @@ class GridResampler(nn.Module):
         super().__init__()
         width = settings.hidden_size
         self.tokens_per_256px = settings.tokens_per_256px
+        self.size_multiple = REFERENCE_PX // min(REFERENCE_GRIDS[settings.tokens_per_256px])  # pixels
         self.stem = nn.Conv2d(in_channels, width, 3, padding=1)
         self.before = _reg_stage(settings.depth[0], width)
         rows, columns = REFERENCE_GRIDS[settings.tokens_per_256px]
@@ -51,6 +53,16 @@ class GridResampler(nn.Module):
         """(rows, columns) of tokens for an image of ``height`` x ``width`` pixels."""
         rows, columns = REFERENCE_GRIDS[self.tokens_per_256px]
         return height * rows // REFERENCE_PX, width * columns // REFERENCE_PX
+
+    def num_tokens(self, height: int, width: int) -> int:
+        """Tokens of an image of ``height`` x ``width`` pixels."""
+        rows, columns = self.token_grid(height, width)
+        return rows * columns
+
+    def places(self, height: int, width: int, rows: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Where an image's tokens are, (n, 2) in its ``rows`` x ``columns`` patches, and each patch's token (N,)."""
+        grid = self.token_grid(height, width)
+        return grid_coordinates(*grid, rows, columns, device), grid_cells(*grid, rows, columns, device)
 
     def forward(self, latents: Tensor) -> Tensor:
         x = self.stem(latents.contiguous(memory_format=torch.channels_last))

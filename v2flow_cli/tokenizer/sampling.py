@@ -9,7 +9,8 @@ from torch import Tensor
 
 from v2flow_cli.recipe.schema import Sampling
 from v2flow_cli.tokenizer.context import MaskedTransformer
-from v2flow_cli.tokenizer.flow import Condition, VelocityNetwork, solve
+from v2flow_cli.tokenizer.flow import VelocityNetwork, solve
+from v2flow_cli.tokenizer.guidance import Guided
 from v2flow_cli.tokenizer.masking import gather, reveal_schedule
 
 
@@ -32,8 +33,12 @@ def sample_patches(
     noise: Tensor,
     orders: Tensor,
     settings: Sampling,
+    lengths: Tensor | None = None,
 ) -> Tensor:
-    """Patches (B, N, P) of tokens (B, n, D), revealed in ``orders`` (B, N) from ``noise`` (B, N, P)."""
+    """Patches (B, N, P) of tokens (B, n, D), revealed in ``orders`` (B, N) from ``noise`` (B, N, P).
+
+    ``lengths`` (B,): how many tokens of an ordered sequence each image keeps.
+    """
     positions = noise.shape[1]
     patches = torch.zeros_like(noise)
     done = 0
@@ -41,7 +46,7 @@ def sample_patches(
         seen, now = orders[:, :done], orders[:, done : done + count]
         visible, visible_at = gather(patches, seen), gather(places.patches, seen)
         asked = (gather(places.patches, now), places.cells.gather(1, now))
-        given = flow.condition(context(tokens, places.tokens, visible, visible_at, *asked))
+        given = flow.condition(context(tokens, places.tokens, visible, visible_at, *asked, lengths))
         dummy = None
         if settings.guidance_scale != 1:  # at 1 the dummy branch is not computed at all
             dummy = flow.condition(context(None, None, visible, visible_at, *asked))
@@ -51,39 +56,3 @@ def sample_patches(
         patches = patches.scatter(1, now[..., None].expand_as(found), found)
         done += count
     return patches
-
-
-class Guided:
-    """Predicted data under guidance: w psi(V2) + (1 - w) psi(D), Eq. 7, both branches in one batch.
-
-    The velocity is affine in the predicted data, so guiding one is guiding the other. With the linear schedule
-    w grows from 1 with the share of the sampling that is done; with the constant one it is ``guidance_scale``.
-    """
-
-    def __init__(
-        self,
-        flow: VelocityNetwork,
-        given: Condition,
-        dummy: Condition | None,
-        settings: Sampling,
-        start: float,
-        end: float,
-    ) -> None:
-        self.flow, self.guided, self.settings = flow, dummy is not None, settings
-        self.start, self.end = start, end
-        self.condition = given
-        if dummy is not None:
-            self.condition = Condition(
-                torch.cat([given.data_mean, dummy.data_mean]), torch.cat([given.modulation, dummy.modulation])
-            )
-
-    def __call__(self, z_t: Tensor, t: float) -> Tensor:
-        times = torch.full((len(z_t),), t, device=z_t.device)
-        if not self.guided:
-            return self.flow(z_t, times, self.condition)
-        both = self.flow(torch.cat([z_t, z_t]), torch.cat([times, times]), self.condition)
-        given, dummy = both.chunk(2)
-        w = self.settings.guidance_scale
-        if self.settings.guidance_schedule == "linear":
-            w = 1 + (w - 1) * (self.start + (self.end - self.start) * (1 - t))
-        return w * given + (1 - w) * dummy

@@ -16,26 +16,24 @@ from einops import rearrange
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from v2flow_cli.errors import ModelError
-from v2flow_cli.recipe.schema import Context, Flow, Quantizer, Resampler, Sampling, TokenizerLoss, Vocabulary
-from v2flow_cli.tokenizer.context import MaskedTransformer, grid_cells, grid_coordinates
+from v2flow_cli.errors import ModelError, RecipeError
+from v2flow_cli.recipe.load import parse_section
+from v2flow_cli.recipe.schema import FSQ, FlowTransformer, Registers, Resampler, Sampling, TokenizerLoss
+from v2flow_cli.tokenizer.context import MaskedTransformer, grid_coordinates
+from v2flow_cli.tokenizer.decoder import Decoder, MaskedDecoder
 from v2flow_cli.tokenizer.flow import VelocityNetwork
+from v2flow_cli.tokenizer.flow_transformer import VelocityTransformer
+from v2flow_cli.tokenizer.fsq import FSQQuantizer
 from v2flow_cli.tokenizer.latents import Latents
-from v2flow_cli.tokenizer.masking import gather, random_orders, sample_mask_ratio, seeded_orders
+from v2flow_cli.tokenizer.prefix import sample_lengths
 from v2flow_cli.tokenizer.preprocess import V2FlowImageProcessor
 from v2flow_cli.tokenizer.quantizer import EMAQuantizer
+from v2flow_cli.tokenizer.registers import RegisterResampler
 from v2flow_cli.tokenizer.resampler import GridResampler, VocabularyProjection
-from v2flow_cli.tokenizer.sampling import Places, sample_patches
+from v2flow_cli.tokenizer.sampling import Places
 
 EMBEDDED_MODEL = Path(__file__).resolve().parents[1] / "assets" / "default" / "tokenizer"
-SECTIONS: dict[str, type] = {
-    "vocabulary": Vocabulary,
-    "resampler": Resampler,
-    "quantizer": Quantizer,
-    "context": Context,
-    "flow": Flow,
-    "sampling": Sampling,
-}
+SECTIONS = ("vocabulary", "resampler", "quantizer", "context", "flow", "sampling")  # of the recipe
 
 
 class V2FlowConfig(PretrainedConfig):
@@ -71,16 +69,14 @@ class V2FlowConfig(PretrainedConfig):
 
     @property
     def codebook_size(self) -> int:
-        return int((self.quantizer or {})["codebook_size"])
+        return int(self.section("quantizer").codebook_size)
 
     def section(self, name: str) -> Any:
         """The dataclass of one section. Raises ModelError when its keys are not the schema's."""
-        values = getattr(self, name)
         try:
-            return SECTIONS[name](**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
-        except (TypeError, AttributeError):
-            known = ", ".join(f.name for f in dataclasses.fields(SECTIONS[name]))
-            raise ModelError(f"config.json: section {name} does not fit this version; expected keys {known}.") from None
+            return parse_section(name, getattr(self, name), "config.json")
+        except RecipeError as error:
+            raise ModelError(f"The model does not fit this version of v2flow: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -109,28 +105,44 @@ class V2FlowTokenizer(PreTrainedModel):
 
     def __init__(self, config: V2FlowConfig) -> None:
         super().__init__(config)
-        context, flow = config.section("context"), config.section("flow")
-        quantizer, self.vocabulary_settings = config.section("quantizer"), config.section("vocabulary")
-        resampler: Resampler = config.section("resampler")
+        self.vocabulary_settings, quantizer = config.section("vocabulary"), config.section("quantizer")
+        self.resampler_settings: Resampler | Registers = config.section("resampler")
         self.latents = Latents(config.autoencoder or {})
         self.patch_size = config.patch_size
-        patch_numbers = self.latents.channels * config.patch_size**2
-        self.resampler = GridResampler(resampler, self.latents.channels, self.latents.downsampling)
-        vocab_size, embedding_size = config.vocab_shape
+        resampler_class = GridResampler if isinstance(self.resampler_settings, Resampler) else RegisterResampler
+        self.resampler = resampler_class(self.resampler_settings, self.latents.channels, self.latents.downsampling)
+        hidden_size = self.resampler_settings.hidden_size
+        vocab_size, code_size = config.vocab_shape
         self.vocabulary: VocabularyProjection | None = None
         if self.vocabulary_settings.llm != "none":
-            self.vocabulary = VocabularyProjection(
-                self.vocabulary_settings, resampler.hidden_size, vocab_size, embedding_size
-            )
+            self.vocabulary = VocabularyProjection(self.vocabulary_settings, hidden_size, vocab_size, code_size)
         else:  # the ablation without a vocabulary: a linear map to the code width takes its place
-            embedding_size = quantizer.code_size
-            self.to_code = nn.Linear(resampler.hidden_size, embedding_size)
-        self.quantizer = EMAQuantizer(quantizer, embedding_size)
-        self.context = MaskedTransformer(context, embedding_size, patch_numbers)
-        self.flow = VelocityNetwork(flow, context.hidden_size, patch_numbers)
+            code_size = quantizer.code_size
+            self.to_code = nn.Linear(hidden_size, code_size)
+        self.quantizer = (FSQQuantizer if isinstance(quantizer, FSQ) else EMAQuantizer)(quantizer, code_size)
+        self._build_decoder(code_size)
         self.image_processor = V2FlowImageProcessor(size=config.image_size)
         self._digest: str | None = None
         self.post_init()
+
+    def _build_decoder(self, code_size: int) -> None:
+        context, flow = self.config.section("context"), self.config.section("flow")
+        patch_numbers = self.latents.channels * self.patch_size**2
+        ordered = self.resampler_settings.max_tokens if isinstance(self.resampler_settings, Registers) else 0
+        if isinstance(flow, FlowTransformer):
+            self.flow: VelocityTransformer | VelocityNetwork = VelocityTransformer(
+                flow, code_size, patch_numbers, ordered
+            )
+        else:
+            self.context = MaskedTransformer(context, code_size, patch_numbers, ordered)
+            self.flow = VelocityNetwork(flow, context.hidden_size, patch_numbers)
+
+    @property
+    def decoder(self) -> Decoder:
+        """The decoder that the recipe chose; its parameters are ``context`` and ``flow``, or ``flow`` alone."""
+        if isinstance(self.flow, VelocityTransformer):
+            return self.flow
+        return MaskedDecoder(self.context, self.flow, self.config.section("context"), self.config.section("flow"))
 
     def _init_weights(self, module: nn.Module) -> None:
         pass  # each part initialises itself; parameters of the frozen autoencoder are loaded
@@ -140,23 +152,24 @@ class V2FlowTokenizer(PreTrainedModel):
     @property
     def size_multiple(self) -> int:
         """Image sides must be a multiple of this many pixels."""
-        rows, columns = self.resampler.token_grid(256, 256)
-        cell = 256 // min(rows, columns)
-        return math.lcm(self.latents.downsampling * self.patch_size, cell)
+        return math.lcm(self.latents.downsampling * self.patch_size, self.resampler.size_multiple)
 
     def num_tokens(self, height: int, width: int) -> int:
-        """Tokens of an image of ``height`` x ``width`` pixels. Raises ValueError if the sides do not fit."""
+        """Tokens of an image of ``height`` x ``width`` pixels, the most where the length is flexible.
+
+        Raises:  ValueError if the sides do not fit.
+        """
         if height < 1 or width < 1 or height % self.size_multiple or width % self.size_multiple:
             raise ValueError(
                 f"an image of {height} x {width} pixels does not fit; sides must be multiples of {self.size_multiple}"
             )
-        rows, columns = self.resampler.token_grid(height, width)
-        return rows * columns
+        return self.resampler.num_tokens(height, width)
 
     @property
     def flexible(self) -> bool:
         """True if every prefix of an image's tokens decodes; False if an image has exactly ``num_tokens``."""
-        return False
+        settings = self.resampler_settings
+        return isinstance(settings, Registers) and settings.nested_dropout != "none"
 
     @property
     def max_tokens(self) -> int:
@@ -164,13 +177,28 @@ class V2FlowTokenizer(PreTrainedModel):
         return self.num_tokens(self.config.image_size, self.config.image_size)
 
     def grid_of(self, num_tokens: int) -> tuple[int, int]:
-        """(height, width) in pixels of the square image that has ``num_tokens`` tokens; ValueError if none has."""
+        """(height, width) in pixels of the square image that has ``num_tokens`` tokens; ValueError if none has.
+
+        An ordered sequence says nothing of the size: it is the config's.
+        """
+        if isinstance(self.resampler_settings, Registers):
+            size = self.config.image_size
+            self.check_length(num_tokens, size, size)
+            return size, size
         side = round(math.sqrt(num_tokens / self.num_tokens(256, 256)) * 256) if num_tokens > 0 else 0
         if side <= 0 or side % self.size_multiple or self.num_tokens(side, side) != num_tokens:
             raise ValueError(
                 f"no square image has {num_tokens} tokens; at {self.config.image_size} px it is {self.max_tokens}"
             )
         return side, side
+
+    def check_length(self, length: int, height: int, width: int) -> None:
+        """Raises: ValueError if an image of ``height`` x ``width`` pixels cannot be decoded from ``length`` tokens."""
+        whole = self.num_tokens(height, width)
+        if self.flexible and not 1 <= length <= whole:
+            raise ValueError(f"{length} tokens; this tokenizer takes 1 to {whole}")
+        if not self.flexible and length != whole:
+            raise ValueError(f"{length} tokens, but {height} x {width} pixels take {whole}")
 
     @property
     def digest(self) -> str:
@@ -195,18 +223,23 @@ class V2FlowTokenizer(PreTrainedModel):
     # -- image -> token ids --------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def encode(self, images: Tensor) -> Tensor:
+    def encode(self, images: Tensor, num_tokens: int | None = None) -> Tensor:
         """Token ids (B, L) int64 of images (B, 3, H, W) in [-1, 1]; deterministic.
+
+        ``num_tokens``: only the first so many, where the length is flexible.
 
         On a CPU images are encoded one by one: matrix products round differently with the batch size, and an id
         on the border of two codes must not depend on the company it came in.
+        Raises:  ValueError for a size or a number of tokens that does not fit.
         """
         images = images.to(self.device, self.dtype)
-        self.num_tokens(*images.shape[-2:])
+        height, width = images.shape[-2:]
+        whole = self.num_tokens(height, width)
+        self.check_length(whole if num_tokens is None else num_tokens, height, width)
         if self.device.type == "cpu" and len(images) > 1:
-            return torch.cat([self.encode(image[None]) for image in images])
+            return torch.cat([self.encode(image[None], num_tokens) for image in images])
         vectors, _, _ = self.embed(self.latents.encode(images), noise_scale=0.0)
-        return self.quantizer(vectors).token_ids
+        return self.quantizer(vectors).token_ids[:, :num_tokens]
 
     def embed(self, latents: Tensor, noise_scale: float) -> tuple[Tensor, Tensor, Tensor]:
         """(v (B, n, D), word entropy, batch entropy) of scaled latents: Eq. 4, not yet quantised."""
@@ -224,53 +257,39 @@ class V2FlowTokenizer(PreTrainedModel):
         self,
         token_ids: Tensor,
         *,
+        lengths: Sequence[int] | None = None,
         height: int | None = None,
         width: int | None = None,
-        guidance_scale: float | None = None,
-        num_mask_steps: int | None = None,
-        num_flow_steps: int | None = None,
-        solver: str | None = None,
-        guidance_schedule: str | None = None,
-        noise_temperature: float | None = None,
         seeds: Sequence[int] | None = None,
+        **sampling: Any,
     ) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] of token ids (B, L): Algorithm 1, guided as in Eq. 7.
 
-        Args:    height, width in pixels (default: the square image with L tokens); the rest default to the
-                 config's ``sampling``. ``seeds``, one per image, make each independent of its batch.
-        Raises:  ValueError for ids out of range, or an L that fits no image.
+        Args:    lengths, one per image: decode only the first so many ids of a row, where the length is flexible;
+                 height, width in pixels (default: the square image with L tokens, the config's size where the
+                 length is flexible); ``seeds``, one per image, make each independent of its batch;
+                 ``sampling``, fields of the recipe's section, which where missing or None are the config's.
+        Raises:  ValueError for ids out of range, or an L that fits no image; ModelError for sampling settings
+                 that this tokenizer does not have.
         """
-        defaults: Sampling = self.config.section("sampling")
-        settings = Sampling(
-            num_mask_steps=_choose(num_mask_steps, defaults.num_mask_steps),
-            num_flow_steps=_choose(num_flow_steps, defaults.num_flow_steps),
-            solver=_choose(solver, defaults.solver),
-            guidance_scale=_choose(guidance_scale, defaults.guidance_scale),
-            guidance_schedule=_choose(guidance_schedule, defaults.guidance_schedule),
-            noise_temperature=_choose(noise_temperature, defaults.noise_temperature),
-        )
+        given = {key: value for key, value in sampling.items() if value is not None}
+        settings: Sampling = dataclasses.replace(self.config.section("sampling"), **given)
         if height is None or width is None:
             height, width = self.grid_of(token_ids.shape[1])
-        if self.num_tokens(height, width) != token_ids.shape[1]:
-            raise ValueError(
-                f"{token_ids.shape[1]} tokens, but {height} x {width} pixels take {self.num_tokens(height, width)}"
-            )
+        counts = [token_ids.shape[1]] * len(token_ids) if lengths is None else list(lengths)
+        for count in {token_ids.shape[1], *counts}:
+            self.check_length(count, height, width)
         if token_ids.numel() and not 0 <= int(token_ids.min()) <= int(token_ids.max()) < self.config.codebook_size:
             raise ValueError(f"token ids must lie in [0, {self.config.codebook_size})")
         seeds = list(range(len(token_ids))) if seeds is None else list(seeds)
-        if len(seeds) != len(token_ids):
-            raise ValueError(f"{len(seeds)} seeds for {len(token_ids)} images")
+        if not len(seeds) == len(counts) == len(token_ids):
+            raise ValueError(f"{len(seeds)} seeds and {len(counts)} lengths for {len(token_ids)} images")
         tokens = self.quantizer.embed(token_ids.to(self.device)).to(self.dtype)
+        kept = torch.tensor(counts, device=self.device) if self.flexible else None
         rows, columns = self._patch_grid(height, width)
-        patches = sample_patches(
-            self.context,
-            self.flow,
-            Places(*self._positions(height, width, len(tokens))),
-            tokens,
-            noise=settings.noise_temperature * self._seeded_noise(seeds, rows * columns),
-            orders=seeded_orders(seeds, rows * columns, self.device),
-            settings=settings,
-        )
+        noise = settings.noise_temperature * self._seeded_noise(seeds, rows * columns)
+        places = self._places(height, width, len(tokens))
+        patches = self.decoder.sample(tokens, kept, places, noise, seeds, settings)
         return self.latents.decode(self._unpatchify(patches, rows, columns))
 
     # -- training ------------------------------------------------------------------------------------------
@@ -278,36 +297,19 @@ class V2FlowTokenizer(PreTrainedModel):
     def forward(self, latents: Tensor, step: int, noise_scale: float, loss: TokenizerLoss) -> V2FlowOutput:
         """One training pass over scaled latents (B, C, h, w); randomness comes from torch's generators.
 
-        Source: sections 2.2 and 2.3; a share ``loss.guidance_dropout`` of the images sees the dummy D (Eq. 7).
+        Source: sections 2.2 and 2.3; a share ``loss.guidance_dropout`` of the images sees the dummy D (Eq. 7). Of an
+        ordered sequence each image keeps a prefix of random length (nested dropout, FlexTok).
         """
         height, width = (side * self.latents.downsampling for side in latents.shape[-2:])
         vectors, word_entropy, batch_entropy = self.embed(latents, noise_scale)
         quantized = self.quantizer(vectors, step if self.training else None)
-        patches = self._patchify(latents)
-        batch, positions, _ = patches.shape
-        token_coordinates, coordinates, cells = self._positions(height, width, batch)
-        settings: Context = self.config.section("context")
-        ratio = sample_mask_ratio(settings.mask_ratio_min, settings.mask_ratio_std)
-        order = random_orders(batch, positions, latents.device)
-        hidden_count = max(1, math.ceil(ratio * positions))
-        hidden, seen = order[:, :hidden_count], order[:, hidden_count:]
-        visible, visible_at = gather(patches, seen), gather(coordinates, seen)
-        hidden_at, hidden_cells, target = (
-            gather(coordinates, hidden),
-            cells.gather(1, hidden),
-            gather(patches, hidden),
-        )
-        # D is one token, not n copies, so the images that see it form a batch of their own.
-        dropped = min(batch, int(loss.guidance_dropout * batch + torch.rand(()).item()))
+        lengths = None
+        if isinstance(self.resampler_settings, Registers):
+            settings = self.resampler_settings
+            lengths = sample_lengths(settings.nested_dropout, len(latents), settings.max_tokens, latents.device)
+        places = self._places(height, width, len(latents))
         tokens = quantized.embeddings.to(latents.dtype)
-        contexts = []
-        for part, known in ((slice(0, dropped), False), (slice(dropped, batch), True)):
-            if part.start < part.stop:
-                given = (tokens[part], token_coordinates[part]) if known else (None, None)
-                rest = (visible, visible_at, hidden_at, hidden_cells)
-                contexts.append(self.context(*given, *(x[part] for x in rest)))
-        flow: Flow = self.config.section("flow")
-        flow_loss, regression = self.flow.loss(target, torch.cat(contexts), flow)
+        flow_loss, regression = self.decoder.losses(self._patchify(latents), tokens, lengths, places, loss)
         return V2FlowOutput(
             flow_loss, regression, quantized.commit_loss, batch_entropy, word_entropy, quantized.token_ids
         )
@@ -318,14 +320,11 @@ class V2FlowTokenizer(PreTrainedModel):
         side = self.latents.downsampling * self.patch_size
         return height // side, width // side
 
-    def _positions(self, height: int, width: int, batch: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Positions of tokens (B, n, 2) and patches (B, N, 2), in patches, and each patch's token (B, N)."""
+    def _places(self, height: int, width: int, batch: int) -> Places:
         rows, columns = self._patch_grid(height, width)
-        grid = self.resampler.token_grid(height, width)
-        tokens = grid_coordinates(*grid, rows, columns, self.device)
         patches = grid_coordinates(rows, columns, rows, columns, self.device)
-        cells = grid_cells(*grid, rows, columns, self.device)
-        return tokens.expand(batch, -1, -1), patches.expand(batch, -1, -1), cells.expand(batch, -1)
+        tokens, cells = self.resampler.places(height, width, rows, columns, self.device)
+        return Places(tokens.expand(batch, -1, -1), patches.expand(batch, -1, -1), cells.expand(batch, -1))
 
     def _patchify(self, latents: Tensor) -> Tensor:
         p = self.patch_size
@@ -380,7 +379,3 @@ class V2FlowTokenizer(PreTrainedModel):
     def autoencode(self, images: Tensor) -> Tensor:
         """Images through the autoencoder alone: the ceiling of any reconstruction."""
         return self.latents.decode(self.latents.encode(images.to(self.device, self.dtype)))
-
-
-def _choose(given: Any, default: Any) -> Any:
-    return default if given is None else given

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from v2flow_cli.recipe import AutoencoderRecipe, TokenizerRecipe
+from v2flow_cli.recipe.schema import Registers
 from v2flow_cli.tokenizer.hardware import describe_hardware
 
 
@@ -19,10 +20,14 @@ def write_card(
     """Markdown with the facts of a run; figures on held-out photos are for ``v2flow bench`` to add."""
     if isinstance(recipe, TokenizerRecipe):
         title = "A V2Flow image tokenizer"
+        resampler, words = recipe.resampler, recipe.vocabulary.llm
+        count = str(resampler.max_tokens if isinstance(resampler, Registers) else resampler.tokens_per_256px)
+        if isinstance(resampler, Registers) and resampler.nested_dropout != "none":
+            count = f"1 to {count}"
+        space = "" if words == "none" else f"in the vocabulary space of `{words}`, "
         what = (
-            f"{recipe.resampler.tokens_per_256px} tokens of {recipe.quantizer.codebook_size:,} codes for a 256 px "
-            f"image, in the vocabulary space of `{recipe.vocabulary.llm}`, on the latents of "
-            f"`{recipe.latents.autoencoder}`."
+            f"{count} tokens of {recipe.quantizer.codebook_size:,} codes for a 256 px image, {space}on the latents "
+            f"of `{recipe.latents.autoencoder}`."
         )
         use = "v2flow encode imgs/ -o tokens/ --model FOLDER"
     else:

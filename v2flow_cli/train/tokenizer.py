@@ -86,7 +86,8 @@ class TokenizerObjective(nn.Module):
 
 def build_config(recipe: TokenizerRecipe, autoencoder: dict, vocab_shape: tuple[int, int]) -> V2FlowConfig:
     """The model config of a recipe, given its autoencoder's spec and the shape of its vocabulary."""
-    sections = {name: dataclasses.asdict(getattr(recipe, name)) for name in SECTIONS}
+    parts = {name: getattr(recipe, name) for name in SECTIONS}
+    sections = {name: None if part is None else dataclasses.asdict(part) for name, part in parts.items()}
     return V2FlowConfig(
         image_size=recipe.image_size,
         patch_size=recipe.latents.patch_size,
@@ -123,14 +124,27 @@ def _continue(recipe: TokenizerRecipe) -> V2FlowTokenizer:
 
 def _check_same_shapes(config: V2FlowConfig, recipe: TokenizerRecipe) -> None:
     for name in ("resampler", "quantizer", "context", "flow"):
-        ours, theirs = dataclasses.asdict(getattr(recipe, name)), getattr(config, name)
-        for key in ("hidden_size", "depth", "codebook_size", "encoder_depth", "decoder_depth", "tokens_per_256px"):
-            if key in ours and list(_flat(ours[key])) != list(_flat(theirs[key])):
+        ours, theirs = getattr(recipe, name), config.section(name)
+        for key in SHAPES:
+            found, wanted = getattr(theirs, key, None), getattr(ours, key, None)
+            if found != wanted:
                 raise ModelError(
-                    f"{recipe.init_from}: {name}.{key} is {theirs[key]}, but the recipe says {ours[key]}. "
+                    f"{recipe.init_from}: {name}.{key} is {found}, but the recipe says {wanted}. "
                     "Use the recipe saved beside that model, or drop init_from."
                 )
 
 
-def _flat(value: object) -> list:
-    return list(value) if isinstance(value, list | tuple) else [value]
+# Keys of a section that decide the shapes of its weights.
+SHAPES = (
+    "kind",
+    "hidden_size",
+    "depth",
+    "codebook_size",
+    "levels",
+    "encoder_depth",
+    "decoder_depth",
+    "token_depth",
+    "tokens_per_256px",
+    "max_tokens",
+    "patch_size",
+)

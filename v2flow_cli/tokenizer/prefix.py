@@ -1,0 +1,47 @@
+"""Prefixes of an ordered token sequence: which are trained, and what a decoder sees in place of the rest (FlexTok)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def sample_lengths(kind: str, batch: int, max_tokens: int, device: torch.device) -> Tensor:
+    """Nested dropout: how many tokens (B,) each image keeps, in [1, max_tokens].
+
+    ``uniform`` draws every length alike; ``power_of_two`` draws from 1, 2, 4, ... and ``max_tokens``, so that
+    short prefixes are seen often and long ones not rarely; ``none`` keeps all.
+    """
+    if kind == "uniform":
+        return torch.randint(1, max_tokens + 1, (batch,), device=device)
+    if kind == "none":
+        return torch.full((batch,), max_tokens, device=device)
+    lengths = sorted({*(2**k for k in range(max_tokens.bit_length())), max_tokens})
+    return torch.tensor(lengths, device=device)[torch.randint(len(lengths), (batch,), device=device)]
+
+
+class TokenEmbedding(nn.Linear):
+    """Code vectors (B, n, D) to a decoder's width (B, n, W).
+
+    With an ordered sequence of ``max_tokens`` the place in the order is added, and every token behind an image's
+    length becomes one learnable mask token, so that the decoder always reads ``max_tokens`` positions.
+    """
+
+    def __init__(self, code_size: int, width: int, max_tokens: int = 0) -> None:
+        super().__init__(code_size, width)
+        self.max_tokens = max_tokens
+        if max_tokens:
+            self.order = nn.Parameter(0.02 * torch.randn(max_tokens, width))
+            self.mask_token = nn.Parameter(0.02 * torch.randn(width))
+
+    def forward(self, codes: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Codes (B, n, D), of which the first ``lengths`` (B,) count; None: all n, up to ``max_tokens``."""
+        x = super().forward(codes)
+        if not self.max_tokens:
+            return x
+        batch, count, width = x.shape
+        if lengths is None:
+            lengths = torch.full((batch,), count, device=x.device)
+        kept = torch.arange(self.max_tokens, device=x.device) < lengths[:, None]  # (B, max_tokens)
+        x = torch.cat([x, x.new_zeros(batch, self.max_tokens - count, width)], dim=1)
+        return torch.where(kept[..., None], x, self.mask_token.to(x.dtype)) + self.order.to(x.dtype)
