@@ -98,7 +98,7 @@ def test_no_manifest_and_foreign_manifests_are_none(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format_version": 2}, "format version 2; this v2flow reads up to 1. Update v2flow"),
+        ({"format_version": 3}, "format version 3; this v2flow reads up to 2. Update v2flow"),
         ({"format_version": None}, "format_version is None"),
         ({"tokenizer_digest": 1}, "tokenizer_digest is 1"),
         ({"image_size": [32]}, r"image_size is \[32\]"),
@@ -223,3 +223,48 @@ def test_map_ahead_keeps_order_bounds_memory_and_passes_errors_on():
     assert list(results) == [i * i for i in range(1, 20)]
     with pytest.raises(ZeroDivisionError):
         list(map_ahead(lambda i: 1 // i, [1, 0, 1], workers=2, ahead=2))
+
+
+VARIABLE = TokenManifest("0123456789abcdef", (32, 32), 64, 4, {"set": 3}, variable_length=True, min_psnr_db=20.0)
+
+
+def test_sequences_of_different_lengths_round_trip(tmp_path):
+    rows = [np.array([5]), np.array([1, 2, 3]), np.array([0, 63])]
+    save_token_ids(tmp_path / "set.npy", rows, 64)
+    assert np.load(tmp_path / "set.npy").tolist() == [[5, 64, 64], [1, 2, 3], [0, 63, 64]]
+    save_samples(tmp_path / "set.npy", [("a", ()), ("b", ("two",)), ("c", ())])
+    VARIABLE.save(tmp_path)
+    assert TokenManifest.load(tmp_path) == VARIABLE
+    assert [s.token_ids.tolist() for s in read_token_set(tmp_path)] == [[5], [1, 2, 3], [0, 63]]
+
+
+def test_the_end_mark_of_the_largest_codebook_needs_the_wider_type(tmp_path):
+    save_token_ids(tmp_path / "x.npy", [np.array([65_535]), np.array([1, 2])], 65_536)
+    assert np.load(tmp_path / "x.npy").dtype == np.dtype("<u4")
+    save_token_ids(tmp_path / "x.npy", [np.array([65_535, 0]), np.array([1, 2])], 65_536)
+    assert np.load(tmp_path / "x.npy").dtype == np.dtype("<u2")
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ([[1, 64, 2], [1, 2, 3]], "64, which ends a short row, stands before an id or alone"),
+        ([[64, 64, 64], [1, 2, 3]], "64, which ends a short row, stands before an id or alone"),
+        ([[1, 65, 64], [1, 2, 3]], "holds the id 65"),
+        ([1, 64], "holds the id 64"),
+        ([[1, 2, 3, 4, 5]], "5 tokens an image; expected at most 4"),
+    ],
+)
+def test_rows_that_end_wrongly(tmp_path, ids, message):
+    np.save(tmp_path / "x.npy", np.array(ids, np.uint16))
+    with pytest.raises(TokenFileError, match=message):
+        load_token_ids(tmp_path / "x.npy", 64, 4, variable_length=True)
+
+
+def test_a_fixed_set_is_written_as_older_readers_know_it(tmp_path):
+    MANIFEST.save(tmp_path)
+    record = json.loads((tmp_path / "manifest.json").read_text())
+    assert record["format_version"] == 1 and "variable_length" not in record
+    VARIABLE.save(tmp_path)
+    assert json.loads((tmp_path / "manifest.json").read_text())["format_version"] == 2
+    assert not VARIABLE.same_tokens(TokenManifest("0123456789abcdef", (32, 32), 64, 4))

@@ -59,10 +59,10 @@ class VelocityTransformer(nn.Module):
     alone and s the error that guess leaves (arXiv 2206.00364). So F is at one scale at all times, and one step
     from pure noise, where c is 0, is the conditional mean whatever the noise.
 
-    Departs: in FlexTok the tokens pass through every block together with the patches and are modulated by the time.
-    Here they pass through blocks of their own that know no time, once an image, and each block of the patches
-    reads the result: sampling then computes half the positions at each step. And a patch starts from the mean of the
-    tokens near it (of all kept ones, where tokens have no places), so that it need not learn first where to look.
+    Departs (F2, F3): in FlexTok the tokens pass through every block together with the patches and are modulated by
+    the time. Here they pass through blocks of their own that know no time, once an image, and each block of the
+    patches reads the result: sampling then computes half the positions at each step. And a patch starts from the mean
+    of the tokens near it (of all kept ones, where tokens have no places), so that it need not learn where to look.
     """
 
     def __init__(self, settings: FlowTransformer, token_size: int, patch_size: int, max_tokens: int = 0) -> None:

@@ -61,7 +61,7 @@ class Guided(Generic[C]):
     def _projected(self, given: Tensor, push: Tensor) -> Tensor:
         """The push away from D with momentum, limited in size, and with its part along ``given`` scaled down.
 
-        Departs: the limit is on the root mean square, not on the norm, so that it means the same at any size.
+        Departs (F6): the limit is on the root mean square, not on the norm, so that it means the same at any size.
         """
         settings = self.settings
         self.push = push = push + settings.apg_momentum * self.push
