@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -145,8 +145,11 @@ def count_flop(step: Callable[[], Any]) -> int:
     return counter.get_total_flops()
 
 
+Module = TypeVar("Module", bound=nn.Module)
+
+
 @torch.no_grad()
-def randomise(module: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+def randomise(module: Module, device: torch.device, dtype: torch.dtype) -> Module:
     """``module``, built on the meta device, with random weights on ``device``; counters are zero."""
     module = module.to_empty(device=device)
     generator = torch.Generator(device).manual_seed(0)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from enum import Enum
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -188,7 +188,8 @@ def bench(
         from v2flow_cli.cli.bench_speed import bench_speed
 
         counts = _numbers("--batches", batches, 1)
-        plumbing = {"repeats": repeats, "autoencoder": autoencoder, "device": device, "dtype": dtype, "json_": json_}
+        plumbing: dict[str, Any] = {"repeats": repeats, "autoencoder": autoencoder, "json_": json_}
+        plumbing |= {"device": device, "dtype": dtype}
         return bench_speed(images, batch_sizes=counts, size=sizes[0], settings=fixed, **plumbing)
 
     from v2flow_cli.bench.sweep import parse_sweeps

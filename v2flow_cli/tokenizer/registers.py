@@ -62,8 +62,8 @@ class RegisterResampler(nn.Module):
         angles = self.positions(torch.cat([coordinates - middle, tokens - middle])[None])
         x, registers = self.embed(patches), self.registers.to(latents.dtype).expand(len(latents), -1, -1)
         if self.settings.places == "spread":
-            at = [c.expand(len(x), -1, -1) for c in (coordinates, tokens)]
-            registers = registers + nearby(x, *at, torch.ones(len(x), device=device))
+            at, asked = (c.expand(len(x), -1, -1) for c in (coordinates, tokens))
+            registers = registers + nearby(x, at, asked, torch.ones(len(x), device=device))
         x = torch.cat([x, registers], dim=1) + self.place(sines(angles).to(x.dtype))
         seen = self._seen(rows * columns, device)
         for block in self.blocks:

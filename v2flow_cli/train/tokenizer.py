@@ -36,6 +36,7 @@ class TokenizerObjective(nn.Module):
     def forward(self, images: Tensor | None = None, step: int = 0, latents: Tensor | None = None) -> dict[str, Tensor]:
         """Loss terms of images (B, 3, S, S), or of their scaled latents; ``loss`` is what is minimised."""
         if latents is None:
+            assert images is not None, "images or latents"
             latents = self.model.latents.encode(images)
         words, weights = self.recipe.vocabulary, self.recipe.loss
         ramp = min(1.0, step / words.gumbel_ramp_steps) if words.gumbel_ramp_steps else 1.0
@@ -113,7 +114,8 @@ def _continue(recipe: TokenizerRecipe) -> V2FlowTokenizer:
     """The weights of ``init_from`` under the settings of the recipe: another stage, not the old one resumed."""
     start = V2FlowTokenizer.from_pretrained(recipe.init_from)
     _check_same_shapes(start.config, recipe)
-    model = V2FlowTokenizer(build_config(recipe, start.config.autoencoder, start.config.vocab_shape))
+    vocab_size, code_size = start.config.vocab_shape
+    model = V2FlowTokenizer(build_config(recipe, start.config.autoencoder or {}, (vocab_size, code_size)))
     weights = start.state_dict()
     other = sorted(set(weights) ^ set(model.state_dict()))
     if other:
