@@ -4,7 +4,7 @@ IMAGES ?=
 PY := .venv/bin/python
 V2FLOW := .venv/bin/v2flow
 DATA ?= ../shared/data
-PAIRS ?= $(DATA)/captioned/captioned-00[0-4].tar
+PAIRS ?= $(DATA)/captioned/captioned-00[0-2].tar
 
 .PHONY: demo test test-slow lint default-model default-model-dry-run clean
 
