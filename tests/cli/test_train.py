@@ -64,7 +64,7 @@ def recipes():
             yield pytest.param(path, id=name, marks=[pytest.mark.slow] if slow else [])
 
 
-@pytest.mark.parametrize("path", recipes())
+@pytest.mark.parametrize("path", list(recipes()))
 def test_every_recipe_is_planned_without_a_network(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

@@ -9,11 +9,11 @@ from v2flow_cli.errors import ModelError, V2FlowError
 from v2flow_cli.train import loop as module
 from v2flow_cli.train.loop import _next, train
 
-from .test_loop import quiet, recipe, world  # noqa: F401
+from .conftest import quiet, recipe
 
 
 @pytest.fixture
-def spoiled(world, tmp_path):  # noqa: F811
+def spoiled(world, tmp_path):
     """The photos of ``world``, one of them cut."""
     for photo in (world / "photos").iterdir():
         (tmp_path / "photos").mkdir(exist_ok=True)
@@ -23,7 +23,7 @@ def spoiled(world, tmp_path):  # noqa: F811
     return bad
 
 
-def test_a_bad_photo_is_listed_once_and_replaced(world, tmp_path, spoiled):  # noqa: F811
+def test_a_bad_photo_is_listed_once_and_replaced(world, tmp_path, spoiled):
     more = [f"data.sources=[{spoiled.parent}]", "data.error_budget=0.5", "train.steps=5"]
     made = recipe(world, "autoencoder", tmp_path / "a", *more)
     assert train(made, resume=False, log=quiet).images == 20
@@ -31,7 +31,7 @@ def test_a_bad_photo_is_listed_once_and_replaced(world, tmp_path, spoiled):  # n
     assert json.loads(line)["shard"] == str(spoiled) and "image" in json.loads(line)["reason"]
 
 
-def test_more_bad_photos_than_the_budget_stop_the_run(world, tmp_path, spoiled):  # noqa: F811
+def test_more_bad_photos_than_the_budget_stop_the_run(world, tmp_path, spoiled):
     made = recipe(world, "autoencoder", tmp_path / "a", f"data.sources=[{spoiled.parent}]", "train.steps=5")
     with pytest.raises(V2FlowError, match=r"over the error budget of 0\.10% of the samples"):
         train(made, resume=False, log=quiet)
@@ -46,7 +46,7 @@ def test_a_killed_loader_is_one_sentence():
     assert problem.startswith("DataLoader worker (pid(s) 12) exited unexpectedly") and "--resume" in problem
 
 
-def test_other_ranks_are_refused_or_approximate(world, tmp_path):  # noqa: F811
+def test_other_ranks_are_refused_or_approximate(world, tmp_path):
     made = recipe(world, "autoencoder", tmp_path / "a", "train.steps=4", "train.save_every=2")
     train(made, resume=False, log=quiet)
     for state in (tmp_path / "a" / "checkpoints").glob("*/state.json"):
@@ -60,7 +60,7 @@ def test_other_ranks_are_refused_or_approximate(world, tmp_path):  # noqa: F811
     assert any("approximate resume: 2 processes before, 1 now" in line for line in lines)
 
 
-def test_a_skipped_step_leaves_no_trace_in_buffers(world, tmp_path, monkeypatch):  # noqa: F811
+def test_a_skipped_step_leaves_no_trace_in_buffers(world, tmp_path, monkeypatch):
     made = recipe(world, "autoencoder", tmp_path / "a", "train.steps=3", "train.skip_bad_steps=1")
     calls = []
 
