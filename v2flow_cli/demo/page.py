@@ -159,8 +159,8 @@ def _draw(
     """``prompt`` at each temperature, also as PNG files in ``folder``."""
     import numpy as np
 
-    from v2flow_cli.bench.report import DrawnPicture
     from v2flow_cli.bench.coder import inference
+    from v2flow_cli.bench.report import DrawnPicture
     from v2flow_cli.llm.sample import DrawingLM
     from v2flow_cli.store.files import write_bytes
 

@@ -1,0 +1,52 @@
+"""``python -m v2flow_cli.demo``: the live demo on this machine alone, until Ctrl-C."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import Annotated
+
+import typer
+
+from v2flow_cli.cli.console import fail, result
+from v2flow_cli.errors import V2FlowError
+
+
+def demo(
+    model: Annotated[str | None, typer.Option(help="Tokenizer: folder or hub id. Default: the embedded one.")] = None,
+    llm: Annotated[str | None, typer.Option(help="LLM: folder or hub id. Default: the embedded one.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 lets others in.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen at.")] = 7860,
+) -> None:
+    """Photos to tokens and back, sentences to pictures, in a browser."""
+    if importlib.util.find_spec("gradio") is None:
+        raise V2FlowError(
+            'The live demo needs Gradio: pip install "v2flow[demo]". `make demo` makes a page without it.'
+        )
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+
+    from v2flow_cli.demo.app import Studio, build_app
+
+    app = build_app(Studio(model, llm, device))
+    try:
+        app.launch(server_name=host, server_port=port, quiet=True, prevent_thread_lock=True)
+    except OSError as error:
+        raise V2FlowError(f"--host {host} --port {port}: {error} Give another --port.") from None
+    result(f"http://{host}:{port}")
+    app.block_thread()
+
+
+def main() -> None:
+    """Entry point; a V2FlowError is one message and exit code 1."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        typer.run(demo)
+    except V2FlowError as error:
+        fail(str(error))
+
+
+if __name__ == "__main__":
+    main()
