@@ -1,4 +1,4 @@
-"""``python -m v2flow_cli.demo.page``, what ``make demo`` runs: the whole road on a few photos, and one page that shows it.
+"""``python -m v2flow_cli.demo.page``, what ``make demo`` runs: the whole road on a few photos, and a page of it.
 
 photos -> tokens -> photos at two guidance scales -> pictures from a sentence -> a bench -> ``index.html``
 """

@@ -82,8 +82,8 @@ class Samples(torch.utils.data.IterableDataset):
     def _disturbed(self, token_ids: np.ndarray, seed: int | None) -> dict[str, Any]:
         """What the LLM reads instead of ``token_ids`` (L,), and which of them it has to predict.
 
-        Departs (D14): the paper does neither. Earlier tokens of a picture tell so much of the next one that a short training
-        never looks at the caption; with a share of them random, from none to ``token_noise``, it has to.
+        Departs (D14): the paper does neither. Earlier tokens of a picture tell so much of the next one that a short
+        training never looks at the caption; with a share of them random, from none to ``token_noise``, it has to.
         """
         if seed is None:
             return {}
