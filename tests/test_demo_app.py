@@ -18,6 +18,7 @@ def client(tiny_tokenizer_folder: Path, llm_folder: Path):  # noqa: F811
     pytest.importorskip("gradio")
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     from gradio_client import Client
+
     from v2flow_cli.demo.app import Studio, build_app
 
     app = build_app(Studio(str(tiny_tokenizer_folder), str(llm_folder), "cpu"))

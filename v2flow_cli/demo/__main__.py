@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from v2flow_cli.cli.console import fail, result
+from v2flow_cli.cli.console import result
+from v2flow_cli.demo.entry import run
 from v2flow_cli.errors import V2FlowError
 
 
@@ -38,14 +39,8 @@ def demo(
 
 
 def main() -> None:
-    """Entry point; a V2FlowError is one message and exit code 1."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    try:
-        typer.run(demo)
-    except V2FlowError as error:
-        fail(str(error))
+    """Entry point."""
+    run(demo)
 
 
 if __name__ == "__main__":

@@ -6,15 +6,15 @@ photos -> tokens -> photos at two guidance scales -> pictures from a sentence ->
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from v2flow_cli.cli.console import fail, log, progress, result
-from v2flow_cli.errors import DataError, V2FlowError
+from v2flow_cli.cli.console import log, progress, result
+from v2flow_cli.demo.entry import run
+from v2flow_cli.errors import DataError
 
 if TYPE_CHECKING:
     import torch
@@ -178,14 +178,8 @@ def _draw(
 
 
 def main() -> None:
-    """Entry point; a V2FlowError is one message and exit code 1."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    try:
-        typer.run(demo)
-    except V2FlowError as error:
-        fail(str(error))
+    """Entry point."""
+    run(demo)
 
 
 if __name__ == "__main__":
