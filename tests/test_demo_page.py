@@ -26,7 +26,7 @@ def llm_folder(tiny_tokenizer_folder: Path, tmp_path_factory) -> Path:
     sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
     model = LlamaForCausalLM(LlamaConfig(vocab_size=offset, max_position_embeddings=128, **sizes))
     extend_tables(model, offset, 64, torch.randn(64, 16), seed=0)
-    digest = V2FlowTokenizer.from_pretrained(tiny_tokenizer_folder).digest
+    digest = V2FlowTokenizer.from_pretrained(tiny_tokenizer_folder).token_digest
     model.config.v2flow = VisualVocabulary(offset, 64, offset + 64, offset + 65, 4, digest, (0,), (9,), 1).record()
     folder = tmp_path_factory.mktemp("llm")
     model.save_pretrained(folder)

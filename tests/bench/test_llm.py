@@ -27,7 +27,7 @@ def folder(tiny_tokenizer_folder, tmp_path):
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(vocab_size=words, max_position_embeddings=256, **sizes))
     extend_tables(model, words, 64, None, seed=0)
-    digest = V2FlowTokenizer.from_pretrained(tiny_tokenizer_folder).digest
+    digest = V2FlowTokenizer.from_pretrained(tiny_tokenizer_folder).token_digest
     vocabulary = VisualVocabulary(words, 64, words + 64, words + 65, 4, digest, *prompt_frame(tokenizer), 1)
     model.config.v2flow = vocabulary.record()
     model.save_pretrained(tmp_path / "llm")

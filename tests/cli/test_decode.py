@@ -40,7 +40,7 @@ def run(model):
 @pytest.fixture
 def tokens(tmp_path, model):
     """A token folder of three images, one of them in a subfolder."""
-    digest = V2FlowTokenizer.from_pretrained(model).digest
+    digest = V2FlowTokenizer.from_pretrained(model).token_digest
     folder = tmp_path / "tokens"
     for i, name in enumerate(("a", "b", "sub/c")):
         save_token_ids(folder / f"{name}.npy", np.arange(4) * 7 + i, 64)

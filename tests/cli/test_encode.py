@@ -47,7 +47,7 @@ def test_a_folder_is_mirrored(run, folder, tmp_path, tiny_tokenizer_folder):
     manifest = TokenManifest.load(tmp_path / "tokens")
     assert list(manifest.files) == ["even/0", "even/2", "even/4", "odd/1", "odd/3"]
     tokenizer = V2FlowTokenizer.from_pretrained(tiny_tokenizer_folder)
-    assert manifest.tokenizer_digest == tokenizer.digest
+    assert manifest.tokenizer_digest == tokenizer.token_digest
     pixels = tokenizer.image_processor.preprocess_one(Image.open(folder / "odd" / "1.png"), 32)
     ids = np.load(tmp_path / "tokens" / "odd" / "1.npy")
     assert ids.dtype == np.uint16 and ids.tolist() == tokenizer.encode(pixels[None])[0].tolist()

@@ -27,7 +27,7 @@ LORA = Lora(rank=2, alpha=4.0, dropout=0.0)
 
 @pytest.fixture
 def recipe(tiny_tokenizer_folder, llm_folder, token_set, tmp_path, request) -> FinetuneRecipe:
-    digest = V2FlowTokenizer.from_pretrained(tiny_tokenizer_folder).digest
+    digest = V2FlowTokenizer.from_pretrained(tiny_tokenizer_folder).token_digest
     token_set(tmp_path / "tokens", digest=digest)
     root = request.config.rootpath
     settings = [f"llm={llm_folder()}", f"tokenizer={tiny_tokenizer_folder}", f"output={tmp_path / 'out'}"]
@@ -250,7 +250,7 @@ def test_two_processes_train_as_one(recipe, tmp_path):
         [*launch, "-m", "v2flow_cli.cli.app", "finetune-llm", str(tmp_path / "recipe.yaml"), "--json"],
         capture_output=True,
         text=True,
-        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]

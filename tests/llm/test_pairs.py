@@ -146,7 +146,7 @@ def test_photos_are_encoded_on_the_fly(text_tokenizer, vocabulary, tmp_path, tin
         (tmp_path / f"{i}.txt").write_text(f"number {i}")
     data = pairs("", token_sets=(), photos=(str(tmp_path),))
     assert check_data(data, tiny_tokenizer) == (4, 5)
-    vocabulary = replace(vocabulary, tokenizer_digest=tiny_tokenizer.digest)
+    vocabulary = replace(vocabulary, tokenizer_digest=tiny_tokenizer.token_digest)
     samples = Samples(data, text_tokenizer, vocabulary, seed=0, image_tokenizer=tiny_tokenizer)
     two_passes = first(samples, 10)
     assert sorted(two_passes[:5]) == sorted(two_passes[5:]) and len({tuple(s) for s in two_passes}) == 5

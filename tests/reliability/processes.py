@@ -46,7 +46,6 @@ def ranks(function: Callable[[], None], count: int, errors: Path | None = None) 
         "LOCAL_WORLD_SIZE": str(count),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
-        "ACCELERATE_USE_CPU": "true",
     }
     return [
         fork(function, {**shared, "RANK": str(r), "LOCAL_RANK": str(r)}, errors and errors / f"{r}.txt")

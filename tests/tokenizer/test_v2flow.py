@@ -120,13 +120,17 @@ def test_folder_round_trip(tiny_tokenizer, tmp_path):
 
 
 def test_digest_changes_with_the_weights_and_not_with_the_sampling(tiny_tokenizer):
-    before = tiny_tokenizer.digest
+    before, of_tokens = tiny_tokenizer.digest, tiny_tokenizer.token_digest
     tiny_tokenizer.config.sampling["num_flow_steps"] = 9
-    tiny_tokenizer._digest = None
-    assert tiny_tokenizer.digest == before
+    tiny_tokenizer._digests.clear()
+    assert (tiny_tokenizer.digest, tiny_tokenizer.token_digest) == (before, of_tokens)
+    with torch.no_grad():
+        tiny_tokenizer.flow.regress.bias[0] += 1
+    tiny_tokenizer._digests.clear()
+    assert tiny_tokenizer.digest != before and tiny_tokenizer.token_digest == of_tokens  # a decoder trained further
     tiny_tokenizer.quantizer.codebook[0] += 1
-    tiny_tokenizer._digest = None
-    assert tiny_tokenizer.digest != before
+    tiny_tokenizer._digests.clear()
+    assert tiny_tokenizer.token_digest != of_tokens
 
 
 def test_folders_that_are_no_model_are_refused(tmp_path, tiny_tokenizer_folder):

@@ -155,7 +155,7 @@ def test_two_processes_train_one_model(world, tmp_path, name):
     file = tmp_path / "recipe.yaml"
     file.write_text(dump_recipe(made))
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29517"]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         [*launch, "-m", "v2flow_cli.cli.app", "train", str(file), "--json"],
         capture_output=True,

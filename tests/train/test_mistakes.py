@@ -47,7 +47,7 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all(world, tmp_path):
     (tmp_path / "run.py").write_text(ONE_RANK_FAILS)
     (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe(world, "autoencoder", tmp_path / "two")))
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29518"]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         [*launch, str(tmp_path / "run.py"), str(tmp_path / "recipe.yaml")],
         capture_output=True,

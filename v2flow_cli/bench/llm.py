@@ -62,7 +62,7 @@ def read_captioned(
 def _read(source: str, tokenizer: V2FlowTokenizer) -> Iterator[TokenSample]:
     manifest = TokenManifest.load(Path(source))
     if manifest is not None:
-        manifest.check_tokenizer(tokenizer.digest, source)
+        manifest.check_tokenizer(tokenizer.token_digest, source)
         yield from read_token_set(Path(source))
         return
     photos = SampleStream([source], seed=0).epoch()

@@ -40,7 +40,7 @@ def bench_llm(
     with progress("bench --llm", 3 * len(pairs)) as tick:
         found = measure_llm(llm, pairs, batch_size=batch_size, seed=seed, tick=tick)
     if json_:
-        result_json(dataclasses.asdict(found) | {"llm_digest": llm.digest, "tokenizer_digest": tokenizer.digest})
+        result_json(dataclasses.asdict(found) | {"llm_digest": llm.digest, "tokenizer_digest": tokenizer.token_digest})
         return
     trained = found.unigram_trained
     result(

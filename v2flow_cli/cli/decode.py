@@ -90,7 +90,7 @@ def decode(
     tokenizer = V2FlowTokenizer.from_pretrained(model).to(target)
     opened, report = open_token_files(tokenizer, files, out, force=force)
     if report.without_manifest:
-        log(f"{report.without_manifest} token files without manifest: taken for ids of {tokenizer.digest}")
+        log(f"{report.without_manifest} token files without manifest: taken for ids of {tokenizer.token_digest}")
     start = time.perf_counter()
     with progress("decode", sum(len(rows.keys) for rows in opened)) as tick:
         decode_files(
@@ -116,7 +116,7 @@ def decode(
             {
                 "output": str(out),
                 "images": [str(path) for path in report.images],
-                "tokenizer_digest": tokenizer.digest,
+                "tokenizer_digest": tokenizer.token_digest,
                 "seed": seed,
                 "seconds": seconds,
                 "failed": [{"source": f.source, "reason": f.reason} for f in report.failures],

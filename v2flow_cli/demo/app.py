@@ -31,7 +31,7 @@ class Studio:
         self.dtype = pick_dtype("auto", target)
         self.tokenizer = V2FlowTokenizer.from_pretrained(model).to(target)
         self.llm = DrawingLM.from_pretrained(llm, target, self.dtype)
-        if self.llm.vocabulary.tokenizer_digest != self.tokenizer.digest:
+        if self.llm.vocabulary.tokenizer_digest != self.tokenizer.token_digest:
             raise ModelError(
                 f"{self.llm.name} draws tokens of another tokenizer than {model or 'the embedded one'}. Give the one "
                 "it was taught with: --model FOLDER."

@@ -70,17 +70,18 @@ def plan_pictures(prompts: Sequence[str], seeds: Sequence[int], temperatures: Se
 
 def check_pair(llm: DrawingLM, image_tokenizer: V2FlowTokenizer) -> None:
     """Raises: ModelError for an LLM that draws tokens of another image tokenizer."""
-    if llm.vocabulary.tokenizer_digest != image_tokenizer.digest:
+    if llm.vocabulary.tokenizer_digest != image_tokenizer.token_digest:
         raise ModelError(
             f"{llm.name} draws tokens of tokenizer {llm.vocabulary.tokenizer_digest}, but the tokenizer at hand is "
-            f"{image_tokenizer.digest}. Give the one it was taught with: --tokenizer FOLDER."
+            f"{image_tokenizer.token_digest}. Give the one it was taught with: --tokenizer FOLDER."
         )
 
 
 def about(picture: Picture, settings: Settings, llm: DrawingLM, image_tokenizer: V2FlowTokenizer) -> dict[str, Any]:
     """All that says how to make the picture again; it stands in the PNG's text and in the JSONL."""
     record = {"prompt": picture.prompt, "seed": picture.seed, "temperature": picture.temperature}
-    return record | asdict(settings) | {"tokenizer_digest": image_tokenizer.digest, "llm_digest": llm.digest}
+    models = {"tokenizer_digest": image_tokenizer.token_digest, "decoder_digest": image_tokenizer.digest}
+    return record | asdict(settings) | models | {"llm_digest": llm.digest}
 
 
 def draw_pictures(
@@ -227,7 +228,7 @@ def check_tokens_folder(out: Path, image_tokenizer: V2FlowTokenizer, length: int
 
 def _manifest(image_tokenizer: V2FlowTokenizer, length: int) -> TokenManifest:
     size = image_tokenizer.grid_of(length)
-    return TokenManifest(image_tokenizer.digest, size, image_tokenizer.config.codebook_size, length, {})
+    return TokenManifest(image_tokenizer.token_digest, size, image_tokenizer.config.codebook_size, length, {})
 
 
 def _save_tokens(out: Path, ids: dict[str, np.ndarray], image_tokenizer: V2FlowTokenizer, length: int) -> None:

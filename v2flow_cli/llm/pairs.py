@@ -173,7 +173,7 @@ def check_data(data: TokenPairs, tokenizer: V2FlowTokenizer) -> tuple[int, int]:
     if data.photos:
         images = len(SampleStream(data.photos, seed=0))
     else:
-        found, images = _check_token_sets(data.token_sets, tokenizer.digest)
+        found, images = _check_token_sets(data.token_sets, tokenizer.token_digest)
         if not tokenizer.flexible and len(set(found.values())) > 1:
             said = ", ".join(f"{folder}: {length}" for folder, length in found.items())
             raise DataError(f"data.token_sets: expected sets of one number of tokens an image, found {said}.")

@@ -260,6 +260,11 @@ class TokenizerLoss:
     commit: float  # squared distance of a vector to its code
     batch_entropy: float  # bonus for the entropy of the batch's mean word distribution
     guidance_dropout: float  # share of images whose tokens become the dummy D (Eq. 7)
+    isometry: float = 0.0  # vectors as far apart as the latents of their cells; needs resampler.kind: grid
+    pixels: float = 0.0  # natural log of an image's squared error in pixels, averaged: 1 is 4.34 dB of PSNR
+    ssim: float = 0.0  # 1 - SSIM
+    pixel_share: float = 1.0  # share of each batch's images that are drawn for these two
+    isometry_steps: int = 0  # steps over which its weight falls to 0; 0: it stays
 
 
 @dataclass(frozen=True)
@@ -281,6 +286,7 @@ class TokenizerRecipe:
     train: TrainLoop
     output: str  # folder of the trained model
     init_from: str = ""  # a tokenizer folder to start from, of the same shapes
+    freeze_tokens: bool = False  # train the decoder alone; every id keeps its meaning
 
     def problems(self) -> Iterator[str]:
         whole = isinstance(self.flow, FlowTransformer)
@@ -315,6 +321,14 @@ class TokenizerRecipe:
                 f"quantizer.kmeans_steps is {ema.kmeans_steps}; expected 0 or at most start_step - 2 "
                 f"({ema.start_step} - 2): k-means needs vectors to start from"
             )
+        if self.loss.isometry and not isinstance(self.resampler, Resampler):
+            yield f"loss.isometry is {self.loss.isometry}; registers have no cells, so it needs resampler.kind: grid"
+        if (self.loss.pixels or self.loss.ssim) and not 0 < self.loss.pixel_share <= 1:
+            yield f"loss.pixel_share is {self.loss.pixel_share}; expected a share above 0, at most 1"
+        if (self.loss.pixels or self.loss.ssim) and self.latents.cache:
+            yield "loss.pixels and loss.ssim compare with the photos, which latents.cache does not keep; set one to 0"
+        if self.freeze_tokens and not self.init_from:
+            yield "freeze_tokens is true, but init_from names no tokenizer whose tokens to keep"
         if self.latents.cache_crops < 1:
             yield f"latents.cache_crops is {self.latents.cache_crops}; expected at least 1"
         if ema and not 0 <= ema.usage_decay < 1:

@@ -61,7 +61,7 @@ def open_token_files(
     for file in files:
         manifest = find_manifest(file.path, load)
         if manifest is not None:
-            manifest.check_tokenizer(tokenizer.digest, file.path)
+            manifest.check_tokenizer(tokenizer.token_digest, file.path)
         try:
             opened.append(_open(tokenizer, file, manifest, out))
         except TokenFileError as error:

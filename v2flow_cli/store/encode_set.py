@@ -73,7 +73,7 @@ class SetEncoder:
         except ValueError as error:
             raise DataError(f"--res {self.image_size}: {error}") from error
         self.empty_manifest = TokenManifest(
-            tokenizer.digest,
+            tokenizer.token_digest,
             (self.image_size, self.image_size),
             tokenizer.config.codebook_size,
             prefixes.longest(tokenizer, length),
@@ -315,5 +315,5 @@ def _manifest_of(out: Path, encoder: SetEncoder, force: bool) -> TokenManifest |
         return None
     raise TokenFileError(
         f"{out}: holds tokens of tokenizer {existing.tokenizer_digest} at {existing.image_size[0]} px; "
-        f"these are of {encoder.tokenizer.digest} at {encoder.image_size} px. Use another -o, or --force."
+        f"these are of {encoder.tokenizer.token_digest} at {encoder.image_size} px. Use another -o, or --force."
     )

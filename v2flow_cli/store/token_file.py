@@ -35,7 +35,7 @@ MANIFEST = "manifest.json"
 class TokenManifest:
     """Whose tokens lie in a folder, and which files they are."""
 
-    tokenizer_digest: str  # V2FlowTokenizer.digest
+    tokenizer_digest: str  # V2FlowTokenizer.token_digest
     image_size: tuple[int, int]  # height and width in pixels that the ids were made from
     codebook_size: int  # K: ids lie in [0, K)
     tokens_per_image: int  # L; the most that an image can have where lengths vary

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -16,6 +16,14 @@ from v2flow_cli.tokenizer.masking import gather, random_orders, sample_mask_rati
 from v2flow_cli.tokenizer.sampling import Places, sample_patches
 
 
+class DecoderLosses(NamedTuple):
+    """Flow loss of Eq. 3 and regression loss, both scalars, and what was regressed: patches (B, N, P)."""
+
+    flow: Tensor
+    regression: Tensor
+    patches: Tensor  # a visible one is given back as it came
+
+
 class Decoder(Protocol):
     """What turns code vectors (B, n, D) into latent patches (B, N, P).
 
@@ -24,8 +32,8 @@ class Decoder(Protocol):
 
     def losses(
         self, patches: Tensor, tokens: Tensor, lengths: Tensor | None, places: Places, loss: TokenizerLoss
-    ) -> tuple[Tensor, Tensor]:
-        """(flow loss of Eq. 3, regression loss); a share ``loss.guidance_dropout`` of the images sees D (Eq. 7)."""
+    ) -> DecoderLosses:
+        """Of one pass; a share ``loss.guidance_dropout`` of the images, the first ones, sees D (Eq. 7)."""
         ...
 
     def sample(
@@ -49,7 +57,7 @@ class MaskedDecoder:
 
     def losses(
         self, patches: Tensor, tokens: Tensor, lengths: Tensor | None, places: Places, loss: TokenizerLoss
-    ) -> tuple[Tensor, Tensor]:
+    ) -> DecoderLosses:
         """Source: section 2.3."""
         batch, positions, _ = patches.shape
         ratio = sample_mask_ratio(self.masked.mask_ratio_min, self.masked.mask_ratio_std)
@@ -67,8 +75,9 @@ class MaskedDecoder:
                 rest = (visible, visible_at, hidden_at, hidden_cells)
                 kept = None if lengths is None else lengths[part]
                 contexts.append(self.context(*given, *(x[part] for x in rest), kept))
-        target = gather(patches, hidden)
-        return self.flow.loss(target, torch.cat(contexts), self.settings)
+        flow, regression, mean = self.flow.loss(gather(patches, hidden), torch.cat(contexts), self.settings)
+        places_of = hidden[..., None].expand(-1, -1, patches.shape[-1])
+        return DecoderLosses(flow, regression, patches.scatter(1, places_of, mean.to(patches.dtype)))
 
     def sample(
         self,

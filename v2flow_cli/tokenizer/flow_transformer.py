@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from v2flow_cli.errors import ModelError
 from v2flow_cli.recipe.schema import FlowTransformer, Sampling, TokenizerLoss
 from v2flow_cli.tokenizer.context import Block, RotaryPositions, nearby, sines
-from v2flow_cli.tokenizer.decoder import count_dropped
+from v2flow_cli.tokenizer.decoder import DecoderLosses, count_dropped
 from v2flow_cli.tokenizer.flow import TIME_FEATURES, Path, sample_times, solve, time_features
 from v2flow_cli.tokenizer.guidance import Guided
 from v2flow_cli.tokenizer.prefix import TokenEmbedding
@@ -115,27 +115,29 @@ class VelocityTransformer(nn.Module):
 
     def losses(
         self, patches: Tensor, tokens: Tensor, lengths: Tensor | None, places: Places, loss: TokenizerLoss
-    ) -> tuple[Tensor, Tensor]:
-        """(flow loss of Eq. 3 at random times, regression loss: squared error of the data at t = 1)."""
+    ) -> DecoderLosses:
+        """The flow loss is that of random times, the regression loss the squared error of the data at t = 1."""
         batch = len(patches)
         memory = self.memory(tokens, lengths, places, count_dropped(loss.guidance_dropout, batch))
-        regression = patches.new_zeros(())
-        if loss.regression:
-            regression = self._error(patches, torch.ones(batch, device=patches.device), memory).mean()
+        regression, mean = patches.new_zeros(()), patches
+        if loss.regression or loss.pixels or loss.ssim:
+            mean = self._predict(patches, torch.ones(batch, device=patches.device), memory)
+            regression = F.mse_loss(mean, patches.float())
         if not self.settings.share:  # a warm start by regression alone
-            return patches.new_zeros(()), regression
+            return DecoderLosses(patches.new_zeros(()), regression, mean)
         chosen = torch.randperm(batch, device=patches.device)[: max(1, round(self.settings.share * batch))]
-        patches, memory = patches[chosen], memory[chosen]
+        data, memory = patches[chosen], memory[chosen]
         flow_losses = []
         for _ in range(self.settings.repeats):
-            t = sample_times(len(patches), self.settings.time_shift, patches.device)
-            flow_losses.append((self.path.loss_weight(t) * self._error(patches, t, memory)).mean())
-        return torch.stack(flow_losses).mean(), regression
+            t = sample_times(len(data), self.settings.time_shift, data.device)
+            error = (self._predict(data, t, memory) - data.float()).square().mean((1, 2))
+            flow_losses.append((self.path.loss_weight(t) * error).mean())
+        return DecoderLosses(torch.stack(flow_losses).mean(), regression, mean)
 
-    def _error(self, data: Tensor, t: Tensor, memory: Memory) -> Tensor:
-        """Squared error (B,) of the data predicted from a point on the path at times t (B,)."""
+    def _predict(self, data: Tensor, t: Tensor, memory: Memory) -> Tensor:
+        """The data (B, N, P), float32, predicted from a point on the path at times t (B,)."""
         z_t = self.path.point(data, torch.randn_like(data), t[:, None, None])
-        return (self(z_t.to(memory.tokens.dtype), t, memory).float() - data.float()).square().mean((1, 2))
+        return self(z_t.to(memory.tokens.dtype), t, memory).float()
 
     def sample(
         self,

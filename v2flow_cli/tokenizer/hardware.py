@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import platform
 import time
 
@@ -42,6 +43,15 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if name not in DTYPES:
         raise V2FlowError(f"--dtype {name}: expected auto, fp32 or bf16.")
     return DTYPES[name]
+
+
+def join_launch() -> None:
+    """Let the processes of a launch find each other where there is no GPU: call it before accelerate looks around.
+
+    Without this word torchrun's processes on CPUs each take themselves for the only one, and write the same files.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available():
+        os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 
 
 def describe_hardware() -> str:

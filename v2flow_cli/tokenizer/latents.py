@@ -44,10 +44,14 @@ class Latents(nn.Module):
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Images (B, 3, H, W), clamped to [-1, 1], of scaled latents."""
+        return self.draw(latents).clamp(-1, 1)
+
+    def draw(self, latents: Tensor) -> Tensor:
+        """Images (B, 3, H, W), not clamped, of scaled latents, with gradients."""
         if self.kind == PIXELS:
-            return latents.clamp(-1, 1)
+            return latents
         images = self.autoencoder.decode(latents / self.scale + self.shift)
-        return (images if self.kind == "V2FlowAutoencoder" else images.sample).clamp(-1, 1)
+        return images if self.kind == "V2FlowAutoencoder" else images.sample
 
 
 def load_autoencoder_spec(path_or_id: str) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -24,6 +24,7 @@ from v2flow_cli.tokenizer.decoder import Decoder, MaskedDecoder
 from v2flow_cli.tokenizer.flow import VelocityNetwork
 from v2flow_cli.tokenizer.flow_transformer import VelocityTransformer
 from v2flow_cli.tokenizer.fsq import FSQQuantizer
+from v2flow_cli.tokenizer.isometry import isometry_loss
 from v2flow_cli.tokenizer.latents import Latents
 from v2flow_cli.tokenizer.prefix import sample_lengths
 from v2flow_cli.tokenizer.preprocess import V2FlowImageProcessor
@@ -34,6 +35,7 @@ from v2flow_cli.tokenizer.sampling import Places
 
 EMBEDDED_MODEL = Path(__file__).resolve().parents[1] / "assets" / "default" / "tokenizer"
 SECTIONS = ("vocabulary", "resampler", "quantizer", "context", "flow", "sampling")  # of the recipe
+DECODER = ("context", "flow")  # sections, and parts of the model, that only decode
 
 
 class V2FlowConfig(PretrainedConfig):
@@ -81,14 +83,16 @@ class V2FlowConfig(PretrainedConfig):
 
 @dataclass(frozen=True)
 class V2FlowOutput:
-    """Loss terms (scalars) and diagnostics of one training pass."""
+    """Loss terms (scalars) and diagnostics of one training pass; the images that saw the dummy D come first."""
 
     flow_loss: Tensor
     regression_loss: Tensor
     commit_loss: Tensor
+    isometry_loss: Tensor
     batch_entropy: Tensor  # nats; 0 without a vocabulary
     word_entropy: Tensor  # nats
     token_ids: Tensor  # (B, n)
+    latents: Tensor  # (B, C, h, w) as regressed; visible patches as they came
 
 
 class V2FlowTokenizer(PreTrainedModel):
@@ -122,7 +126,7 @@ class V2FlowTokenizer(PreTrainedModel):
         self.quantizer = (FSQQuantizer if isinstance(quantizer, FSQ) else EMAQuantizer)(quantizer, code_size)
         self._build_decoder(code_size)
         self.image_processor = V2FlowImageProcessor(size=config.image_size)
-        self._digest: str | None = None
+        self._digests: dict[tuple[str, ...], str] = {}
         self.post_init()
 
     def _build_decoder(self, code_size: int) -> None:
@@ -202,17 +206,29 @@ class V2FlowTokenizer(PreTrainedModel):
 
     @property
     def digest(self) -> str:
-        """16 hex digits over everything that determines ids and their meaning; token files carry it."""
-        if self._digest is None:
+        """16 hex digits over all weights and settings but those of the sampling: two models with it are the same."""
+        return self._digest_without(())
+
+    @property
+    def token_digest(self) -> str:
+        """16 hex digits over what determines ids and their meaning; token files and LLMs carry it.
+
+        The decoder has no part in it: one that is trained further still reads the same tokens.
+        """
+        return self._digest_without(DECODER)
+
+    def _digest_without(self, parts: tuple[str, ...]) -> str:
+        if parts not in self._digests:
             sha = hashlib.sha256()
-            model = {name: getattr(self.config, name) for name in (*SECTIONS, "autoencoder", "patch_size")}
-            model.pop("sampling")
+            sections = (name for name in SECTIONS if name not in ("sampling", *parts))
+            model = {name: getattr(self.config, name) for name in (*sections, "autoencoder", "patch_size")}
             sha.update(json.dumps(model, sort_keys=True, default=list).encode())
             for name, tensor in sorted(self.state_dict().items()):
-                sha.update(name.encode())
-                sha.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
-            self._digest = sha.hexdigest()[:16]
-        return self._digest
+                if name.split(".")[0] not in parts:
+                    sha.update(name.encode())
+                    sha.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+            self._digests[parts] = sha.hexdigest()[:16]
+        return self._digests[parts]
 
     @property
     def codebook(self) -> Tensor:
@@ -302,16 +318,27 @@ class V2FlowTokenizer(PreTrainedModel):
         """
         height, width = (side * self.latents.downsampling for side in latents.shape[-2:])
         vectors, word_entropy, batch_entropy = self.embed(latents, noise_scale)
-        quantized = self.quantizer(vectors, step if self.training else None)
+        quantized = self.quantizer(vectors, step if self.quantizer.training else None)
         lengths = None
         if isinstance(self.resampler_settings, Registers):
             settings = self.resampler_settings
             lengths = sample_lengths(settings.nested_dropout, len(latents), settings.max_tokens, latents.device)
+        isometry = latents.new_zeros(())
+        if loss.isometry and isinstance(self.resampler, GridResampler):
+            isometry = isometry_loss(vectors, latents, self.resampler.token_grid(height, width))
         places = self._places(height, width, len(latents))
         tokens = quantized.embeddings.to(latents.dtype)
-        flow_loss, regression = self.decoder.losses(self._patchify(latents), tokens, lengths, places, loss)
+        decoded = self.decoder.losses(self._patchify(latents), tokens, lengths, places, loss)
+        predicted = self._unpatchify(decoded.patches, *self._patch_grid(height, width))
         return V2FlowOutput(
-            flow_loss, regression, quantized.commit_loss, batch_entropy, word_entropy, quantized.token_ids
+            decoded.flow,
+            decoded.regression,
+            quantized.commit_loss,
+            isometry,
+            batch_entropy,
+            word_entropy,
+            quantized.token_ids,
+            predicted,
         )
 
     # -- shapes --------------------------------------------------------------------------------------------

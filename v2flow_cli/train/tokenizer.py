@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from v2flow_cli.recipe.schema import TokenizerRecipe
 from v2flow_cli.store.vocab_table import load_vocab_embeddings
 from v2flow_cli.tokenizer.hardware import DTYPES
 from v2flow_cli.tokenizer.latents import load_autoencoder_spec
-from v2flow_cli.tokenizer.v2flow import SECTIONS, V2FlowConfig, V2FlowTokenizer
+from v2flow_cli.tokenizer.v2flow import DECODER, SECTIONS, V2FlowConfig, V2FlowTokenizer
 
 FLOOR_GRACE_STEPS = 1000  # after the codebook starts, before the usage floor counts
 
@@ -23,14 +24,19 @@ class TokenizerObjective(nn.Module):
     def __init__(self, recipe: TokenizerRecipe, model: V2FlowTokenizer | None = None) -> None:
         super().__init__()
         self.recipe = recipe
-        if model is not None:
-            self.model = model
-            return
-        self.model = _continue(recipe) if recipe.init_from else _build(recipe)
+        if model is None:
+            model = _continue(recipe) if recipe.init_from else _build(recipe)
+        self.model = model
+        if recipe.freeze_tokens:
+            for name, part in model.named_children():
+                if name not in DECODER:
+                    part.requires_grad_(False)
 
     def train(self, mode: bool = True) -> TokenizerObjective:
         super().train(mode)
         self.model.latents.eval()
+        if self.recipe.freeze_tokens:
+            self.model.quantizer.eval()  # its codebook stands still
         return self
 
     def forward(self, images: Tensor | None = None, step: int = 0, latents: Tensor | None = None) -> dict[str, Tensor]:
@@ -41,20 +47,49 @@ class TokenizerObjective(nn.Module):
         words, weights = self.recipe.vocabulary, self.recipe.loss
         ramp = min(1.0, step / words.gumbel_ramp_steps) if words.gumbel_ramp_steps else 1.0
         out = self.model(latents, step=step, noise_scale=ramp * words.gumbel_noise, loss=weights)
+        log_mse, ssim = self._in_pixels(images, out.latents)
+        fading = max(0.0, 1 - step / weights.isometry_steps) if weights.isometry_steps else 1.0
         loss = (
             weights.flow * out.flow_loss
             + weights.regression * out.regression_loss
             + weights.commit * out.commit_loss
+            + weights.isometry * fading * out.isometry_loss
+            + weights.pixels * log_mse
+            + weights.ssim * (1 - ssim)
             - weights.batch_entropy * out.batch_entropy
         )
+        drawn = {"psnr_db": -10 / math.log(10) * log_mse.detach(), "ssim": ssim.detach()}
         return {
             "loss": loss,
+            **(drawn if weights.pixels or weights.ssim else {}),
             "flow_loss": out.flow_loss.detach(),
             "regression_loss": out.regression_loss.detach(),
             "commit_loss": out.commit_loss.detach(),
+            "isometry_loss": out.isometry_loss.detach(),
             "word_entropy": out.word_entropy.detach(),
             "batch_word_entropy": out.batch_entropy.detach(),
         }
+
+    def _in_pixels(self, images: Tensor | None, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """(log of the squared error, SSIM) of the last images of a batch as the decoder regresses them.
+
+        Pixels span 1 in both. Images that saw the dummy D come first, so a small share never has them.
+        """
+        weights = self.recipe.loss
+        zero = latents.new_zeros(())
+        if images is None or not (weights.pixels or weights.ssim):
+            return zero, zero
+        from torchmetrics.functional.image import structural_similarity_index_measure
+
+        count = max(1, round(weights.pixel_share * len(images)))
+        wanted = images[-count:].float() / 2 + 0.5
+        drawn = self.model.latents.draw(latents[-count:].to(images.dtype)).float() / 2 + 0.5
+        log_mse = (drawn - wanted).square().mean((1, 2, 3)).log().mean()
+        if not weights.ssim:
+            return log_mse, zero
+        ssim = structural_similarity_index_measure(drawn, wanted, data_range=1.0)
+        assert isinstance(ssim, Tensor)
+        return log_mse, ssim
 
     def reconstruct(self, images: Tensor) -> Tensor:
         """Images (B, 3, S, S) to tokens and back, at the recipe's own sampling; image i has seed i."""
