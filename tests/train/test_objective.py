@@ -1,14 +1,16 @@
 """What a tokenizer minimises beyond the flow: pixels, SSIM, isometry; and training the decoder alone."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from v2flow_cli.errors import RecipeError
+from v2flow_cli.recipe.schema import Vocabulary
 from v2flow_cli.tokenizer import V2FlowTokenizer
 from v2flow_cli.train.loop import train
-from v2flow_cli.train.tokenizer import TokenizerObjective
+from v2flow_cli.train.tokenizer import TokenizerObjective, temperature_at
 
 from .conftest import quiet, recipe
 
@@ -41,9 +43,7 @@ def test_pixel_loss_is_the_psnr_of_what_the_decoder_regresses(world, tmp_path):
     plain = objective(world, tmp_path, *settings[:2])
     _, without = terms(plain)
     assert "psnr_db" not in without
-    assert (out["loss"] - without["loss"]).item() == pytest.approx(
-        0.5 * error.log().mean().item(), abs=1e-4
-    )
+    assert (out["loss"] - without["loss"]).item() == pytest.approx(0.5 * error.log().mean().item(), abs=1e-4)
     assert math.isclose(out["regression_loss"].item(), without["regression_loss"].item(), rel_tol=1e-5)
 
 
@@ -65,6 +65,25 @@ def test_isometry_fades(world, tmp_path):
     _, without = terms(objective(world, tmp_path))
     assert out["isometry_loss"] > 0 and without["isometry_loss"] == 0
     assert (out["loss"] - without["loss"]).item() == pytest.approx(0.5 * out["isometry_loss"].item(), rel=1e-3)
+
+
+def test_temperature_falls_by_equal_factors_to_its_end():
+    words = Vocabulary("lm", "tied", 20.0, 0.25, 1.0, 0, 0, temperature_start=4.0, temperature_steps=4)
+    assert [temperature_at(step, words) for step in range(6)] == pytest.approx([4, 2, 1, 0.5, 0.25, 0.25])
+    assert temperature_at(0, replace(words, temperature_steps=0)) == 0.25
+
+
+def test_the_schedule_reaches_the_softmax(world, tmp_path):
+    """A cooler softmax is surer of its words; encode, which knows no step, has the end of the schedule."""
+    schedule = ("vocabulary.temperature=0.1", "vocabulary.temperature_start=10", "vocabulary.temperature_steps=3")
+    sure = objective(world, tmp_path, *schedule)  # `terms` takes step 3
+    wild = objective(world, tmp_path, *schedule[:2], "vocabulary.temperature_steps=300")
+    constant = objective(world, tmp_path, schedule[0])
+    entropies = [terms(made)[1]["word_entropy"].item() for made in (sure, wild, constant)]
+    assert entropies[0] == entropies[2] < entropies[1]
+    images = torch.rand(1, 3, 64, 64)
+    encoded = [made.model.embed(made.model.latents.encode(images), 0.0)[0] for made in (wild, constant)]
+    assert torch.equal(*encoded)
 
 
 def test_a_decoder_trained_further_reads_the_same_tokens(world, tmp_path):

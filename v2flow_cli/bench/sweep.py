@@ -59,6 +59,7 @@ KEYS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "steps": ("num_flow_steps", _number(int, 1)),
     "solver": ("solver", _choice("solver")),
     "schedule": ("guidance_schedule", _choice("guidance_schedule")),
+    "guidance": ("guidance", _choice("guidance")),
     "noise": ("noise_temperature", _number(float, 0)),
     "temperature": ("noise_temperature", _number(float, 0)),  # the same under its other name
 }

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from v2flow_cli.cli.console import fail, log, progress, result, result_json
-from v2flow_cli.cli.decode import Schedule, Solver
+from v2flow_cli.cli.decode import Guidance, Schedule, Solver
 
 if TYPE_CHECKING:
     import torch
@@ -58,8 +58,8 @@ def bench(
         list[str] | None,
         typer.Option(
             metavar="KEY=V1,V2",
-            help="Measure at each value of tokens, cfg, rounds, steps, solver, schedule or noise; several --sweep "
-            "give every combination.",
+            help="Measure at each value of tokens, cfg, rounds, steps, solver, schedule, guidance or noise; several "
+            "--sweep give every combination.",
         ),
     ] = None,
     cfg: Annotated[
@@ -70,6 +70,9 @@ def bench(
     steps: Annotated[int | None, typer.Option(min=1, help="ODE steps in each round. Default: the model's.")] = None,
     solver: Annotated[Solver | None, typer.Option(help="Default: the model's.")] = None,
     schedule: Annotated[Schedule | None, typer.Option(help="Guidance over the rounds. Default: the model's.")] = None,
+    guidance: Annotated[
+        Guidance | None, typer.Option(help="Of which kind --cfg is: cfg or apg. Default: the model's.")
+    ] = None,
     noise: Annotated[
         float | None,
         typer.Option(min=0.0, help="Factor on the initial noise; 0 is the mean. Default: the model's."),
@@ -182,6 +185,7 @@ def bench(
         "num_flow_steps": steps,
         "solver": solver.value if solver else None,
         "guidance_schedule": schedule.value if schedule else None,
+        "guidance": guidance.value if guidance else None,
         "noise_temperature": noise,
     }
     if speed and images and images[0].endswith((".yaml", ".yml")):

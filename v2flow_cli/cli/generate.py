@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from v2flow_cli.cli.console import log, progress, result, result_json
-from v2flow_cli.cli.decode import Solver
+from v2flow_cli.cli.decode import Guidance, Solver
 from v2flow_cli.errors import DataError
 
 
@@ -34,6 +34,9 @@ def generate(
     llm_cfg: Annotated[float, typer.Option(min=0.0, help="Guidance scale of the LLM; 1 means none.")] = 1.0,
     cfg: Annotated[
         float | None, typer.Option(min=0.0, help="Guidance scale of the decoder. Default: the model's.")
+    ] = None,
+    guidance: Annotated[
+        Guidance | None, typer.Option(help="apg spares colours and contrast at high --cfg. Default: the model's.")
     ] = None,
     rounds: Annotated[int | None, typer.Option(min=1, help="Unmasking rounds. Default: the model's.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="ODE steps in each round. Default: the model's.")] = None,
@@ -100,7 +103,16 @@ def generate(
     if save_tokens and not force:
         check_tokens_folder(out, image_tokenizer, llm.vocabulary.tokens_per_image)
 
-    settings = Settings(top_k, top_p, llm_cfg, cfg, rounds, steps, solver.value if solver else None)
+    settings = Settings(
+        top_k,
+        top_p,
+        llm_cfg,
+        cfg,
+        rounds,
+        steps,
+        solver.value if solver else None,
+        guidance.value if guidance else None,
+    )
     records = {p.name: about(p, settings, llm, image_tokenizer) for p in pictures}
     made = MadeList(out, [f"{p.name}.png" for p in pictures] if force else ()) if prompts else None
     kept = set()

@@ -46,6 +46,7 @@ class Settings:
     num_mask_steps: int | None = None
     num_flow_steps: int | None = None
     solver: str | None = None
+    guidance: str | None = None
 
 
 def plan_pictures(prompts: Sequence[str], seeds: Sequence[int], temperatures: Sequence[float]) -> list[Picture]:
@@ -119,6 +120,7 @@ def draw_pictures(
                     num_mask_steps=settings.num_mask_steps,
                     num_flow_steps=settings.num_flow_steps,
                     solver=settings.solver,
+                    guidance=settings.guidance,
                     seeds=[batch[i].seed for i in rows],
                 )
                 for i, image in zip(rows, image_tokenizer.image_processor.to_pil(decoded)):

@@ -114,10 +114,12 @@ class Vocabulary:
     llm: str  # folder or hub id of a causal LM; "none" is the ablation without a vocabulary
     generator: Literal["tied", "free"]  # tied: scaled cosine with each word; free: the paper's linear map
     logit_scale: float  # tied generator: factor on the cosine
-    temperature: float  # of the softmax
+    temperature: float  # of the softmax; where there is a schedule, at its end and in ``encode``
     gumbel_noise: float  # factor on the Gumbel noise at the end of its ramp; 1 is Eq. 4
     gumbel_ramp_steps: int  # steps over which the noise rises from 0
     top_k: int  # words mixed per token; 0 mixes the whole vocabulary
+    temperature_start: float = 1.0  # of the softmax at step 0, where there is a schedule
+    temperature_steps: int = 0  # steps from temperature_start to temperature, by equal factors; 0: no schedule
     whiten: bool = False  # give the frozen table unit covariance, so that no direction drowns the others
 
 
@@ -312,6 +314,11 @@ class TokenizerRecipe:
             yield (
                 f"data.min_scale is {self.data.min_scale} and data.max_scale {self.data.max_scale}; expected "
                 "0 < min_scale <= max_scale <= 1"
+            )
+        if min(self.vocabulary.temperature, self.vocabulary.temperature_start) <= 0:
+            yield (
+                f"vocabulary.temperature is {self.vocabulary.temperature} and temperature_start "
+                f"{self.vocabulary.temperature_start}; expected numbers above 0"
             )
         if isinstance(self.resampler, Resampler) and self.resampler.tokens_per_256px not in (64, 128, 256):
             yield f"resampler.tokens_per_256px is {self.resampler.tokens_per_256px}; expected 64, 128 or 256"

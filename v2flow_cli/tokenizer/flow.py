@@ -111,7 +111,7 @@ class VelocityNetwork(nn.Module):
         return condition.data_mean + self.out(F.layer_norm(x, (self.width,)) * (1 + scale) + shift)
 
     def loss(self, data: Tensor, context: Tensor, settings: Flow) -> tuple[Tensor, Tensor, Tensor]:
-        """(flow loss of Eq. 3, regression loss, the regressed patches) on patches (B, M, P); one time per image and repeat.
+        """(flow loss of Eq. 3, regression loss, what was regressed) on patches (B, M, P); a time per image and repeat.
 
         The regression loss is the squared error of the context's linear prediction alone. The flow loss is that of
         a random ``share`` of the images (0 when there are none): this network costs as much as the context.

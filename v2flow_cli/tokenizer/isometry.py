@@ -12,9 +12,9 @@ def isometry_loss(vectors: Tensor, latents: Tensor, grid: tuple[int, int]) -> Te
     """Squared distance (a scalar in [0, 4]) of vectors (B, n, D) to their own cells of latents (B, C, h, w).
 
     ``grid`` is the (rows, columns) of the n tokens. Both are compared by their directions from the batch's mean, the
-    cells after one fixed random rotation into D dimensions. Departs (D15): the gradient that passes a quantiser never
-    asks for what the codes do not tell yet, so vectors settle in the few directions that are learned first, and 14 bits
-    are wasted on telling those apart ever more finely.
+    lifted cells after one fixed random rotation into D dimensions. Departs (D15): the gradient that passes a quantiser
+    never asks for what the codes do not tell yet, so vectors settle in the few directions that are learned first, and
+    14 bits are wasted on telling those apart ever more finely.
 
     Raises:  ValueError where the latents do not divide into the grid.
     """
@@ -23,7 +23,11 @@ def isometry_loss(vectors: Tensor, latents: Tensor, grid: tuple[int, int]) -> Te
         shape = f"{latents.shape[-2]} x {latents.shape[-1]}"
         raise ValueError(f"{shape} latents do not divide into {rows} x {columns} tokens; set loss.isometry to 0")
     cells = rearrange(latents, "b c (r p) (k q) -> (b r k) (c p q)", r=rows, k=columns).float()
-    wanted = _directions(cells @ _rotation(cells.shape[-1], vectors.shape[-1]).to(cells))
+    # Directions forget lengths, and a cell's length is much of its brightness and contrast: one more number of about
+    # that length turns long and short cells into different directions.
+    lengths = cells.norm(dim=-1, keepdim=True)
+    lifted = F.normalize(torch.cat([cells, lengths.square().mean().sqrt().expand_as(lengths)], dim=-1), dim=-1)
+    wanted = _directions(lifted @ _rotation(lifted.shape[-1], vectors.shape[-1]).to(lifted))
     return (_directions(vectors.flatten(0, 1).float()) - wanted).square().sum(-1).mean()
 
 

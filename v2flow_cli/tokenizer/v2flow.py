@@ -257,13 +257,15 @@ class V2FlowTokenizer(PreTrainedModel):
         vectors, _, _ = self.embed(self.latents.encode(images), noise_scale=0.0)
         return self.quantizer(vectors).token_ids[:, :num_tokens]
 
-    def embed(self, latents: Tensor, noise_scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    def embed(
+        self, latents: Tensor, noise_scale: float, temperature: float | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """(v (B, n, D), word entropy, batch entropy) of scaled latents: Eq. 4, not yet quantised."""
         tokens = self.resampler(latents)
         if self.vocabulary is None:
             zero = tokens.new_zeros(())
             return self.to_code(tokens), zero, zero
-        out = self.vocabulary(tokens, noise_scale)
+        out = self.vocabulary(tokens, noise_scale, temperature)
         return out.embeddings, out.mean_entropy, out.batch_entropy
 
     # -- token ids -> image --------------------------------------------------------------------------------
@@ -310,14 +312,18 @@ class V2FlowTokenizer(PreTrainedModel):
 
     # -- training ------------------------------------------------------------------------------------------
 
-    def forward(self, latents: Tensor, step: int, noise_scale: float, loss: TokenizerLoss) -> V2FlowOutput:
+    def forward(
+        self, latents: Tensor, step: int, noise_scale: float, loss: TokenizerLoss, temperature: float | None = None
+    ) -> V2FlowOutput:
         """One training pass over scaled latents (B, C, h, w); randomness comes from torch's generators.
+
+        ``noise_scale`` and ``temperature`` are those of the Gumbel-softmax at this step.
 
         Source: sections 2.2 and 2.3; a share ``loss.guidance_dropout`` of the images sees the dummy D (Eq. 7). Of an
         ordered sequence each image keeps a prefix of random length (nested dropout, FlexTok).
         """
         height, width = (side * self.latents.downsampling for side in latents.shape[-2:])
-        vectors, word_entropy, batch_entropy = self.embed(latents, noise_scale)
+        vectors, word_entropy, batch_entropy = self.embed(latents, noise_scale, temperature)
         quantized = self.quantizer(vectors, step if self.quantizer.training else None)
         lengths = None
         if isinstance(self.resampler_settings, Registers):

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from v2flow_cli.errors import ModelError, V2FlowError
-from v2flow_cli.recipe.schema import TokenizerRecipe
+from v2flow_cli.recipe.schema import TokenizerRecipe, Vocabulary
 from v2flow_cli.store.vocab_table import load_vocab_embeddings
 from v2flow_cli.tokenizer.hardware import DTYPES
 from v2flow_cli.tokenizer.latents import load_autoencoder_spec
@@ -46,7 +46,8 @@ class TokenizerObjective(nn.Module):
             latents = self.model.latents.encode(images)
         words, weights = self.recipe.vocabulary, self.recipe.loss
         ramp = min(1.0, step / words.gumbel_ramp_steps) if words.gumbel_ramp_steps else 1.0
-        out = self.model(latents, step=step, noise_scale=ramp * words.gumbel_noise, loss=weights)
+        noise, temperature = ramp * words.gumbel_noise, temperature_at(step, words)
+        out = self.model(latents, step=step, noise_scale=noise, loss=weights, temperature=temperature)
         log_mse, ssim = self._in_pixels(images, out.latents)
         fading = max(0.0, 1 - step / weights.isometry_steps) if weights.isometry_steps else 1.0
         loss = (
@@ -118,6 +119,14 @@ class TokenizerObjective(nn.Module):
     def export(self, folder: Path) -> None:
         """Save the model folder that ``V2FlowTokenizer.from_pretrained`` loads."""
         self.model.to(DTYPES[self.recipe.train.save_dtype]).save_pretrained(folder)
+
+
+def temperature_at(step: int, words: Vocabulary) -> float:
+    """Of the Gumbel-softmax at a step: from ``temperature_start`` to ``temperature`` by equal factors."""
+    if not words.temperature_steps:
+        return words.temperature
+    left = max(0.0, 1 - step / words.temperature_steps)
+    return words.temperature * (words.temperature_start / words.temperature) ** left
 
 
 def build_config(recipe: TokenizerRecipe, autoencoder: dict, vocab_shape: tuple[int, int]) -> V2FlowConfig:
