@@ -6,6 +6,7 @@ import torch
 from v2flow_cli.errors import ModelError
 from v2flow_cli.recipe.schema import TokenizerLoss
 from v2flow_cli.tokenizer import V2FlowTokenizer
+from v2flow_cli.tokenizer.hardware import on_single_threads
 
 LOSS = TokenizerLoss(flow=1.0, regression=1.0, commit=0.1, batch_entropy=0.0, guidance_dropout=0.3)
 
@@ -108,6 +109,39 @@ def test_a_dropped_image_sees_no_token(tiny_tokenizer):
     out.flow_loss.backward()
     assert model.resampler.stem.weight.grad is None
     assert model.context.dummy_token.grad is not None
+
+
+def test_ids_do_not_depend_on_the_number_of_threads(tiny_tokenizer):
+    threads = torch.get_num_threads()
+    with torch.inference_mode():
+        together = tiny_tokenizer.encode(images(5))
+    assert torch.get_num_threads() == threads and together.shape[0] == 5
+    try:
+        torch.set_num_threads(1)
+        assert torch.equal(tiny_tokenizer.encode(images(5)), together)
+        torch.set_num_threads(3)
+        assert torch.equal(torch.cat([tiny_tokenizer.encode(image) for image in images(5).split(1)]), together)
+        assert torch.equal(tiny_tokenizer.encode(images(5)), together) and torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_threads_have_the_callers_autocast_and_hand_on_its_errors(tiny_tokenizer):
+    seen = []
+
+    def look(image):
+        seen.append((torch.get_num_threads(), torch.is_autocast_enabled("cpu"), torch.is_inference_mode_enabled()))
+        if image.sum() > 2:
+            raise ValueError("too much")
+        return image
+
+    threads = torch.get_num_threads()
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(torch.cat(on_single_threads(look, torch.ones(2, 1))), torch.ones(2, 1))
+    with pytest.raises(ValueError, match="too much"):
+        on_single_threads(look, torch.tensor([[1.0], [3.0]]))
+    assert seen[:2] == [(1, True, True)] * 2 and seen[2] == (1, False, False)
+    assert torch.get_num_threads() == threads
 
 
 def test_folder_round_trip(tiny_tokenizer, tmp_path):

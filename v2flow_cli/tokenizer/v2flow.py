@@ -24,6 +24,7 @@ from v2flow_cli.tokenizer.decoder import Decoder, MaskedDecoder
 from v2flow_cli.tokenizer.flow import VelocityNetwork
 from v2flow_cli.tokenizer.flow_transformer import VelocityTransformer
 from v2flow_cli.tokenizer.fsq import FSQQuantizer
+from v2flow_cli.tokenizer.hardware import on_single_threads
 from v2flow_cli.tokenizer.isometry import isometry_loss
 from v2flow_cli.tokenizer.latents import Latents
 from v2flow_cli.tokenizer.prefix import sample_lengths
@@ -244,18 +245,23 @@ class V2FlowTokenizer(PreTrainedModel):
 
         ``num_tokens``: only the first so many, where the length is flexible.
 
-        On a CPU images are encoded one by one: matrix products round differently with the batch size, and an id
-        on the border of two codes must not depend on the company it came in.
+        On a CPU each image has one thread to itself: an id on the border of two codes must not depend on the company
+        that the image came in, nor on the number of threads.
         Raises:  ValueError for a size or a number of tokens that does not fit.
         """
         images = images.to(self.device, self.dtype)
         height, width = images.shape[-2:]
         whole = self.num_tokens(height, width)
         self.check_length(whole if num_tokens is None else num_tokens, height, width)
-        if self.device.type == "cpu" and len(images) > 1:
-            return torch.cat([self.encode(image[None], num_tokens) for image in images])
+        if self.device.type == "cpu" and len(images):
+            token_ids = torch.cat(on_single_threads(self._nearest_ids, images))
+        else:
+            token_ids = self._nearest_ids(images)
+        return token_ids[:, :num_tokens]
+
+    def _nearest_ids(self, images: Tensor) -> Tensor:
         vectors, _, _ = self.embed(self.latents.encode(images), noise_scale=0.0)
-        return self.quantizer(vectors).token_ids[:, :num_tokens]
+        return self.quantizer(vectors).token_ids
 
     def embed(
         self, latents: Tensor, noise_scale: float, temperature: float | None = None
