@@ -4,7 +4,9 @@ IMAGES ?=
 PY := .venv/bin/python
 V2FLOW := .venv/bin/v2flow
 DATA ?= ../shared/data
-PAIRS ?= $(DATA)/captioned/captioned-00[0-2].tar
+PAIRS ?= $(DATA)/captioned
+# Two processes share the two longest stages; make TRAIN=".venv/bin/v2flow train" gives them one.
+TRAIN ?= .venv/bin/torchrun --nproc-per-node 2 -m v2flow_cli.cli.app train
 
 .PHONY: demo test test-slow lint default-model default-model-dry-run clean
 
@@ -26,9 +28,10 @@ lint: .venv/installed
 default-model: .venv/installed
 	$(V2FLOW) train recipes/default/autoencoder.yaml --resume
 	$(V2FLOW) finetune-llm recipes/default/lm.yaml --resume
-	$(V2FLOW) train recipes/default/tokenizer.yaml --resume
-	$(V2FLOW) train recipes/default/tokenizer_256.yaml --resume
-	$(V2FLOW) encode $(PAIRS) -o runs/default/tokens --model runs/default/tokenizer
+	$(TRAIN) recipes/default/tokenizer.yaml --resume
+	$(TRAIN) recipes/default/tokenizer_256.yaml --resume
+	$(V2FLOW) train recipes/default/tokenizer_decoder.yaml --resume
+	$(V2FLOW) encode $(PAIRS) -o runs/default/tokens --model runs/default/tokenizer_256
 	$(V2FLOW) finetune-llm recipes/default/llm.yaml --resume
 	mkdir -p v2flow_cli/assets/default/tokenizer v2flow_cli/assets/default/llm
 	cp runs/default/tokenizer/README.md runs/default/tokenizer/recipe.yaml runs/default/tokenizer/*.json runs/default/tokenizer/*.safetensors v2flow_cli/assets/default/tokenizer/
@@ -38,6 +41,8 @@ default-model-dry-run: .venv/installed
 	$(V2FLOW) train recipes/default/autoencoder.yaml --dry-run
 	$(V2FLOW) finetune-llm recipes/default/lm.yaml --dry-run
 	$(V2FLOW) train recipes/default/tokenizer.yaml --dry-run
+	$(V2FLOW) train recipes/default/tokenizer_256.yaml --dry-run
+	$(V2FLOW) train recipes/default/tokenizer_decoder.yaml --dry-run
 
 clean:
 	rm -rf .venv demo build dist

@@ -1,0 +1,153 @@
+"""Write the pictures of docs/default-model.md: training curves, reconstructions, the sampling trade-off, drawings.
+
+    python docs/make_default_model_figures.py
+    python docs/make_default_model_figures.py drawings   # one of curves, reconstructions, tradeoff, drawings
+
+The curves need what `make default-model` leaves in runs/default/. The photos are those that scikit-image carries; everything else comes from the embedded model.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from v2flow_cli.assets import sample_photos
+from v2flow_cli.llm.draw_set import Settings, draw_pictures, plan_pictures
+from v2flow_cli.llm.sample import DrawingLM
+from v2flow_cli.tokenizer import V2FlowTokenizer
+
+DOCS = Path(__file__).resolve().parent
+IMAGES = DOCS / "images"
+RUNS = DOCS.parent / "runs" / "default"
+PROMPTS = (
+    "a red fox",
+    "a black dog running through the snow",
+    "a beach with blue water",
+    "a child in a red shirt on green grass",
+    "a crowd of people in a street at night",
+    "a mountain climber on a rock",
+    "a dog jumping into a swimming pool",
+    "a man on a bicycle in the forest",
+    "a football player in a white jersey",
+    "a yellow flower",
+)
+SETTINGS = {  # of decode, for one photo
+    "1 round, 1 step": dict(num_mask_steps=1, num_flow_steps=1, noise_temperature=0.0),
+    "2 steps (default)": {},
+    "8 steps": dict(num_flow_steps=8),
+    "4 rounds": dict(num_mask_steps=4),
+    "noise 0.5": dict(num_flow_steps=8, noise_temperature=0.5),
+    "noise 1": dict(num_flow_steps=8, noise_temperature=1.0),
+    "noise 1, 4 rounds": dict(num_mask_steps=4, num_flow_steps=8, noise_temperature=1.0),
+    "--cfg 2": dict(guidance_scale=2.0),
+    "--cfg 4": dict(guidance_scale=4.0),
+    "--cfg 2, --guidance cfg": dict(guidance_scale=2.0, guidance="cfg"),
+}
+
+
+def reconstructions() -> None:
+    """Five whole photos and the middle of each: above the photo, below what comes back from 256 tokens."""
+    tokenizer = V2FlowTokenizer.from_pretrained()
+    photos = []
+    for _, photo in sample_photos():
+        width, height = photo.size
+        side = min(width, height) // 2
+        left, top = (width - side) // 2, (height - side) // 2
+        photos += [photo, photo.crop((left, top, left + side, top + side))]
+    pixels = torch.stack([tokenizer.image_processor.preprocess_one(photo, 256) for photo in photos])
+    back = tokenizer.decode(tokenizer.encode(pixels))
+    tiles = tokenizer.image_processor.to_pil(torch.cat([pixels, back]))
+    sheet(tiles, [""] * len(tiles), columns=10, side=160).save(IMAGES / "default-model-reconstructions.jpg", quality=88)
+
+
+def tradeoff() -> None:
+    """One photo under several settings of decode, with the PSNR of each."""
+    tokenizer = V2FlowTokenizer.from_pretrained()
+    photo = tokenizer.image_processor.preprocess_one(dict(sample_photos())["chelsea"], 256)[None]
+    ids = tokenizer.encode(photo)
+    tiles, labels = tokenizer.image_processor.to_pil(photo), ["the photo"]
+    for name, settings in SETTINGS.items():
+        image = tokenizer.decode(ids, **settings)
+        psnr = -10 * ((image - photo) / 2).square().mean().log10().item()
+        tiles += tokenizer.image_processor.to_pil(image)
+        labels.append(f"{name}: {psnr:.2f} dB")
+    sheet(tiles, labels, columns=4, side=256).save(IMAGES / "default-model-tradeoff.jpg", quality=88)
+
+
+def drawings() -> None:
+    """Ten prompts, at the default temperature and seed 0."""
+    tokenizer, llm = V2FlowTokenizer.from_pretrained(), DrawingLM.from_pretrained(None, torch.device("cpu"))
+    pictures = plan_pictures(PROMPTS, [0], [1.0])
+    with tempfile.TemporaryDirectory() as folder:
+        drawn = draw_pictures(llm, tokenizer, pictures, Path(folder), Settings(), batch_size=10)
+        tiles = [image for _, image in drawn]
+    sheet(tiles, PROMPTS, columns=5, side=224).save(IMAGES / "default-model-drawings.jpg", quality=88)
+
+
+def sheet(tiles: Sequence[Image.Image], labels: Sequence[str], columns: int, side: int) -> Image.Image:
+    """Tiles in rows of ``columns``, each scaled to ``side`` pixels over its label."""
+    text = 18 if any(labels) else 0
+    gap, rows = 4, -(-len(tiles) // columns)
+    page = Image.new("RGB", (columns * (side + gap) - gap, rows * (side + text + gap) - gap), "white")
+    pen, font = ImageDraw.Draw(page), ImageFont.load_default(12)
+    for number, (tile, label) in enumerate(zip(tiles, labels)):
+        x, y = number % columns * (side + gap), number // columns * (side + text + gap)
+        page.paste(tile.resize((side, side), Image.Resampling.LANCZOS), (x, y))
+        pen.text((x + 2, y + side + 2), label, fill="black", font=font)
+    return page
+
+
+def curves() -> None:
+    """Training curves of the tokenizer's stages and of the LLM."""
+    panels = [
+        ("stage 3: regression loss", series(RUNS / "tokenizer_128" / "metrics.jsonl", "train/regression_loss")),
+        ("stage 4: PSNR of training crops, dB", series(RUNS / "tokenizer_256" / "metrics.jsonl", "train/psnr_db")),
+        ("stage 5: PSNR of training crops, dB", series(RUNS / "tokenizer" / "metrics.jsonl", "train/psnr_db")),
+        ("stage 7: nats a visual token", history(RUNS / "llm", "visual_loss")),
+    ]
+    width, height, gap = 300, 200, 44
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {2 * (width + gap)} {2 * (height + gap)}" '
+        'font-family="sans-serif" font-size="11" fill="#333"><rect width="100%" height="100%" fill="#fff"/>'
+    ]
+    for number, (title, points) in enumerate(panels):
+        x0, y0 = gap + number % 2 * (width + gap), 24 + number // 2 * (height + gap)
+        high_x, low, high = max(x for x, _ in points), min(y for _, y in points), max(y for _, y in points)
+        inner = height - 40
+        line = " ".join(
+            f"{x0 + x / high_x * (width - 20):.1f},{y0 + (high - y) / (high - low) * inner:.1f}" for x, y in points
+        )
+        parts.append(f'<text x="{x0}" y="{y0 - 8}" font-weight="bold">{title}</text>')
+        for value in (low, (low + high) / 2, high):
+            y = y0 + (high - value) / (high - low) * inner
+            parts.append(f'<text x="{x0 - 4}" y="{y + 4:.1f}" text-anchor="end">{value:.2f}</text>')
+            parts.append(f'<line x1="{x0}" x2="{x0 + width - 20}" y1="{y:.1f}" y2="{y:.1f}" stroke="#ddd"/>')
+        parts.append(f'<text x="{x0 + width - 20}" y="{y0 + inner + 16}" text-anchor="end">{high_x:,} steps</text>')
+        parts.append(f'<polyline points="{line}" fill="none" stroke="#0a6ebd" stroke-width="1.5"/>')
+    (IMAGES / "default-model-curves.svg").write_text("".join(parts) + "</svg>\n", encoding="utf-8")
+
+
+def series(path: Path, name: str) -> list[tuple[int, float]]:
+    """(step, value) of one figure in a run's metrics."""
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [(line["step"], line[name]) for line in lines if name in line]
+
+
+def history(run: Path, name: str) -> list[tuple[int, float]]:
+    """(step, value) of one figure in the newest checkpoint of a fine-tuning."""
+    newest = max((run / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    log = json.loads((newest / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    return [(line["step"], line[name]) for line in log if name in line]
+
+
+FIGURES = {f.__name__: f for f in (curves, reconstructions, tradeoff, drawings)}
+
+if __name__ == "__main__":
+    for wanted in sys.argv[1:] or FIGURES:
+        FIGURES[wanted]()
