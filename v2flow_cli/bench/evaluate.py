@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from v2flow_cli.bench.protocol import Protocol, library_versions
 from v2flow_cli.bench.systems import Batch, Reconstruction, System
 from v2flow_cli.errors import DataError
 from v2flow_cli.store.decode_set import image_seed
+from v2flow_cli.store.ranks import Ranks
 from v2flow_cli.tokenizer import V2FlowImageProcessor
 from v2flow_cli.tokenizer.preprocess import to_uint8
 
@@ -118,9 +120,13 @@ def evaluate(
     seed: int = 0,
     judges: Judges = Judges(),
     keep: int = 0,
+    ranks: Ranks = Ranks(),  # noqa: B008  frozen
     tick: Callable[[int], None] = lambda advance: None,
 ) -> Result:
     """Figures of every system on every photo; memory holds one batch, the figures, and ``keep`` images.
+
+    Of several ``ranks`` each reads all photos and reconstructs every so many-th batch; all return the same figures, and
+    the first one also what is kept.
 
     Args:    photos, (name, RGB image) pairs with distinct names; size in pixels; an image is decoded
              from ``image_seed(seed, name)``, as the decode command does.
@@ -137,26 +143,33 @@ def evaluate(
     kept: list[KeptImage] = []
     digest = hashlib.sha256()
     count = 0
-    for names, batch in batches(photos, size, batch_size, seed):
+    for number, (names, batch) in enumerate(batches(photos, size, batch_size, seed)):
         digest.update(batch.reference.numpy().tobytes())
+        count += len(names)
+        tick(len(names))
+        mine, shown = number % ranks.count == ranks.rank, ranks.rank == 0 and len(kept) < keep
+        if not (mine or shown):
+            continue
         features = judges.inception(batch.reference) if judges.inception else None
         made = {}
         for of_system in sums:
             out = made[of_system.system.name] = of_system.system.reconstruct(batch)
+            if not mine:
+                continue
             of_system.figures += _measure(names, of_system.system.name, batch.reference, out, judges.lpips)
             if of_system.counter and out.token_ids is not None:
                 of_system.counter.add(out.token_ids)
                 of_system.tokens = out.token_ids.shape[1]
             if of_system.distance and judges.inception and features is not None:
                 of_system.distance.add(features, judges.inception(out.pictures))
-        for i in range(min(len(names), keep - len(kept))):
+        for i in range(min(len(names), keep - len(kept)) if shown else 0):
             pictures = {name: out.pictures[i].numpy() for name, out in made.items()}
             ids = {name: out.token_ids[i].numpy() for name, out in made.items() if out.token_ids is not None}
             kept.append(KeptImage(names[i], batch.reference[i].numpy(), pictures, ids))
-        count += len(names)
-        tick(len(names))
     if not count:
         raise DataError("No image could be read, so there is nothing to measure.")
+    for of_system in sums:
+        _share(of_system, ranks, batch_size)
     protocol = Protocol(
         image_size=size,
         count=count,
@@ -167,7 +180,23 @@ def evaluate(
         versions=library_versions(),
     )
     images = tuple(figures for of_image in zip(*(s.figures for s in sums)) for figures in of_image)
-    return Result(protocol, tuple(_row(s, size) for s in sums), images, tuple(kept))
+    return Result(protocol, tuple(_row(s, size, count) for s in sums), images, tuple(kept))
+
+
+def _share(sums: _Sums, ranks: Ranks, batch_size: int) -> None:
+    """Give every rank what all ranks have gathered, in the order of the photos."""
+    if ranks.count == 1:
+        return
+    mine = {"tokens": sums.tokens, "figures": [astuple(figures) for figures in sums.figures]}
+    told = [json.loads(text) for text in ranks.gather(json.dumps(mine))]
+    sums.tokens = next((each["tokens"] for each in told if each["tokens"] is not None), None)
+    parts = [[ImageFigures(*values) for values in each["figures"]] for each in told]
+    sums.figures = []
+    for first in range(0, max(map(len, parts)), batch_size):
+        for part in parts:
+            sums.figures += part[first : first + batch_size]
+    if sums.counter:
+        sums.counter.share(ranks.sum)
 
 
 def batches(
@@ -194,7 +223,7 @@ def _measure(
         yield ImageFigures(figures[0], system, *figures[1:])
 
 
-def _row(sums: _Sums, size: int) -> Row:
+def _row(sums: _Sums, size: int, count: int) -> Row:
     system, figures = sums.system, sums.figures
     sizes = [f.bytes for f in figures if f.bytes is not None]
     mean_bytes = sum(sizes) / len(sizes) if sizes else None
@@ -211,7 +240,7 @@ def _row(sums: _Sums, size: int) -> Row:
         metrics.estimate([f.ssim for f in figures]),
         _mean(f.ms_ssim for f in figures),
         _mean(f.lpips for f in figures),
-        sums.distance.value() if sums.distance else None,
+        sums.distance.value(count) if sums.distance else None,
         sums.counter.figures() if sums.counter else None,
     )
 

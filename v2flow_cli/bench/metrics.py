@@ -6,7 +6,7 @@ Figures are per image, never per batch. Images here are 8-bit tensors (B, H, W, 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,6 +104,10 @@ class CodebookCounter:
     def add(self, token_ids: Tensor) -> None:
         """Count ``token_ids``, integers in [0, K) of any shape."""
         self._counts += torch.bincount(token_ids.flatten().cpu(), minlength=len(self._counts))
+
+    def share(self, total: Callable[[Sequence[int]], list[int]]) -> None:
+        """Count what every rank has counted; ``total`` adds up numbers over them."""
+        self._counts = torch.tensor(total(self._counts.tolist()))
 
     def figures(self) -> CodebookFigures:
         """Usage, perplexity and bits of all ids so far (at least one).

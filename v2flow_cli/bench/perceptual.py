@@ -78,9 +78,9 @@ class FrechetDistance:
         self._metric.update(reference, real=True)
         self._metric.update(features, real=False)
 
-    def value(self) -> float | None:
-        """None for fewer than two images, which have no covariance."""
-        if self._metric.real_features_num_samples < 2:
+    def value(self, images: int) -> float | None:
+        """None for fewer than two ``images``, which have no covariance; of all ranks together (torchmetrics)."""
+        if images < 2:
             return None
         return max(0.0, float(self._metric.compute()))
 

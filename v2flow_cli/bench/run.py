@@ -19,6 +19,7 @@ from v2flow_cli.bench.sweep import Setting, settings_of_models
 from v2flow_cli.bench.systems import System, autoencoder_system, codec_system, coder_system
 from v2flow_cli.bench.throughput import Speed, measure_speeds
 from v2flow_cli.errors import DataError
+from v2flow_cli.store.ranks import Ranks
 from v2flow_cli.tokenizer import V2FlowTokenizer
 
 
@@ -46,13 +47,14 @@ def run_bench(
     codec_bytes: Sequence[int] = (),
     with_speed: bool = True,
     keep: int = 0,
+    ranks: Ranks = Ranks(),  # noqa: B008  frozen
     tick: Callable[[int], None] = lambda advance: None,
 ) -> Bench:
     """Each model at each setting, tokenizers that are not ours, autoencoders, and codecs, on the same photos.
 
     Args:    photos, (name, RGB image) with distinct names, read as they are needed; size in pixels (default:
              the first model's); codec_bytes, budgets of the codecs beside those of the tokenizers; keep, images
-             to hold for the report.
+             to hold for the report; ranks share the photos, and the first of them measures speed.
     Raises:  DataError for a size or number of tokens that does not fit, or when there is no photo.
     """
     size = size or next((tokenizer.config.image_size for tokenizer in models.values()), 256)
@@ -71,7 +73,9 @@ def run_bench(
         # One full batch, the photos repeated where they are fewer, before anything else has filled the memory.
         cycle = itertools.islice(itertools.cycle(first), batch_size)
         [(_, batch)] = batches(cycle, size, batch_size, seed)
-        speeds = measure_speeds(coders, batch.images, dtype=dtype) if with_speed else {}
+        # One rank measures while the others wait: they would share the machine.
+        speeds = measure_speeds(coders, batch.images, dtype=dtype) if with_speed and ranks.rank == 0 else {}
+        ranks.wait()
         lengths = {coder.name: batch.token_ids(coder).shape[1] for coder in coders}
         budgets |= {metrics.token_bytes(lengths[coder.name], coder.codebook_size) for coder in coders}
     systems = [coder_system(coder) for coder in coders] + _autoencoders(models, dtype)
@@ -92,6 +96,7 @@ def run_bench(
         seed=seed,
         judges=judges,
         keep=keep,
+        ranks=ranks,
         tick=tick,
     )
     return Bench(result, speeds, tuple(notes))

@@ -217,6 +217,7 @@ def bench(
     from v2flow_cli.bench.run import run_bench
     from v2flow_cli.bench.throughput import help_seconds
     from v2flow_cli.store.files import write_bytes
+    from v2flow_cli.store.ranks import launched
     from v2flow_cli.tokenizer.hardware import pick_device, pick_dtype
 
     target = pick_device(device)
@@ -224,26 +225,30 @@ def bench(
     models = _load_models(model if model or external else [None], target)
     judges = load_judges(target, lpips_net, fid, weights, download)
     benches = []
-    for size in sizes:
-        with progress(f"bench at {size} px" if size else "bench", total) as tick:
-            benches.append(
-                run_bench(
-                    models,
-                    islice(reader if reader is not None else samples, limit),
-                    size=size,
-                    settings=settings,
-                    externals=externals,
-                    batch_size=batch_size,
-                    dtype=pick_dtype(dtype, target),
-                    seed=seed,
-                    judges=judges,
-                    with_codecs=codecs,
-                    codec_bytes=budgets,
-                    with_speed=speed,
-                    keep=report_images if report else 0,
-                    tick=tick,
+    with launched() as ranks:
+        for size in sizes:
+            with progress(f"bench at {size} px" if size else "bench", total) as tick:
+                benches.append(
+                    run_bench(
+                        models,
+                        islice(reader if reader is not None else samples, limit),
+                        size=size,
+                        settings=settings,
+                        externals=externals,
+                        batch_size=batch_size,
+                        dtype=pick_dtype(dtype, target),
+                        seed=seed,
+                        judges=judges,
+                        with_codecs=codecs,
+                        codec_bytes=budgets,
+                        with_speed=speed,
+                        keep=report_images if report else 0,
+                        ranks=ranks,
+                        tick=tick,
+                    )
                 )
-            )
+        if ranks.rank:
+            return  # the first one speaks for all
     waits = help_seconds(COMMANDS) if speed else {}
     failed = reader.failed if reader is not None else []
     found, notes = tables(benches), [note for bench in benches for note in bench.notes]

@@ -34,6 +34,19 @@ class Ranks:
             dist.all_reduce(total)
         return total.tolist()
 
+    def gather(self, text: str) -> list[str]:
+        """What every rank has to say, by rank, on every rank."""
+        if self.count == 1:
+            return [text]
+        content = torch.tensor(list(text.encode()), dtype=torch.uint8)
+        lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.count)]
+        dist.all_gather(lengths, torch.tensor([len(content)]))
+        row = torch.zeros(int(max(lengths)), dtype=torch.uint8)
+        row[: len(content)] = content
+        rows = [torch.empty_like(row) for _ in range(self.count)]
+        dist.all_gather(rows, row)
+        return [bytes(row[: int(n)].tolist()).decode() for row, n in zip(rows, lengths)]
+
 
 @contextlib.contextmanager
 def launched() -> Iterator[Ranks]:
