@@ -52,6 +52,15 @@ def test_the_recipe_reference_is_that_of_the_schema(script):
     assert written == expected, "docs/recipes.md is out of date: run `python docs/make_recipe_reference.py`"
 
 
+def test_every_page_is_in_the_sites_navigation_and_on_the_start_page():
+    docs = ROOT / "docs"
+    pages = {str(page.relative_to(docs)) for page in docs.rglob("*.md")}
+    named = re.findall(r": ([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text("utf-8"), re.M)
+    assert sorted(named) == sorted(pages)
+    linked = set(re.findall(r"\]\(([\w/-]+\.md)\)", (docs / "index.md").read_text("utf-8")))
+    assert linked == pages - {"index.md"}
+
+
 def anchors(page: Path) -> set[str]:
     """Anchors of a page's headings, as GitHub makes them."""
     headings = re.findall(r"^#+ (.+)$", FENCE.sub("", page.read_text(encoding="utf-8")), re.M)
