@@ -4,7 +4,7 @@ IMAGES ?=
 PY := .venv/bin/python
 V2FLOW := .venv/bin/v2flow
 DATA ?= ../shared/data
-PAIRS ?= $(DATA)/captioned
+PAIRS ?= $(DATA)/captioned/captioned-00[0-3].tar
 # Two processes share the two longest stages; make TRAIN=".venv/bin/v2flow train" gives them one.
 TRAIN ?= .venv/bin/torchrun --nproc-per-node 2 -m v2flow_cli.cli.app train
 

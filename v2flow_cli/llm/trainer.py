@@ -21,7 +21,7 @@ from v2flow_cli.errors import ModelError
 from v2flow_cli.llm.checkpoints import SafeCheckpoints, list_checkpoints, newest_checkpoint
 from v2flow_cli.recipe.schema import LMTrainLoop, Optimizer
 from v2flow_cli.store.checkpoint import Interrupted, stop_requested
-from v2flow_cli.tokenizer.hardware import pick_device, pick_dtype
+from v2flow_cli.tokenizer.hardware import join_launch, pick_device, pick_dtype
 
 Log = Callable[[str], None]
 
@@ -125,6 +125,7 @@ def training_arguments(
     optimizer: Optimizer, train: LMTrainLoop, output: str | Path, **overrides: Any
 ) -> TrainingArguments:
     """Trainer settings of a recipe; checkpoints go to ``output``/checkpoints."""
+    join_launch()
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if train.batch_size % (train.accumulate * world_size):
         raise ModelError(

@@ -59,10 +59,14 @@ class TokenizerObjective(nn.Module):
             + weights.ssim * (1 - ssim)
             - weights.batch_entropy * out.batch_entropy
         )
-        drawn = {"psnr_db": -10 / math.log(10) * log_mse.detach(), "ssim": ssim.detach()}
+        drawn = {}
+        if weights.pixels or weights.ssim:
+            drawn["psnr_db"] = -10 / math.log(10) * log_mse.detach()
+        if weights.ssim:
+            drawn["ssim"] = ssim.detach()
         return {
             "loss": loss,
-            **(drawn if weights.pixels or weights.ssim else {}),
+            **drawn,
             "flow_loss": out.flow_loss.detach(),
             "regression_loss": out.regression_loss.detach(),
             "commit_loss": out.commit_loss.detach(),
