@@ -4,9 +4,7 @@ IMAGES ?=
 PY := .venv/bin/python
 V2FLOW := .venv/bin/v2flow
 DATA ?= ../shared/data
-PAIRS ?= $(DATA)/captioned/captioned-00[0-3].tar
-# Two processes share the two longest stages; make TRAIN=".venv/bin/v2flow train" gives them one.
-TRAIN ?= .venv/bin/torchrun --nproc-per-node 2 -m v2flow_cli.cli.app train
+PAIRS ?= $(DATA)/captioned/captioned-00[0-2].tar
 
 .PHONY: demo test test-slow lint default-model default-model-dry-run clean
 
@@ -28,8 +26,8 @@ lint: .venv/installed
 default-model: .venv/installed
 	$(V2FLOW) train recipes/default/autoencoder.yaml --resume
 	$(V2FLOW) finetune-llm recipes/default/lm.yaml --resume
-	$(TRAIN) recipes/default/tokenizer.yaml --resume
-	$(TRAIN) recipes/default/tokenizer_256.yaml --resume
+	$(V2FLOW) train recipes/default/tokenizer.yaml --resume
+	$(V2FLOW) train recipes/default/tokenizer_256.yaml --resume
 	$(V2FLOW) train recipes/default/tokenizer_decoder.yaml --resume
 	$(V2FLOW) encode $(PAIRS) -o runs/default/tokens --model runs/default/tokenizer_256
 	$(V2FLOW) finetune-llm recipes/default/llm.yaml --resume

@@ -108,8 +108,8 @@ def curves() -> None:
     """Training curves of the tokenizer's stages and of the LLM."""
     panels = [
         ("stage 3: regression loss", series(RUNS / "tokenizer_128" / "metrics.jsonl", "train/regression_loss")),
-        ("stage 4: PSNR of training crops, dB", series(RUNS / "tokenizer_256" / "metrics.jsonl", "train/psnr_db")),
-        ("stage 5: PSNR of training crops, dB", series(RUNS / "tokenizer" / "metrics.jsonl", "train/psnr_db")),
+        ("stage 4: regression loss", series(RUNS / "tokenizer_256" / "metrics.jsonl", "train/regression_loss")),
+        ("stage 5: PSNR on training photos, dB", series(RUNS / "tokenizer" / "metrics.jsonl", "train/psnr_db")),
         ("stage 7: nats a visual token", history(RUNS / "llm", "visual_loss")),
     ]
     width, height, gap = 300, 200, 44

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from v2flow_cli.errors import RecipeError
+from v2flow_cli.errors import ModelError, RecipeError
 from v2flow_cli.recipe.schema import Vocabulary
 from v2flow_cli.tokenizer import V2FlowTokenizer
 from v2flow_cli.train.loop import train
@@ -98,6 +98,16 @@ def test_a_decoder_trained_further_reads_the_same_tokens(world, tmp_path):
     assert not torch.equal(before.decode(ids), after.decode(ids))
     moved = {n.split(".")[0] for n, w in before.state_dict().items() if not torch.equal(w, after.state_dict()[n])}
     assert moved == {"context", "flow"}
+
+
+def test_a_frozen_encoder_keeps_its_settings(world, tmp_path):
+    first = train(recipe(world, "tokenizer", tmp_path / "first", "train.steps=1"), resume=False, log=quiet).folder
+    other = recipe(
+        world, "tokenizer", tmp_path / "on", f"init_from={first}", "freeze_tokens=true", "quantizer.ema_decay=0.5"
+    )
+    with pytest.raises(ModelError, match=r"quantizer.ema_decay is .* but the recipe says 0.5, and freeze_tokens"):
+        TokenizerObjective(other)
+    TokenizerObjective(replace(other, freeze_tokens=False))  # trained on, it may change
 
 
 @pytest.mark.parametrize(

@@ -163,13 +163,33 @@ def _continue(recipe: TokenizerRecipe) -> V2FlowTokenizer:
     start = V2FlowTokenizer.from_pretrained(recipe.init_from)
     _check_same_shapes(start.config, recipe)
     vocab_size, code_size = start.config.vocab_shape
-    model = V2FlowTokenizer(build_config(recipe, start.config.autoencoder or {}, (vocab_size, code_size)))
+    config = build_config(recipe, start.config.autoencoder or {}, (vocab_size, code_size))
+    if recipe.freeze_tokens:
+        _keep_encoder_settings(config, start.config, recipe.init_from)
+    model = V2FlowTokenizer(config)
     weights = start.state_dict()
     other = sorted(set(weights) ^ set(model.state_dict()))
     if other:
         raise ModelError(f"{recipe.init_from}: its weights are not those of the recipe; {other[0]} is in one alone.")
     model.load_state_dict(weights)
     return model
+
+
+def _keep_encoder_settings(config: V2FlowConfig, given: V2FlowConfig, where: str) -> None:
+    """Take the encoder's sections as they stand in the given config, so that the tokens' digest stays the same."""
+    for name in SECTIONS:
+        if name in (*DECODER, "sampling"):
+            continue
+        ours, theirs = config.section(name), given.section(name)
+        if ours != theirs:
+            key = next(
+                f.name for f in dataclasses.fields(ours) if getattr(ours, f.name) != getattr(theirs, f.name, None)
+            )
+            raise ModelError(
+                f"{where}: {name}.{key} is {getattr(theirs, key, None)}, but the recipe says {getattr(ours, key)}, and "
+                "freeze_tokens keeps the encoder as it is. Use the value of the model."
+            )
+        setattr(config, name, getattr(given, name))
 
 
 def _check_same_shapes(config: V2FlowConfig, recipe: TokenizerRecipe) -> None:
