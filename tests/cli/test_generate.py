@@ -27,7 +27,7 @@ def artist(tiny_tokenizer_folder, tmp_path_factory):
     model = LlamaForCausalLM(LlamaConfig(vocab_size=words, max_position_embeddings=256, **sizes))
     extend_tables(model, words, 64, None, seed=0)
     vocabulary = VisualVocabulary(
-        words, 64, words + 64, words + 65, 4, image_tokenizer.digest, *prompt_frame(text_tokenizer), 1
+        words, 64, words + 64, words + 65, 4, image_tokenizer.token_digest, *prompt_frame(text_tokenizer), 1
     )
     model.config.v2flow = vocabulary.record() | {"weights_digest": "feedfeedfeedfeed"}
     folder = tmp_path_factory.mktemp("llm")
@@ -49,7 +49,8 @@ def test_draws_pictures_with_their_story_inside(artist, tmp_path):
     assert [entry["seed"] for entry in told["images"]] == [5, 6, 5, 6]
     text = Image.open(tmp_path / "o" / "狐-t0.9-s6.png").text
     assert text["v2flow:prompt"] == "狐" and text["v2flow:seed"] == "6" and text["v2flow:temperature"] == "0.9"
-    assert text["v2flow:llm_digest"] == "feedfeedfeedfeed" and len(text["v2flow:tokenizer_digest"]) == 16
+    assert text["v2flow:llm_digest"] == "feedfeedfeedfeed"
+    assert len(text["v2flow:tokenizer_digest"]) == len(text["v2flow:decoder_digest"]) == 16
     assert "v2flow:solver" not in text  # left to the model
 
 

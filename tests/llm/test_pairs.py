@@ -65,7 +65,7 @@ def test_nothing_left_to_train_on(text_tokenizer, vocabulary, tmp_path, token_se
 class ImageTokenizer:
     """What ``check_data`` asks an image tokenizer for."""
 
-    digest = DIGEST
+    token_digest = DIGEST
 
     def __init__(self, flexible=False, max_tokens=4):
         self.flexible, self.max_tokens = flexible, max_tokens
