@@ -22,6 +22,7 @@ from v2flow_cli.assets import sample_photos
 from v2flow_cli.llm.draw_set import Settings, draw_pictures, plan_pictures
 from v2flow_cli.llm.sample import DrawingLM
 from v2flow_cli.tokenizer import V2FlowTokenizer
+from v2flow_cli.tokenizer.preprocess import psnr, to_uint8
 
 DOCS = Path(__file__).resolve().parent
 IMAGES = DOCS / "images"
@@ -75,9 +76,9 @@ def tradeoff() -> None:
     tiles, labels = tokenizer.image_processor.to_pil(photo), ["the photo"]
     for name, settings in SETTINGS.items():
         image = tokenizer.decode(ids, **settings)
-        psnr = -10 * ((image - photo) / 2).square().mean().log10().item()
+        [db] = psnr(to_uint8(photo), to_uint8(image)).tolist()
         tiles += tokenizer.image_processor.to_pil(image)
-        labels.append(f"{name}: {psnr:.2f} dB")
+        labels.append(f"{name}: {db:.2f} dB")
     sheet(tiles, labels, columns=4, side=256).save(IMAGES / "default-model-tradeoff.jpg", quality=88)
 
 

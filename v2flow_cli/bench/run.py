@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,6 +20,7 @@ from v2flow_cli.bench.throughput import Speed, measure_speeds
 from v2flow_cli.errors import DataError
 from v2flow_cli.store.ranks import Ranks
 from v2flow_cli.tokenizer import V2FlowTokenizer
+from v2flow_cli.tokenizer.digest import model_digest
 
 
 @dataclass(frozen=True)
@@ -106,10 +106,7 @@ def _autoencoders(models: Mapping[str, V2FlowTokenizer], dtype: torch.dtype) -> 
     """One system for each different autoencoder; models that share its weights share the row."""
     different: dict[str, str] = {}
     for name, tokenizer in models.items():
-        sha = hashlib.sha256()
-        for key, tensor in sorted(tokenizer.latents.state_dict().items()):
-            sha.update(key.encode() + tensor.detach().float().cpu().contiguous().numpy().tobytes())
-        different.setdefault(sha.hexdigest(), name)
+        different.setdefault(model_digest("", tokenizer.latents.state_dict()), name)
     if len(different) == 1:
         [name] = different.values()
         return [autoencoder_system("autoencoder alone", models[name], dtype=dtype)]

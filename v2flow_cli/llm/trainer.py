@@ -21,7 +21,8 @@ from v2flow_cli.errors import ModelError
 from v2flow_cli.llm.checkpoints import SafeCheckpoints, list_checkpoints, newest_checkpoint
 from v2flow_cli.recipe.schema import LMTrainLoop, Optimizer
 from v2flow_cli.store.checkpoint import Interrupted, stop_requested
-from v2flow_cli.tokenizer.hardware import join_launch, pick_device, pick_dtype
+from v2flow_cli.store.ranks import join_launch
+from v2flow_cli.tokenizer.hardware import pick_device, pick_dtype
 
 Log = Callable[[str], None]
 

@@ -62,3 +62,12 @@ def launched() -> Iterator[Ranks]:
     finally:
         if ranks.count > 1:
             dist.destroy_process_group()
+
+
+def join_launch() -> None:
+    """Let the processes of a launch find each other where there is no GPU: call it before accelerate looks around.
+
+    Without this word torchrun's processes on CPUs each take themselves for the only one, and write the same files.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available():
+        os.environ.setdefault("ACCELERATE_USE_CPU", "true")

@@ -6,11 +6,8 @@ import functools
 import os
 import platform
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
-from torch import Tensor
 
 from v2flow_cli.errors import V2FlowError
 
@@ -46,43 +43,6 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if name not in DTYPES:
         raise V2FlowError(f"--dtype {name}: expected auto, fp32 or bf16.")
     return DTYPES[name]
-
-
-def on_single_threads(compute: Callable[[Tensor], Tensor], images: Tensor) -> list[Tensor]:
-    """``compute`` of each of ``images`` (B, ...) alone, (1, ...), on one CPU thread each; B at a time as threads allow.
-
-    Sums round differently with the number of rows and of threads that share them. So done, a result depends on its
-    image alone; and whole images are better to share out than their many small products.
-    """
-    threads = torch.get_num_threads()
-    inference, autocast = torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")
-    dtype, gradients = torch.get_autocast_dtype("cpu"), torch.is_grad_enabled()
-
-    def alone(image: Tensor) -> Tensor:
-        torch.set_num_threads(1)
-        with (  # the caller's, which threads do not inherit
-            torch.inference_mode(inference),
-            torch.set_grad_enabled(gradients),
-            torch.autocast("cpu", dtype, enabled=autocast),
-        ):
-            return compute(image)
-
-    try:
-        if len(images) == 1 or threads == 1:
-            return [alone(image) for image in images.split(1)]
-        with ThreadPoolExecutor(threads) as pool:
-            return list(pool.map(alone, images.split(1)))
-    finally:
-        torch.set_num_threads(threads)
-
-
-def join_launch() -> None:
-    """Let the processes of a launch find each other where there is no GPU: call it before accelerate looks around.
-
-    Without this word torchrun's processes on CPUs each take themselves for the only one, and write the same files.
-    """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available():
-        os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 
 
 def describe_hardware() -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
 from collections.abc import Sequence
@@ -21,10 +20,10 @@ from v2flow_cli.recipe.load import parse_section
 from v2flow_cli.recipe.schema import FSQ, FlowTransformer, Registers, Resampler, Sampling, TokenizerLoss
 from v2flow_cli.tokenizer.context import MaskedTransformer, grid_coordinates
 from v2flow_cli.tokenizer.decoder import Decoder, MaskedDecoder
+from v2flow_cli.tokenizer.digest import model_digest
 from v2flow_cli.tokenizer.flow import VelocityNetwork
 from v2flow_cli.tokenizer.flow_transformer import VelocityTransformer
 from v2flow_cli.tokenizer.fsq import FSQQuantizer
-from v2flow_cli.tokenizer.hardware import on_single_threads
 from v2flow_cli.tokenizer.isometry import isometry_loss
 from v2flow_cli.tokenizer.latents import Latents
 from v2flow_cli.tokenizer.prefix import sample_lengths
@@ -33,6 +32,7 @@ from v2flow_cli.tokenizer.quantizer import EMAQuantizer
 from v2flow_cli.tokenizer.registers import RegisterResampler
 from v2flow_cli.tokenizer.resampler import GridResampler, VocabularyProjection
 from v2flow_cli.tokenizer.sampling import Places
+from v2flow_cli.tokenizer.threads import on_single_threads
 
 EMBEDDED_MODEL = Path(__file__).resolve().parents[1] / "assets" / "default" / "tokenizer"
 SECTIONS = ("vocabulary", "resampler", "quantizer", "context", "flow", "sampling")  # of the recipe
@@ -220,15 +220,10 @@ class V2FlowTokenizer(PreTrainedModel):
 
     def _digest_without(self, parts: tuple[str, ...]) -> str:
         if parts not in self._digests:
-            sha = hashlib.sha256()
             sections = (name for name in SECTIONS if name not in ("sampling", *parts))
             model = {name: getattr(self.config, name) for name in (*sections, "autoencoder", "patch_size")}
-            sha.update(json.dumps(model, sort_keys=True, default=list).encode())
-            for name, tensor in sorted(self.state_dict().items()):
-                if name.split(".")[0] not in parts:
-                    sha.update(name.encode())
-                    sha.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
-            self._digests[parts] = sha.hexdigest()[:16]
+            weights = {k: v for k, v in self.state_dict().items() if k.split(".")[0] not in parts}
+            self._digests[parts] = model_digest(json.dumps(model, sort_keys=True, default=list), weights)
         return self._digests[parts]
 
     @property

@@ -7,7 +7,6 @@ order each time round. Batch b is the same whenever a run resumes.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from v2flow_cli.errors import ModelError, V2FlowError
 from v2flow_cli.recipe.schema import TokenizerRecipe
 from v2flow_cli.store.failures import Failure
 from v2flow_cli.store.files import write_bytes
+from v2flow_cli.tokenizer.digest import model_digest
 from v2flow_cli.tokenizer.latents import Latents
 from v2flow_cli.train.agree import raise_everywhere
 from v2flow_cli.train.crops import CropBatch, crop_loader
@@ -142,11 +142,7 @@ def cache_facts(recipe: TokenizerRecipe, autoencoder: Latents, rank: int, ranks:
 
 def autoencoder_digest(autoencoder: Latents) -> str:
     """16 hex digits over an autoencoder's kind, scale and weights."""
-    sha = hashlib.sha256(f"{autoencoder.kind} {autoencoder.scale!r} {autoencoder.shift!r}".encode())
-    for name, tensor in sorted(autoencoder.state_dict().items()):
-        sha.update(name.encode())
-        sha.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
-    return sha.hexdigest()[:16]
+    return model_digest(f"{autoencoder.kind} {autoencoder.scale!r} {autoencoder.shift!r}", autoencoder.state_dict())
 
 
 def _check(record: Path, found: dict[str, Any], facts: dict[str, Any]) -> None:

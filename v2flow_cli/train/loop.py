@@ -22,7 +22,8 @@ from v2flow_cli.recipe import AutoencoderRecipe, TokenizerRecipe, dump_recipe
 from v2flow_cli.recipe.schema import TrainLoop
 from v2flow_cli.store.checkpoint import Interrupted, list_checkpoints, load_newest, save_checkpoint, stop_requested
 from v2flow_cli.store.files import publish, write_bytes
-from v2flow_cli.tokenizer.hardware import join_launch, pick_dtype
+from v2flow_cli.store.ranks import join_launch
+from v2flow_cli.tokenizer.hardware import pick_dtype
 from v2flow_cli.train.agree import is_lost_contact, largest, raise_everywhere, texts_of_all
 from v2flow_cli.train.autoencoder import AutoencoderObjective
 from v2flow_cli.train.bad_samples import BadSamples
