@@ -59,6 +59,23 @@ def test_a_low_precision_table_is_read_in_float32(tmp_path):
     assert table.dtype == torch.float32 and table.shape == (40, 16)  # without a text tokenizer all rows are words
 
 
+def test_an_llm_that_draws_gives_its_words_alone(tmp_path, text_tokenizer):
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=340, **SIZES))
+    model.config.v2flow = {"visual_token_offset": 300}
+    model.save_pretrained(tmp_path)
+    text_tokenizer.save_pretrained(tmp_path)
+    assert torch.equal(load_vocab_embeddings(str(tmp_path)), model.get_input_embeddings().weight[:300])
+
+
+@pytest.mark.parametrize(("file", "text"), [("config.json", "{"), ("config.json", "[1]"), ("tokenizer.json", "{}")])
+def test_a_damaged_folder_is_refused(file, text, tmp_path):
+    LlamaForCausalLM(LlamaConfig(vocab_size=40, **SIZES)).save_pretrained(tmp_path)
+    (tmp_path / file).write_text(text)
+    with pytest.raises(ModelError, match="the embedding table cannot be read"):
+        vocab_shape(str(tmp_path))
+
+
 def test_a_folder_without_a_table_is_refused(tmp_path):
     from safetensors.torch import save_file
 

@@ -22,7 +22,12 @@ def eight_squares(photos, size):
 @pytest.mark.slow
 def test_eight_photos_are_learned_by_heart(tmp_path, sample_images):
     (tmp_path / "photos").mkdir()
-    named = [f"data.sources=[{tmp_path / 'photos'}]", f"latents.autoencoder={EMBEDDED_MODEL}", f"output={tmp_path}/run"]
+    named = [
+        f"data.sources=[{tmp_path / 'photos'}]",
+        f"latents.autoencoder={EMBEDDED_MODEL}",
+        f"vocabulary.llm={EMBEDDED_MODEL.parent / 'llm'}",
+        f"output={tmp_path}/run",
+    ]
     recipe = load_recipe(RECIPES / "tiny" / "overfit.yaml", named)
     photos = list(eight_squares(sample_images, recipe.image_size))[:8]
     for i, photo in enumerate(photos):

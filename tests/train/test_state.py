@@ -1,6 +1,8 @@
 import torch
 from torch import nn
 
+from v2flow_cli.recipe.schema import Quantizer
+from v2flow_cli.tokenizer.quantizer import EMAQuantizer
 from v2flow_cli.train.state import WeightAverage, flatten_optimizer, restore_optimizer
 
 
@@ -13,6 +15,21 @@ def test_average_by_hand():
     assert average.weights["weight"].item() == 4.0
     average.copy_to(module)
     assert module.weight.item() == 4.0
+
+
+def test_statistics_of_the_vectors_lag_with_the_weights_and_codes_do_not():
+    module = nn.Sequential(EMAQuantizer(Quantizer(4, 0, "cosine", 0.99, 0, 0.1, 0.0), 2))
+    quantizer = module[0]
+    codes = quantizer.codebook.clone()
+    average = WeightAverage.of(module, 0.5)
+    quantizer.mean.fill_(8.0)
+    quantizer.std.fill_(3.0)
+    quantizer.codebook.mul_(-1)
+    average.update(module, step=100)
+    assert quantizer.mean.tolist() == [8.0, 8.0]  # training goes on with its own
+    average.copy_to(module)
+    assert quantizer.mean.tolist() == [4.0, 4.0] and quantizer.std.tolist() == [2.0, 2.0]
+    assert torch.equal(quantizer.codebook, -codes)
 
 
 def test_the_window_grows_with_the_step():

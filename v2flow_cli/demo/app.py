@@ -154,6 +154,5 @@ def build_app(studio: Studio) -> gradio.Blocks:
                 write = gr.Button("Draw", variant="primary")
             drawn = gr.Image(label="Drawn", format="png")
             inputs = [prompt, temperature, *settings]
-            write.click(told(studio.draw), inputs, [drawn], api_name="draw")
-            prompt.submit(told(studio.draw), inputs, [drawn], api_name=False)
+            gr.on([write.click, prompt.submit], told(studio.draw), inputs, [drawn], api_name="draw")
     return app

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from v2flow_cli.errors import ModelError
@@ -51,13 +51,19 @@ def _find_table(path_or_id: str) -> tuple[Path, str, int]:
         file = _local_folder(path_or_id, (places[name],)) / places[name]
         with safe_open(file, framework="pt") as weights:
             rows = weights.get_slice(name).get_shape()[0]
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        words = min(rows, _words(config, rows))
+    except ModelError:
+        raise
+    except Exception as error:  # tokenizers raises plain ones
         raise ModelError(f"{path_or_id}: the embedding table cannot be read ({error}).") from None
-    return file, name, min(rows, _words(config, rows))
+    return file, name, words
 
 
 def _words(folder: Path, rows: int) -> int:
-    """Rows that stand for words: Qwen and others pad the table beyond their tokenizer."""
+    """Rows that stand for words: Qwen and others pad the table, and an LLM that draws has visual tokens behind them."""
+    config = folder / "config.json"
+    if config.is_file() and (drawing := json.loads(config.read_text(encoding="utf-8")).get("v2flow")):
+        return int(drawing["visual_token_offset"])
     file = folder / "tokenizer.json"
     if not file.is_file():
         return rows

@@ -41,6 +41,7 @@ class EMAQuantizer(nn.Module):
     ring_position: Tensor
     mean: Tensor
     std: Tensor
+    averaged_buffers = ("mean", "std")  # with the weights that the vectors come from
 
     def __init__(self, settings: Quantizer, code_size: int) -> None:
         super().__init__()

@@ -29,30 +29,39 @@ class TrainState:
 
 @dataclass
 class WeightAverage:
-    """Exponential moving average of a module's trainable weights, with a short warm-up."""
+    """Exponential moving average of a module's trainable weights, with a short warm-up.
+
+    Buffers that a part lists in ``averaged_buffers`` are averaged with them: statistics of what the weights give are
+    those of the averaged weights only if they lag as far behind.
+    """
 
     decay: float
     weights: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, module: nn.Module, decay: float) -> WeightAverage:
-        return cls(decay, {name: p.detach().clone().float() for name, p in _trainable(module)})
+        return cls(decay, {name: p.detach().clone().float() for name, p in _averaged(module)})
 
     @torch.no_grad()
     def update(self, module: nn.Module, step: int) -> None:
         # Early on the average would be mostly initialisation: grow the window with the step.
         decay = min(self.decay, (1 + step) / (10 + step))
-        current = [p.detach().float() for _, p in _trainable(module)]
+        current = [p.detach().float() for _, p in _averaged(module)]
         torch._foreach_lerp_(list(self.weights.values()), current, 1 - decay)
 
     @torch.no_grad()
     def copy_to(self, module: nn.Module) -> None:
-        for name, parameter in _trainable(module):
+        for name, parameter in _averaged(module):
             parameter.copy_(self.weights[name])
 
 
-def _trainable(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    return ((name, p) for name, p in module.named_parameters() if p.requires_grad)
+def _averaged(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            yield name, parameter
+    for part_name, part in module.named_modules():
+        for name in getattr(part, "averaged_buffers", ()):
+            yield f"{part_name}.{name}", getattr(part, name)
 
 
 def flatten_optimizer(optimizer: torch.optim.Optimizer, names: dict[int, str]) -> dict[str, Tensor]:
