@@ -69,6 +69,11 @@ def test_plan_counts_parameters(recipe):
     assert estimates["parameters"] == pretrained.parameters and estimates["tokens_per_step"] == 4 * 32
 
 
+def test_a_run_shorter_than_log_every_has_a_loss_too(recipe):
+    report = pretrain(replace(recipe, train=replace(recipe.train, steps=1, log_every=20)), log=print)
+    assert 4 < report.train_loss < 8
+
+
 def test_bad_inputs(recipe, tmp_path):
     with pytest.raises(DataError, match=r"none\*\.txt matches no file.*--set"):
         pretrain(replace(recipe, text=(f"{tmp_path}/none*.txt",)), log=print)

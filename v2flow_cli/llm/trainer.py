@@ -86,6 +86,8 @@ class RunClock(TrainerCallback, ExportableState):
         self.started = time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == state.max_steps:
+            control.should_log = True  # also between two multiples of log_every
         # Processes must leave the loop at the same step: what stops one of them stops all.
         late, self.interrupted = _any_process([self.time_is_up, bool(self.signals)], args.device)
         if (late or self.interrupted) and state.global_step < state.max_steps:
