@@ -15,13 +15,14 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """The torch device called ``name``; ``auto`` takes a GPU where there is one, and each process of a launch its own.
+    """The torch device called ``name``; with ``cuda`` each process of a launch gets its own GPU.
 
+    ``auto`` is ``cuda`` where there is a GPU.
     Raises:  V2FlowError for a device that this machine does not have.
     """
+    if name in ("auto", "cuda") and torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
