@@ -1,6 +1,8 @@
 import json
 import math
 import os
+import re
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -9,8 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.reliability.processes import ranks, wait
 from v2flow_cli.errors import ModelError, TokenFileError
 from v2flow_cli.llm import finetune as finetuning
 from v2flow_cli.llm.finetune import DrawingTrainer, choose_trained, finetune, plan
@@ -139,6 +143,7 @@ def test_loss_is_that_of_the_labelled_positions(llm, text_tokenizer, vocabulary,
     samples = Samples(recipe.data, text_tokenizer, vocabulary, seed=0)
     stream = iter(samples)
     batch = collate([next(stream) for _ in range(3)], pad_id=2)
+    assert all(key.startswith("k") for key in batch.pop("keys"))
     trainer = DrawingTrainer(
         model=llm,
         args=training_arguments(recipe.optimizer, recipe.train, tmp_path / "t"),
@@ -235,6 +240,43 @@ def test_photos_instead_of_tokens(recipe, tmp_path, sample_images):
     assert plan(replace(recipe, data=data))["images"] == len(sample_images)
     report = finetune(replace(recipe, data=data), log=print)
     assert report.steps == 6 and not Path(recipe.output, "token_counts.npy").exists()
+
+
+@pytest.fixture
+def launch(recipe, tmp_path, monkeypatch):
+    """Two ranks; ``spoil()`` has the last word on the losses of rank 1 in its third pass: (codes, their errors)."""
+
+    def run(spoil):
+        passes, plain = [], finetuning.labelled_losses
+
+        def losses(model, *args):
+            found = plain(model, *args)
+            passes.append(1)
+            if os.environ["RANK"] == "1" and model.training and len(passes) == 3:
+                found = found._replace(losses=spoil(found.losses))
+            return found
+
+        def train():
+            AcceleratorState._reset_state(True)
+            finetune(recipe, log=lambda line: None)
+
+        monkeypatch.setattr(finetuning, "labelled_losses", losses)
+        codes = wait(ranks(train, 2, errors=tmp_path), 60)
+        return codes, [path.read_text() for path in sorted(tmp_path.glob("?.txt"))]
+
+    return run
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_stops_both_by_name(launch):
+    codes, errors = launch(lambda losses: losses * math.nan)
+    assert codes == [1, 1] and errors[0] == errors[1]
+    assert re.search(r"SharedError: step 2, rank 1: the loss is not finite \(nan\) on samples k\d+", errors[0])
+
+
+def test_a_killed_rank_stops_the_other(launch):
+    codes, errors = launch(lambda losses: os.kill(os.getpid(), signal.SIGKILL))
+    assert codes == [1, -signal.SIGKILL]
+    assert re.search(r"V2FlowError: step 2, rank 0 on samples k\d+.*: lost contact with another process", errors[0])
 
 
 @pytest.mark.slow

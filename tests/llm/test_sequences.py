@@ -39,7 +39,9 @@ def test_image_to_text_by_hand(text_tokenizer, vocabulary):
 
 def test_batches_are_padded_on_the_right(text_tokenizer, vocabulary):
     words = caption_ids(text_tokenizer, "A")
-    batch = collate([sample(vocabulary, w, np.arange(4)) for w in ([], words)], pad_id=2)
+    samples = [{**sample(vocabulary, w, np.arange(4)), "key": f"photo-{len(w)}"} for w in ([], words)]
+    batch = collate(samples, pad_id=2)
+    assert batch["keys"] == ["photo-0", f"photo-{len(words)}"]
     assert batch["input_ids"][0].tolist()[-1] == 2 and batch["labels"][0].tolist()[-1] == -100
     assert batch["input_ids"].shape == batch["labels"].shape == (2, 10)
 

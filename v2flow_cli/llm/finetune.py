@@ -77,7 +77,7 @@ class DrawingTrainer(LMTrainer):
         return batches, self.accelerator.reduce(count.to(self.args.device))
 
     def compute_loss(
-        self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         found = labelled_losses(model, self.head, inputs["input_ids"], inputs["labels"])
         losses = found.losses
@@ -91,6 +91,8 @@ class DrawingTrainer(LMTrainer):
             loss = losses.sum() * self.accelerator.num_processes / num_items_in_batch
         if self.router_weight and getattr(found.outputs, "aux_loss", None) is not None:
             loss = loss + self.router_weight * found.outputs.aux_loss / self.args.gradient_accumulation_steps
+        if model.training:
+            self.stop_unless_finite(loss, inputs["keys"])
         return (loss, found.outputs) if return_outputs else loss
 
     def _count(self, losses: Tensor, visual: Tensor) -> None:

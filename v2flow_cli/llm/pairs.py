@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from v2flow_cli.errors import DataError, TokenFileError
@@ -45,7 +44,7 @@ class Pair(NamedTuple):
 
 
 class Samples(torch.utils.data.IterableDataset):
-    """Samples as a stream, see ``sequences.sample``: input_ids and labels, each (T,) int64.
+    """Samples as a stream, see ``sequences.sample``: input_ids and labels, each (T,) int64, and the image's key.
 
     Without ``held_out`` it never ends: every pass draws one of an image's captions, drops it with the recipe's
     probability, and mixes the order, all from ``seed`` and the number of the pass. The n-th sample is always the
@@ -68,7 +67,7 @@ class Samples(torch.utils.data.IterableDataset):
         self.part = Part()
         self.photos = SampleStream(data.photos, seed=seed) if data.photos else None
 
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+    def __iter__(self) -> Iterator[dict[str, Any]]:
         part = self.part
         numbered = enumerate(self._once() if self.held_out else self._endless())
         mine = (pair for n, pair in numbered if n >= part.start and n // part.batch % part.ranks == part.rank)
@@ -77,7 +76,8 @@ class Samples(torch.utils.data.IterableDataset):
                 words = caption_ids(self.text_tokenizer, pair.caption)[: self.data.max_caption_tokens]
                 token_ids = token_ids[: pair.length]
                 kind: dict[str, Any] = dict(to_text=pair.to_text, train_on_prompt=self.data.train_on_prompt)
-                yield sample(self.vocabulary, words, token_ids, **kind, **self._disturbed(token_ids, pair.seed))
+                made = sample(self.vocabulary, words, token_ids, **kind, **self._disturbed(token_ids, pair.seed))
+                yield {**made, "key": pair.image.key}
 
     def _disturbed(self, token_ids: np.ndarray, seed: int | None) -> dict[str, Any]:
         """What the LLM reads instead of ``token_ids`` (L,), and which of them it has to predict.

@@ -12,6 +12,7 @@ the recipe says otherwise.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -97,12 +98,13 @@ def sample(
     return {"input_ids": input_ids, "labels": labels}
 
 
-def collate(samples: Sequence[dict[str, Tensor]], pad_id: int) -> dict[str, Tensor]:
-    """A batch (B, T) padded on the right, which causal attention never looks at: no mask is needed."""
+def collate(samples: Sequence[dict[str, Any]], pad_id: int) -> dict[str, Any]:
+    """A batch (B, T) padded on the right, which causal attention never looks at: no mask is needed; and its keys."""
     pad = torch.nn.utils.rnn.pad_sequence
     return {
         "input_ids": pad([s["input_ids"] for s in samples], batch_first=True, padding_value=pad_id),
         "labels": pad([s["labels"] for s in samples], batch_first=True, padding_value=IGNORE),
+        "keys": [s["key"] for s in samples],
     }
 
 

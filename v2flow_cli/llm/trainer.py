@@ -7,12 +7,13 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback
 from transformers.utils.logging import disable_progress_bar
@@ -20,6 +21,7 @@ from transformers.utils.logging import disable_progress_bar
 from v2flow_cli.errors import ModelError
 from v2flow_cli.llm.checkpoints import SafeCheckpoints, list_checkpoints, newest_checkpoint
 from v2flow_cli.recipe.schema import LMTrainLoop, Optimizer
+from v2flow_cli.store.agree import losing_contact, on_samples, raise_everywhere
 from v2flow_cli.store.checkpoint import Interrupted, stop_requested
 from v2flow_cli.store.ranks import join_launch
 from v2flow_cli.tokenizer.hardware import pick_device, pick_dtype
@@ -44,6 +46,27 @@ class LMTrainer(SafeCheckpoints):
     """Trainer that decays matrices only: neither norms and biases nor the input and output tables."""
 
     first_sample = 0  # where a resumed run goes on in the stream of training samples
+    keys: Sequence[str] = ()  # of the samples at hand, where they have names
+
+    @property
+    def place(self) -> str:
+        """Step and process, for messages."""
+        return f"step {self.state.global_step}, rank {self.args.process_index}"
+
+    def compute_loss(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        found = super().compute_loss(model, *args, **kwargs)
+        if model.training:
+            self.stop_unless_finite(found[0] if isinstance(found, tuple) else found)
+        return found
+
+    def stop_unless_finite(self, loss: Tensor, keys: Sequence[str] = ()) -> None:
+        """Before any process goes back through the model.  Raises: SharedError, the same in all of them."""
+        self.keys, problem = keys, ""
+        if not torch.isfinite(loss):
+            problem = on_samples(f"{self.place}: the loss is not finite ({loss.item()})", keys) + (
+                f". Resume from {self.args.output_dir} with a lower optimizer.learning_rate."
+            )
+        raise_everywhere(self.accelerator, problem)
 
     def get_decay_parameter_names(self, model: Any) -> list[str]:
         tables = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
@@ -101,11 +124,6 @@ class RunClock(TrainerCallback, ExportableState):
         if "loss" not in logs:
             return
         self.last_loss = logs["loss"]
-        if not math.isfinite(self.last_loss):
-            raise ModelError(
-                f"step {state.global_step}: the loss is {self.last_loss}. Resume from the last checkpoint with "
-                "a lower optimizer.learning_rate."
-            )
         if self.log:
             terms = "  ".join(f"{name} {logs[name]:.3f}" for name in logs if name.endswith("loss"))
             speed = self.sequences_per_second(state.global_step)
@@ -172,7 +190,8 @@ def training_arguments(
 def run(trainer: LMTrainer, clock: RunClock, output: str | Path, resume: bool, log: Log) -> None:
     """Train to the end, from the newest good checkpoint when resuming; a finished run is only loaded.
 
-    Raises:  Interrupted after SIGTERM or Ctrl-C, when the run is saved; ModelError where all checkpoints are damaged.
+    Raises:  Interrupted after SIGTERM or Ctrl-C, when the run is saved; ModelError where all checkpoints are damaged;
+             V2FlowError on a loss that is not finite, and where another process has gone.
     """
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
@@ -190,7 +209,7 @@ def run(trainer: LMTrainer, clock: RunClock, output: str | Path, resume: bool, l
             clock.started = time.monotonic()
             return
         trainer.first_sample = state.global_step * clock.sequences_per_step
-    with stop_requested() as clock.signals:
+    with stop_requested() as clock.signals, losing_contact(lambda: on_samples(trainer.place, trainer.keys)):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if clock.interrupted and trainer.state.global_step < trainer.args.max_steps:
         raise Interrupted(trainer.state.global_step)

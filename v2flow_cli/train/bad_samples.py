@@ -9,8 +9,8 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from v2flow_cli.errors import ModelError, SharedError
+from v2flow_cli.store.agree import share_failures
 from v2flow_cli.store.failures import Failure, budget_error, load_failures, over_budget
-from v2flow_cli.train.agree import share_failures
 from v2flow_cli.train.crops import CropBatch
 from v2flow_cli.train.latent_cache import LatentBatch
 

@@ -22,11 +22,11 @@ from torch import Tensor
 
 from v2flow_cli.errors import ModelError, V2FlowError
 from v2flow_cli.recipe.schema import TokenizerRecipe
+from v2flow_cli.store.agree import raise_everywhere
 from v2flow_cli.store.failures import Failure
 from v2flow_cli.store.files import write_bytes
 from v2flow_cli.tokenizer.digest import model_digest
 from v2flow_cli.tokenizer.latents import Latents
-from v2flow_cli.train.agree import raise_everywhere
 from v2flow_cli.train.crops import CropBatch, crop_loader
 
 FORMAT = 1

@@ -6,7 +6,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from v2flow_cli.errors import ModelError, SharedError, V2FlowError
 from v2flow_cli.recipe import AutoencoderRecipe, TokenizerRecipe, dump_recipe
 from v2flow_cli.recipe.schema import TrainLoop
+from v2flow_cli.store.agree import largest, losing_contact, on_samples, raise_everywhere, texts_of_all
 from v2flow_cli.store.checkpoint import Interrupted, list_checkpoints, load_newest, save_checkpoint, stop_requested
 from v2flow_cli.store.files import publish, write_bytes
 from v2flow_cli.store.ranks import join_launch
 from v2flow_cli.tokenizer.hardware import pick_dtype
-from v2flow_cli.train.agree import is_lost_contact, largest, raise_everywhere, texts_of_all
 from v2flow_cli.train.autoencoder import AutoencoderObjective
 from v2flow_cli.train.bad_samples import BadSamples
 from v2flow_cli.train.card import write_card
@@ -148,7 +148,7 @@ def train(
     watch = Watch(accelerator, folder, dump_recipe(recipe), recipe.data, loop.seed)
     run_start, earlier_seconds = time.monotonic(), state.seconds
     keys: list[str] = []
-    with stop_requested() as stop, _losing_contact(lambda: _on_samples(f"step {state.step}, rank {rank}", keys)):
+    with stop_requested() as stop, losing_contact(lambda: on_samples(f"step {state.step}, rank {rank}", keys)):
         while state.step < loop.steps and not (loop.max_minutes and state.seconds > 60 * loop.max_minutes):
             set_learning_rate(optimizer, learning_rate_at(state.step, recipe.optimizer, loop.steps))
             torch.manual_seed(_step_seed(loop.seed, state.step + state.bad_steps, rank))
@@ -278,16 +278,11 @@ def _next(batches: Iterator[CropBatch | LatentBatch | V2FlowError]) -> tuple[Cro
 
 def _what_is_wrong(accelerator: Accelerator, where: str, loss: Tensor, grad_norm: Any, keys: list[str]) -> str:
     """Why this step cannot be taken, the same text on every rank; empty where it can."""
-    mine = "" if torch.isfinite(loss).item() else _on_samples(f"{where}: the loss is not finite ({loss.item()})", keys)
+    mine = "" if torch.isfinite(loss).item() else on_samples(f"{where}: the loss is not finite ({loss.item()})", keys)
     texts = [text for text in texts_of_all(accelerator, mine) if text]
     if not texts and not math.isfinite(float(grad_norm)):  # of the mean gradient, so every rank sees it
-        texts = [t for t in texts_of_all(accelerator, _on_samples(f"{where}: the gradient is not finite", keys)) if t]
+        texts = [t for t in texts_of_all(accelerator, on_samples(f"{where}: the gradient is not finite", keys)) if t]
     return "; ".join(texts)
-
-
-def _on_samples(what: str, keys: list[str]) -> str:
-    more = f" and {len(keys) - 8} more" if len(keys) > 8 else ""
-    return f"{what} on samples {', '.join(keys[:8])}{more}"
 
 
 def _step_seed(seed: int, step: int, rank: int) -> int:
@@ -340,17 +335,3 @@ FREE_TO_CHANGE = {
     "tracker",
     "grid_every",
 }
-
-
-@contextmanager
-def _losing_contact(where: Callable[[], str]) -> Iterator[None]:
-    """Turns what a collective raises when another process has gone into a sentence with step, rank and samples."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not is_lost_contact(error):
-            raise
-        raise V2FlowError(
-            f"{where()}: lost contact with another process of this launch; its own message, or the launcher's, says "
-            "why. Continue with --resume."
-        ) from error

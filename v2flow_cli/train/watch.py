@@ -19,9 +19,9 @@ from torch import Tensor
 
 from v2flow_cli.errors import V2FlowError
 from v2flow_cli.recipe.schema import ImageData
+from v2flow_cli.store.agree import raise_everywhere
 from v2flow_cli.store.files import write_bytes
 from v2flow_cli.tokenizer.preprocess import to_uint8
-from v2flow_cli.train.agree import raise_everywhere
 from v2flow_cli.train.crops import crop_loader
 
 GRID_IMAGES = 8

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 
-from v2flow_cli.errors import SharedError
+from v2flow_cli.errors import SharedError, V2FlowError
 from v2flow_cli.store.failures import Failure
 
 
@@ -48,7 +49,23 @@ def share_failures(accelerator: Accelerator, failures: Sequence[Failure]) -> lis
     return [Failure(r["shard"], r["reason"], r["key"], r["samples"]) for r in records]
 
 
-def is_lost_contact(error: RuntimeError) -> bool:
-    """True for what a collective raises when another process has gone."""
-    text = str(error).lower()
-    return isinstance(error, dist.DistError) or any(sign in text for sign in ("gloo", "nccl", "closed by peer"))
+def on_samples(what: str, keys: Sequence[str]) -> str:
+    """``what`` happened on which samples, the first eight by name; alone where they have none."""
+    more = f" and {len(keys) - 8} more" if len(keys) > 8 else ""
+    return f"{what} on samples {', '.join(keys[:8])}{more}" if keys else what
+
+
+@contextmanager
+def losing_contact(where: Callable[[], str]) -> Iterator[None]:
+    """Turns what a collective raises when another process has gone into a sentence that starts with ``where()``."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error).lower()
+        gone = isinstance(error, dist.DistError) or any(sign in text for sign in ("gloo", "nccl", "closed by peer"))
+        if not gone:
+            raise
+        raise V2FlowError(
+            f"{where()}: lost contact with another process of this launch; its own message, or the launcher's, says "
+            "why. Continue with --resume."
+        ) from error
