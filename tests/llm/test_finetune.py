@@ -15,8 +15,10 @@ from accelerate.state import AcceleratorState
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.reliability.processes import ranks, wait
+from tests.reliability.test_07_full_disk import POINTS, disk
 from v2flow_cli.errors import ModelError, TokenFileError
 from v2flow_cli.llm import finetune as finetuning
+from v2flow_cli.llm.checkpoints import list_checkpoints
 from v2flow_cli.llm.finetune import DrawingTrainer, choose_trained, finetune, plan
 from v2flow_cli.llm.pairs import Samples
 from v2flow_cli.llm.sequences import collate
@@ -70,7 +72,7 @@ def test_resume_equals_not_stopping(recipe, tmp_path, mode):
     stopped = replace(recipe, output=str(tmp_path / "stopped"))
     # The first half stops by itself where the second goes on, under one schedule of six steps.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(finetuning, "RunClock", lambda minutes, size, log: StopAt(3, size, log))
+        patch.setattr(finetuning, "RunClock", lambda minutes, *rest: StopAt(3, *rest))
         finetune(stopped, log=print)
     with pytest.raises(ModelError, match=r"already holds a model or checkpoints.*--resume"):
         finetune(stopped, log=print)
@@ -83,8 +85,8 @@ def test_resume_equals_not_stopping(recipe, tmp_path, mode):
 class StopAt(finetuning.RunClock):
     """A clock whose time is up after a number of steps."""
 
-    def __init__(self, step, size, log):
-        super().__init__(0.0, size, log)
+    def __init__(self, step, *rest):
+        super().__init__(0.0, *rest)
         self.stop_step = step
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -199,15 +201,32 @@ def test_checkpoints_hold_no_pickle_and_damage_is_found(recipe, tmp_path):
         finetune(recipe, log=print, resume=True)
 
 
-def test_a_disk_that_is_full_leaves_earlier_checkpoints(recipe, monkeypatch):
-    def full(folder, root, keep):
-        raise OSError(28, "No space left on device")
+@pytest.mark.parametrize("point", POINTS)
+def test_a_full_disk_leaves_earlier_checkpoints(recipe, tmp_path, point):
+    train = replace(recipe.train, save_every=1, keep_checkpoints=9)
+    with disk(tmp_path / "disk", 100 + 150 * point) as enlarge:
+        recipe = replace(recipe, train=train, output=str(tmp_path / "disk" / "out"))
+        with pytest.raises(ModelError, match="cannot be written"):
+            finetune(recipe, log=print)
+        found = list_checkpoints(Path(recipe.output, "checkpoints"))
+        assert not Path(recipe.output, "config.json").exists()
+        enlarge()
+        log = []
+        assert finetune(recipe, log=log.append, resume=True).steps == 6
+        assert not found or f"resuming from {found[-1]}" in log
 
-    finetune(replace(recipe, train=replace(recipe.train, steps=3)), log=print)
-    monkeypatch.setattr("v2flow_cli.llm.checkpoints.seal", full)
-    with pytest.raises(ModelError, match=r"checkpoint of step 6 cannot be written \(No space left"):
+
+def test_another_recipe_or_number_of_processes_is_refused(recipe, monkeypatch):
+    finetune(recipe, log=print)
+    other = replace(recipe, optimizer=replace(recipe.optimizer, learning_rate=1e-5))
+    with pytest.raises(ModelError, match=r"not the one of this run \(learning_rate: 0.001; learning_rate: 1.0e-05"):
+        finetune(other, log=print, resume=True)
+    monkeypatch.setattr("v2flow_cli.llm.trainer._ranks", lambda: 3)
+    with pytest.raises(ModelError, match=r"saved by 1 processes, resumed by 3: dropout .* allow it with --approximate"):
         finetune(recipe, log=print, resume=True)
-    assert [path.name for path in Path(recipe.output, "checkpoints").iterdir()] == ["checkpoint-3"]
+    log = []
+    finetune(recipe, log=log.append, resume=True, approximate=True)
+    assert any("approximate resume: 1 processes before, 3 now" in line for line in log)
 
 
 def test_accumulation_does_not_change_the_training(recipe, tmp_path):

@@ -22,6 +22,9 @@ def finetune_llm(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe key; repeatable.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint.")] = False,
+    approximate: Annotated[
+        bool, typer.Option("--approximate", help="Let --resume go on with another number of processes, not exactly.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Report sizes and estimates, then stop.")] = False,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> None:
@@ -60,7 +63,7 @@ def finetune_llm(
     from v2flow_cli.store.checkpoint import Interrupted
 
     try:
-        report = run(log=log, resume=resume)
+        report = run(log=log, resume=resume, approximate=approximate)
     except Interrupted as stop:
         log(f"{stop}; continue with --resume")
         raise typer.Exit(EXIT_INTERRUPTED) from None

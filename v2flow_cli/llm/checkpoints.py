@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
@@ -46,10 +47,10 @@ class SafeCheckpoints(Trainer):
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 seal(staging / f"checkpoint-{self.state.global_step}", root, self.keep)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             shutil.rmtree(staging, ignore_errors=True)
             raise ModelError(
-                f"{root}: the checkpoint of step {self.state.global_step} cannot be written ({error.strerror}). "
+                f"{root}: the checkpoint of step {self.state.global_step} cannot be written ({error}). "
                 "Earlier ones are untouched."
             ) from None
         self.accelerator.wait_for_everyone()

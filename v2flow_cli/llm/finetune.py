@@ -109,7 +109,7 @@ class DrawingTrainer(LMTrainer):
         super().log(logs, *args, **kwargs)
 
 
-def finetune(recipe: FinetuneRecipe, *, log: Log, resume: bool = False) -> TrainingReport:
+def finetune(recipe: FinetuneRecipe, *, log: Log, resume: bool = False, approximate: bool = False) -> TrainingReport:
     """Fine-tune ``recipe.llm`` on the recipe's token sets and save a model that draws to ``recipe.output``.
 
     Raises:  ModelError for an LLM or tokenizer that cannot be loaded or extended, an output that already holds a model
@@ -158,7 +158,7 @@ def finetune(recipe: FinetuneRecipe, *, log: Log, resume: bool = False) -> Train
     if recipe.train.eval_every and not held_out:
         raise DataError("train.eval_every asks for held-out losses, but data.held_out_share leaves no image for them.")
     pad_id = text_tokenizer.pad_token_id or text_tokenizer.eos_token_id or 0
-    clock = RunClock(recipe.train.max_minutes, recipe.train.batch_size, log)
+    clock = RunClock(recipe.train.max_minutes, recipe.train.batch_size, dump_recipe(recipe), log)
     trainer = DrawingTrainer(
         model=model,
         args=arguments,
@@ -173,7 +173,7 @@ def finetune(recipe: FinetuneRecipe, *, log: Log, resume: bool = False) -> Train
         trainer.add_callback(
             SamplePictures(prompts, recipe.sample_every, place, image_tokenizer, text_tokenizer, vocabulary, log)
         )
-    run(trainer, clock, recipe.output, resume, log)
+    run(trainer, clock, recipe.output, resume, log, approximate)
     report = TrainingReport(
         output=recipe.output,
         parameters=model.num_parameters(),

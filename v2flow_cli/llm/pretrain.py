@@ -58,7 +58,7 @@ class Blocks(torch.utils.data.Dataset):
         return {"input_ids": ids, "labels": ids}
 
 
-def pretrain(recipe: LMRecipe, *, log: Log, resume: bool = False) -> TrainingReport:
+def pretrain(recipe: LMRecipe, *, log: Log, resume: bool = False, approximate: bool = False) -> TrainingReport:
     """Train the tokenizer and the LM of ``recipe`` and save them to ``recipe.output``.
 
     Raises:  DataError for text that is missing, unreadable or too short; ModelError for an output that already
@@ -82,14 +82,14 @@ def pretrain(recipe: LMRecipe, *, log: Log, resume: bool = False) -> TrainingRep
     )
     if recipe.train.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    clock = RunClock(recipe.train.max_minutes, recipe.train.batch_size, log)
+    clock = RunClock(recipe.train.max_minutes, recipe.train.batch_size, dump_recipe(recipe), log)
     trainer = LMTrainer(
         model=model,
         args=training_arguments(recipe.optimizer, recipe.train, recipe.output),
         train_dataset=Blocks(table[order[held_out:]]),
         eval_dataset=Blocks(table[order[:held_out]]),
     )
-    run(trainer, clock, recipe.output, resume, log)
+    run(trainer, clock, recipe.output, resume, log, approximate)
     minutes = clock.seconds / 60
     report = TrainingReport(
         output=recipe.output,

@@ -24,6 +24,7 @@ from v2flow_cli.recipe.schema import LMTrainLoop, Optimizer
 from v2flow_cli.store.agree import losing_contact, on_samples, raise_everywhere
 from v2flow_cli.store.checkpoint import Interrupted, stop_requested
 from v2flow_cli.store.ranks import join_launch
+from v2flow_cli.store.resume import check_same_ranks, check_same_recipe
 from v2flow_cli.tokenizer.hardware import pick_device, pick_dtype
 
 Log = Callable[[str], None]
@@ -76,10 +77,12 @@ class LMTrainer(SafeCheckpoints):
 
 
 class RunClock(TrainerCallback, ExportableState):
-    """Logs, and stops after ``max_minutes``, a signal, or a loss that is not finite; time goes on after a resume."""
+    """Logs, and stops after ``max_minutes`` or a signal; time goes on after a resume of the same ``recipe``'s run."""
 
-    def __init__(self, max_minutes: float = 0.0, sequences_per_step: int = 1, log: Log | None = None) -> None:
-        self.max_minutes, self.sequences_per_step, self.log = max_minutes, sequences_per_step, log
+    def __init__(
+        self, max_minutes: float = 0.0, sequences_per_step: int = 1, recipe: str = "", log: Log | None = None
+    ) -> None:
+        self.max_minutes, self.sequences_per_step, self.recipe, self.log = max_minutes, sequences_per_step, recipe, log
         self.seconds_before = 0.0  # of the runs that this one continues
         self.started = time.monotonic()
         self.last_loss = math.nan
@@ -91,7 +94,8 @@ class RunClock(TrainerCallback, ExportableState):
         return self.seconds_before + time.monotonic() - self.started
 
     def state(self) -> dict[str, Any]:
-        return {"args": {}, "attributes": {"seconds_before": self.seconds}}
+        attributes = {"seconds_before": self.seconds, "recipe": self.recipe, "ranks": _ranks()}
+        return {"args": {}, "attributes": attributes}
 
     @property
     def time_is_up(self) -> bool:
@@ -100,9 +104,16 @@ class RunClock(TrainerCallback, ExportableState):
     def sequences_per_second(self, step: int) -> float:
         return step * self.sequences_per_step / max(self.seconds, 1e-9)
 
-    def go_on_from(self, state: TrainerState) -> None:
-        """Take time and loss of the run that a checkpoint's ``state`` belongs to."""
-        self.seconds_before = state.stateful_callbacks[type(self).__name__]["attributes"]["seconds_before"]
+    def go_on_from(self, checkpoint: Path, state: TrainerState, approximate: bool, log: Log) -> None:
+        """Take time and loss of the run that a checkpoint's ``state`` belongs to.
+
+        Raises:  ModelError for one of another recipe, or, unless ``approximate``, of another number of processes.
+        """
+        saved = state.stateful_callbacks[type(self).__name__]["attributes"]
+        check_same_recipe(checkpoint, saved["recipe"], self.recipe)
+        drawn = "dropout and the rounding of sums"
+        check_same_ranks(checkpoint, saved["ranks"], _ranks(), drawn=drawn, approximate=approximate, log=log)
+        self.seconds_before = saved["seconds_before"]
         self.last_loss = next((logs["loss"] for logs in reversed(state.log_history) if "loss" in logs), math.nan)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -131,6 +142,10 @@ class RunClock(TrainerCallback, ExportableState):
                 f"step {state.global_step}/{state.max_steps}  {terms}  grad {logs.get('grad_norm', math.nan):.2f}  "
                 f"lr {logs['learning_rate']:.2e}  {speed:.1f} sequences/s  {self.seconds / 60:.1f} min"
             )
+
+
+def _ranks() -> int:
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
 
 
 def _any_process(flags: list[bool], device: torch.device) -> list[bool]:
@@ -187,11 +202,15 @@ def training_arguments(
     return arguments
 
 
-def run(trainer: LMTrainer, clock: RunClock, output: str | Path, resume: bool, log: Log) -> None:
+def run(
+    trainer: LMTrainer, clock: RunClock, output: str | Path, resume: bool, log: Log, approximate: bool = False
+) -> None:
     """Train to the end, from the newest good checkpoint when resuming; a finished run is only loaded.
 
-    Raises:  Interrupted after SIGTERM or Ctrl-C, when the run is saved; ModelError where all checkpoints are damaged;
-             V2FlowError on a loss that is not finite, and where another process has gone.
+    With ``approximate`` that checkpoint may be of another number of processes.
+
+    Raises:  Interrupted after SIGTERM or Ctrl-C, when the run is saved; ModelError where all checkpoints are damaged, or
+             of another run; V2FlowError on a loss that is not finite, and where another process has gone.
     """
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
@@ -201,7 +220,7 @@ def run(trainer: LMTrainer, clock: RunClock, output: str | Path, resume: bool, l
     if checkpoint:
         log(f"resuming from {checkpoint}")
         state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-        clock.go_on_from(state)
+        clock.go_on_from(checkpoint, state, approximate, log)
         if state.global_step >= trainer.args.max_steps or clock.time_is_up:
             # Trainer would take one more step before it noticed.
             trainer._load_from_checkpoint(str(checkpoint))
@@ -247,6 +266,7 @@ def save_folder(
 
     ``model`` is the trainer's model, or what its adapters were merged into. Everything is written under a
     temporary name in ``output`` first, so that an interrupted save leaves no half file.
+    Raises:  ModelError where it cannot be written.
     """
     state_dict = trainer.accelerator.get_state_dict(trainer.model_wrapped) if model is trainer.model else None
     if not trainer.is_world_process_zero():
@@ -257,14 +277,17 @@ def save_folder(
     model.config.use_cache = True  # Trainer turns it off
     if hasattr(model.config, "v2flow"):
         model.config.v2flow["weights_digest"] = weights_digest(state_dict)
-    with tempfile.TemporaryDirectory(dir=output, prefix=".saving-") as temporary:
-        model.save_pretrained(temporary, state_dict=state_dict)
-        tokenizer.save_pretrained(temporary)
-        for name, content in files.items():
-            Path(temporary, name).write_bytes(content.encode() if isinstance(content, str) else content)
-        # config.json last: a folder that has it is complete
-        for path in sorted(Path(temporary).iterdir(), key=lambda p: p.name == "config.json"):
-            os.replace(path, Path(output, path.name))
+    try:
+        with tempfile.TemporaryDirectory(dir=output, prefix=".saving-") as temporary:
+            model.save_pretrained(temporary, state_dict=state_dict)
+            tokenizer.save_pretrained(temporary)
+            for name, content in files.items():
+                Path(temporary, name).write_bytes(content.encode() if isinstance(content, str) else content)
+            # config.json last: a folder that has it is complete
+            for path in sorted(Path(temporary).iterdir(), key=lambda p: p.name == "config.json"):
+                os.replace(path, Path(output, path.name))
+    except Exception as error:  # safetensors and tokenizers have kinds of their own for a full disk
+        raise ModelError(f"{output}: the model cannot be written ({error}). Make room, then --resume.") from error
 
 
 def weights_digest(state_dict: Mapping[str, torch.Tensor]) -> str:

@@ -24,6 +24,7 @@ from v2flow_cli.store.agree import largest, losing_contact, on_samples, raise_ev
 from v2flow_cli.store.checkpoint import Interrupted, list_checkpoints, load_newest, save_checkpoint, stop_requested
 from v2flow_cli.store.files import publish, write_bytes
 from v2flow_cli.store.ranks import join_launch
+from v2flow_cli.store.resume import check_same_ranks, check_same_recipe
 from v2flow_cli.tokenizer.hardware import pick_dtype
 from v2flow_cli.train.autoencoder import AutoencoderObjective
 from v2flow_cli.train.bad_samples import BadSamples
@@ -103,8 +104,8 @@ def train(
     meter = Meter(folder / "metrics.jsonl", log, enabled=accelerator.is_main_process)
     if resume and (found := load_newest(checkpoints, log)):
         where, groups, record = found
-        _check_same_recipe(where, record, recipe)
-        _check_same_ranks(where, record["ranks"], ranks, approximate, log)
+        check_same_recipe(where, record["recipe"], dump_recipe(recipe))
+        check_same_ranks(where, record["ranks"], ranks, drawn="crops and noise", approximate=approximate, log=log)
         objective.load_state_dict(groups["model"])
         average.weights = {k: groups["ema"][k].to(accelerator.device) for k in average.weights}
         restore_optimizer(optimizer, names, groups["optimizer"])
@@ -292,46 +293,3 @@ def _step_seed(seed: int, step: int, rank: int) -> int:
 def _guard_output(folder: Path, checkpoints: Path, resume: bool) -> None:
     if not resume and (list_checkpoints(checkpoints) or (folder / "model.safetensors").exists()):
         raise ModelError(f"{folder}: already holds a run. Continue it with --resume, or give another `output`.")
-
-
-def _check_same_ranks(where: Path, saved: int, ranks: int, approximate: bool, log: Log) -> None:
-    if saved == ranks:
-        return
-    if not approximate:
-        raise ModelError(
-            f"{where}: saved by {saved} processes, resumed by {ranks}: crops and noise would be others. Launch {saved} "
-            "processes, or allow it with --approximate."
-        )
-    log(
-        f"approximate resume: {saved} processes before, {ranks} now. Every photo still comes once an epoch; crops and "
-        "noise are not those of an uninterrupted run."
-    )
-
-
-def _check_same_recipe(where: Path, record: dict[str, Any], recipe: AutoencoderRecipe | TokenizerRecipe) -> None:
-    changed = [
-        line.strip()
-        for line in set(dump_recipe(recipe).splitlines()) ^ set(record["recipe"].splitlines())
-        if line.split(":")[0].strip() not in FREE_TO_CHANGE
-    ]
-    if changed:
-        raise ModelError(
-            f"{where}: the recipe is not the one of this run ({'; '.join(sorted(changed)[:6])}). Resume with the "
-            "recipe beside the checkpoints, or start anew in another `output`."
-        )
-
-
-# Keys that a resumed run may change without changing what it computes at a given step.
-FREE_TO_CHANGE = {
-    "max_minutes",
-    "log_every",
-    "save_every",
-    "save_dtype",
-    "keep_checkpoints",
-    "skip_bad_steps",
-    "workers",
-    "error_budget",
-    "output",
-    "tracker",
-    "grid_every",
-}

@@ -1,0 +1,59 @@
+"""Whether a run may go on from a checkpoint: by the recipe and the number of processes that it was started with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from v2flow_cli.errors import ModelError
+
+# Keys that a resumed run may change without changing what it computes at a given step.
+FREE_TO_CHANGE = {
+    "max_minutes",
+    "log_every",
+    "save_every",
+    "eval_every",
+    "sample_every",
+    "save_dtype",
+    "keep_checkpoints",
+    "skip_bad_steps",
+    "workers",
+    "error_budget",
+    "output",
+    "tracker",
+    "grid_every",
+}
+
+
+def check_same_recipe(where: Path, saved: str, recipe: str) -> None:
+    """Raises ModelError where two recipes, as ``dump_recipe`` writes them, differ in what a step computes."""
+    changed = [
+        line.strip()
+        for line in set(recipe.splitlines()) ^ set(saved.splitlines())
+        if line.split(":")[0].strip() not in FREE_TO_CHANGE
+    ]
+    if changed:
+        raise ModelError(
+            f"{where}: the recipe is not the one of this run ({'; '.join(sorted(changed)[:6])}). Resume with the "
+            "recipe beside the checkpoints, or start anew in another `output`."
+        )
+
+
+def check_same_ranks(
+    where: Path, saved: int, ranks: int, *, drawn: str, approximate: bool, log: Callable[[str], None]
+) -> None:
+    """Raises ModelError for another number of processes; where ``approximate`` allows it, says what is then other.
+
+    ``drawn``: what each process draws for itself.
+    """
+    if saved == ranks:
+        return
+    if not approximate:
+        raise ModelError(
+            f"{where}: saved by {saved} processes, resumed by {ranks}: {drawn} would be others. Launch {saved} "
+            "processes, or allow it with --approximate."
+        )
+    log(
+        f"approximate resume: {saved} processes before, {ranks} now. Every photo still comes once an epoch; {drawn} "
+        "are not those of an uninterrupted run."
+    )
