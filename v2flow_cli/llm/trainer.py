@@ -209,8 +209,8 @@ def run(
 
     With ``approximate`` that checkpoint may be of another number of processes.
 
-    Raises:  Interrupted after SIGTERM or Ctrl-C, when the run is saved; ModelError where all checkpoints are damaged, or
-             of another run; V2FlowError on a loss that is not finite, and where another process has gone.
+    Raises:  Interrupted after SIGTERM or Ctrl-C, when the run is saved; ModelError where all checkpoints are damaged,
+             or of another run; V2FlowError on a loss that is not finite, and where another process has gone.
     """
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
