@@ -127,8 +127,8 @@ def caption_losses(
             ],
             pad_id=0,
         )
-        inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
-        out = labelled_losses(model, model.get_output_embeddings(), inputs["input_ids"], inputs["labels"])
+        input_ids, labels = batch["input_ids"].to(model.device), batch["labels"].to(model.device)
+        out = labelled_losses(model, model.get_output_embeddings(), input_ids, labels)
         visual = out.losses.double() * vocabulary.is_visual(out.targets)
         sums = torch.zeros(len(batch["labels"]), dtype=torch.float64, device=model.device)
         found.append(sums.index_add_(0, out.rows, visual).cpu())

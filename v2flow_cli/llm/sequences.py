@@ -99,12 +99,12 @@ def sample(
 
 
 def collate(samples: Sequence[dict[str, Any]], pad_id: int) -> dict[str, Any]:
-    """A batch (B, T) padded on the right, which causal attention never looks at: no mask is needed; and its keys."""
+    """A batch (B, T) padded on the right, which causal attention never looks at: no mask is needed; and keys."""
     pad = torch.nn.utils.rnn.pad_sequence
     return {
         "input_ids": pad([s["input_ids"] for s in samples], batch_first=True, padding_value=pad_id),
         "labels": pad([s["labels"] for s in samples], batch_first=True, padding_value=IGNORE),
-        "keys": [s["key"] for s in samples],
+        "keys": [s["key"] for s in samples if "key" in s],
     }
 
 
