@@ -67,6 +67,16 @@ def test_isometry_fades(world, tmp_path):
     assert (out["loss"] - without["loss"]).item() == pytest.approx(0.5 * out["isometry_loss"].item(), rel=1e-3)
 
 
+def test_commitment_rises_from_the_start_of_the_codebook(world, tmp_path):
+    _, without = terms(objective(world, tmp_path, "loss.commit=0", "quantizer.start_step=1"))
+    for ramp, share in ((0, 1.0), (8, 0.25), (2, 1.0)):  # step 3 is two steps after the start
+        weights = ("loss.commit=2.0", f"loss.commit_ramp_steps={ramp}", "quantizer.start_step=1")
+        _, out = terms(objective(world, tmp_path, *weights))
+        added = 2.0 * share * out["commit_loss"].item()
+        assert added > 0
+        assert (out["loss"] - without["loss"]).item() == pytest.approx(added, rel=1e-3)
+
+
 def test_temperature_falls_by_equal_factors_to_its_end():
     words = Vocabulary("lm", "tied", 20.0, 0.25, 1.0, 0, 0, temperature_start=4.0, temperature_steps=4)
     assert [temperature_at(step, words) for step in range(6)] == pytest.approx([4, 2, 1, 0.5, 0.25, 0.25])

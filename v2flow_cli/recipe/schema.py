@@ -267,6 +267,7 @@ class TokenizerLoss:
     ssim: float = 0.0  # 1 - SSIM
     pixel_share: float = 1.0  # share of each batch's images that are drawn for these two
     isometry_steps: int = 0  # steps over which its weight falls to 0; 0: it stays
+    commit_ramp_steps: int = 0  # steps from quantizer.start_step on over which commit rises from 0; 0: at once
 
 
 @dataclass(frozen=True)

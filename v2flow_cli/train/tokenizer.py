@@ -50,10 +50,12 @@ class TokenizerObjective(nn.Module):
         out = self.model(latents, step=step, noise_scale=noise, loss=weights, temperature=temperature)
         log_mse, ssim = self._in_pixels(images, out.latents)
         fading = max(0.0, 1 - step / weights.isometry_steps) if weights.isometry_steps else 1.0
+        quantised = step - self.recipe.quantizer.start_step  # steps so far; before, there is nothing to commit to
+        rising = min(1.0, quantised / weights.commit_ramp_steps) if weights.commit_ramp_steps else 1.0
         loss = (
             weights.flow * out.flow_loss
             + weights.regression * out.regression_loss
-            + weights.commit * out.commit_loss
+            + weights.commit * rising * out.commit_loss
             + weights.isometry * fading * out.isometry_loss
             + weights.pixels * log_mse
             + weights.ssim * (1 - ssim)
