@@ -10,7 +10,7 @@ from PIL import Image
 from v2flow_cli.bench import metrics, pictures
 from v2flow_cli.bench.coder import inference
 from v2flow_cli.bench.words import TokenView, token_view
-from v2flow_cli.errors import ModelError, V2FlowError
+from v2flow_cli.errors import V2FlowError
 from v2flow_cli.llm.sample import DrawingLM
 from v2flow_cli.tokenizer import V2FlowTokenizer
 from v2flow_cli.tokenizer.hardware import pick_device, pick_dtype
@@ -31,11 +31,7 @@ class Studio:
         self.dtype = pick_dtype("auto", target)
         self.tokenizer = V2FlowTokenizer.from_pretrained(model).to(target)
         self.llm = DrawingLM.from_pretrained(llm, target, self.dtype)
-        if self.llm.vocabulary.tokenizer_digest != self.tokenizer.token_digest:
-            raise ModelError(
-                f"{self.llm.name} draws tokens of another tokenizer than {model or 'the embedded one'}. Give the one "
-                "it was taught with: --model FOLDER."
-            )
+        self.llm.vocabulary.check_tokenizer(self.tokenizer.token_digest, self.llm.name, "--model FOLDER")
         self.view: TokenView = token_view(self.tokenizer)
         self.size = self.tokenizer.config.image_size
         self.num_tokens = self.tokenizer.num_tokens(self.size, self.size)

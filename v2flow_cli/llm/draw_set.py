@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
-from v2flow_cli.errors import DataError, ModelError
+from v2flow_cli.errors import DataError
 from v2flow_cli.llm.sample import STOPPED, DrawingLM
 from v2flow_cli.store.files import write_bytes
 from v2flow_cli.store.token_file import TokenManifest, save_token_ids
@@ -71,11 +71,7 @@ def plan_pictures(prompts: Sequence[str], seeds: Sequence[int], temperatures: Se
 
 def check_pair(llm: DrawingLM, image_tokenizer: V2FlowTokenizer) -> None:
     """Raises: ModelError for an LLM that draws tokens of another image tokenizer."""
-    if llm.vocabulary.tokenizer_digest != image_tokenizer.token_digest:
-        raise ModelError(
-            f"{llm.name} draws tokens of tokenizer {llm.vocabulary.tokenizer_digest}, but the tokenizer at hand is "
-            f"{image_tokenizer.token_digest}. Give the one it was taught with: --tokenizer FOLDER."
-        )
+    llm.vocabulary.check_tokenizer(image_tokenizer.token_digest, llm.name, "--tokenizer FOLDER")
 
 
 def about(picture: Picture, settings: Settings, llm: DrawingLM, image_tokenizer: V2FlowTokenizer) -> dict[str, Any]:

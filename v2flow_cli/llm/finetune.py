@@ -10,6 +10,7 @@ loss on the answer alone, with text and visual parts logged apart, and what is t
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import io
 import itertools
@@ -25,7 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from v2flow_cli.errors import DataError, ModelError
 from v2flow_cli.llm.load import context_length, load_llm, loading
-from v2flow_cli.llm.loss import IGNORE, labelled_losses
+from v2flow_cli.llm.loss import IGNORE, choice_losses, labelled_losses
 from v2flow_cli.llm.pairs import Part, Samples, check_data, count_tokens
 from v2flow_cli.llm.pictures import SamplePictures
 from v2flow_cli.llm.sequences import collate, prompt_frame
@@ -47,22 +48,26 @@ from v2flow_cli.tokenizer import V2FlowTokenizer
 from v2flow_cli.tokenizer.hardware import describe_hardware
 
 HELD_OUT_MAX = 512  # images that the held-out loss is taken on
+SUMS = ("text", "visual", "contrast")  # what is logged apart; nats a token, of the last a picture
+TEXT, VISUAL, CONTRAST = range(3)
 TOKEN_COUNTS = "token_counts.npy"  # (K,): how often each code was trained on, beside the weights
 
 
 class DrawingTrainer(LMTrainer):
-    """Cross-entropy of the labelled positions, and z-loss; text and visual losses are logged apart.
+    """Cross-entropy of the labelled positions, z-loss and contrast; text and visual losses are logged apart.
 
     The loss of a step is the mean over its labels in all micro-batches and processes, however they are split.
     """
 
-    def __init__(self, *args: Any, vocabulary: VisualVocabulary, z_loss: float, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, vocabulary: VisualVocabulary, z_loss: float, contrast: float = 0.0, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
-        self.vocabulary, self.z_loss = vocabulary, z_loss
+        self.vocabulary, self.z_loss, self.contrast = vocabulary, z_loss, contrast
         self.model_accepts_loss_kwargs = True  # compute_loss divides by all labels of the step, so Trainer must not
         self.head = self.model.get_output_embeddings()
         self.router_weight = getattr(self.model.config, "router_aux_loss_coef", 0.0)
-        self.sums = torch.zeros(2, 2)  # losses and labels of text, and of visual tokens, since the last log line
+        self.sums = torch.zeros(3, 2)  # losses and counts since the last log line, see SUMS
 
     def get_train_dataloader(self) -> DataLoader:
         """Every process reads its own batches of the one order, from where a resumed run goes on."""
@@ -73,20 +78,28 @@ class DrawingTrainer(LMTrainer):
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Tensor]:
         """The micro-batches of a step, and how many labels it has over all processes."""
         batches, _ = super().get_batch_samples(*args, **kwargs)
-        count = torch.tensor(sum(int((batch["labels"][:, 1:] != IGNORE).sum()) for batch in batches))
+        own = (batch["labels"][: len(batch["labels"]) - len(batch["swapped_from"]), 1:] for batch in batches)
+        count = torch.tensor(sum(int((labels != IGNORE).sum()) for labels in own))
         return batches, self.accelerator.reduce(count.to(self.args.device))
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         found = labelled_losses(model, self.head, inputs["input_ids"], inputs["labels"])
-        losses = found.losses
+        swapped_from = inputs["swapped_from"]
+        own = found.rows < len(inputs["labels"]) - len(swapped_from)
+        losses, visual = found.losses[own], self.vocabulary.is_visual(found.targets)
         if model.training:
-            self._count(losses.detach(), self.vocabulary.is_visual(found.targets))
+            self._count(TEXT, losses.detach()[~visual[own]])
+            self._count(VISUAL, losses.detach()[visual[own]])
         if self.z_loss:
-            losses = losses + self.z_loss * found.logits.logsumexp(-1).square()
+            losses = losses + self.z_loss * found.logits[own].logsumexp(-1).square()
+        if len(swapped_from):
+            choices = choice_losses(found.losses * visual, found.rows, len(inputs["labels"]), swapped_from)
+            self._count(CONTRAST, choices.detach())
+            losses = torch.cat([losses, self.contrast * choices])
         if num_items_in_batch is None:
-            loss = losses.mean()
+            loss = losses.sum() / own.sum()
         else:  # gradients are averaged over processes, so the sum over them is asked for
             loss = losses.sum() * self.accelerator.num_processes / num_items_in_batch
         if self.router_weight and getattr(found.outputs, "aux_loss", None) is not None:
@@ -95,14 +108,13 @@ class DrawingTrainer(LMTrainer):
             self.stop_unless_finite(loss, inputs["keys"])
         return (loss, found.outputs) if return_outputs else loss
 
-    def _count(self, losses: Tensor, visual: Tensor) -> None:
-        for row, chosen in enumerate((~visual, visual)):
-            self.sums[row] += torch.tensor([float(losses[chosen].sum()), float(chosen.sum())])
+    def _count(self, row: int, losses: Tensor) -> None:
+        self.sums[row] += torch.tensor([float(losses.sum()), len(losses)])
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
             sums = self.accelerator.reduce(self.sums.to(self.args.device)).tolist()
-            for name, (total, count) in zip(("text", "visual"), sums):
+            for name, (total, count) in zip(SUMS, sums):
                 if count:
                     logs[f"{name}_loss"] = total / count
             self.sums.zero_()
@@ -125,27 +137,33 @@ def finetune(recipe: FinetuneRecipe, *, log: Log, resume: bool = False, approxim
     model, text_tokenizer = load_llm(recipe.llm, dtype)
     codebook = image_tokenizer.codebook if recipe.new_rows == "codebook" else None
     codebook_size = image_tokenizer.config.codebook_size
-    offset = model.get_input_embeddings().weight.shape[0]
-    log(extend_tables(model, len(text_tokenizer), codebook_size, codebook, recipe.train.seed))
-    prefix, suffix = prompt_frame(text_tokenizer)
-    vocabulary = VisualVocabulary(
-        visual_token_offset=offset,
-        codebook_size=codebook_size,
-        begin_image_id=offset + codebook_size,
-        end_image_id=offset + codebook_size + 1,
-        tokens_per_image=length,
-        tokenizer_digest=image_tokenizer.token_digest,
-        prompt_prefix=prefix,
-        prompt_suffix=suffix,
-        eos_id=text_tokenizer.eos_token_id,
-        flexible=image_tokenizer.flexible,
-        captions=recipe.data.image_to_text_share > 0,
-    )
+    captions = recipe.data.image_to_text_share > 0
+    if recipe.new_rows == "kept":
+        vocabulary = VisualVocabulary.of(model.config, recipe.llm)
+        vocabulary.check_tokenizer(image_tokenizer.token_digest, recipe.llm, "--set tokenizer=FOLDER")
+        vocabulary = dataclasses.replace(vocabulary, captions=captions or vocabulary.captions)
+    else:
+        offset = model.get_input_embeddings().weight.shape[0]
+        log(extend_tables(model, len(text_tokenizer), codebook_size, codebook, recipe.train.seed))
+        prefix, suffix = prompt_frame(text_tokenizer)
+        vocabulary = VisualVocabulary(
+            visual_token_offset=offset,
+            codebook_size=codebook_size,
+            begin_image_id=offset + codebook_size,
+            end_image_id=offset + codebook_size + 1,
+            tokens_per_image=length,
+            tokenizer_digest=image_tokenizer.token_digest,
+            prompt_prefix=prefix,
+            prompt_suffix=suffix,
+            eos_id=text_tokenizer.eos_token_id,
+            flexible=image_tokenizer.flexible,
+            captions=captions,
+        )
+        text_tokenizer = add_visual_tokens(text_tokenizer, offset, codebook_size)
     model.config.v2flow = vocabulary.record()
     check_context(model.config, vocabulary, recipe.data.max_caption_tokens)
-    text_tokenizer = add_visual_tokens(text_tokenizer, offset, codebook_size)
     set_seed(recipe.train.seed)  # adapters start from random numbers
-    model = choose_trained(model, recipe.mode, recipe.lora, offset)
+    model = choose_trained(model, recipe.mode, recipe.lora, vocabulary.visual_token_offset)
     if recipe.train.gradient_checkpointing:
         model.gradient_checkpointing_enable()
         model.enable_input_require_grads()
@@ -164,9 +182,10 @@ def finetune(recipe: FinetuneRecipe, *, log: Log, resume: bool = False, approxim
         args=arguments,
         train_dataset=samples(),
         eval_dataset=held_out,
-        data_collator=functools.partial(collate, pad_id=pad_id),
+        data_collator=functools.partial(collate, pad_id=pad_id, swapped=recipe.contrast > 0),
         vocabulary=vocabulary,
         z_loss=recipe.z_loss,
+        contrast=recipe.contrast,
     )
     if recipe.sample_every:
         prompts, place = recipe.sample_prompts, recipe.output
@@ -200,9 +219,14 @@ def plan(recipe: FinetuneRecipe) -> dict[str, int | float]:
         config, text_tokenizer = AutoConfig.from_pretrained(recipe.llm), AutoTokenizer.from_pretrained(recipe.llm)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-    offset = model.get_input_embeddings().weight.shape[0]
-    vocab_size = offset + image_tokenizer.config.codebook_size + 2
-    model.resize_token_embeddings(vocab_size, mean_resizing=False)
+    if recipe.new_rows == "kept":
+        vocabulary = VisualVocabulary.of(config, recipe.llm)
+        vocabulary.check_tokenizer(image_tokenizer.token_digest, recipe.llm, "--set tokenizer=FOLDER")
+        offset = vocabulary.visual_token_offset
+    else:
+        offset = model.get_input_embeddings().weight.shape[0]
+        model.resize_token_embeddings(offset + image_tokenizer.config.codebook_size + 2, mean_resizing=False)
+    vocab_size = model.get_input_embeddings().weight.shape[0]
     parameters = model.num_parameters()
     model = choose_trained(model, recipe.mode, recipe.lora, offset)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -63,6 +63,17 @@ class VisualVocabulary:
         record = dataclasses.asdict(self)
         return {name: list(v) if isinstance(v, tuple) else v for name, v in record.items()}
 
+    def check_tokenizer(self, digest: str, name: str, option: str) -> None:
+        """Raises: ModelError unless these are the tokens of the image tokenizer with this ``token_digest``.
+
+        Args:  name, of the LLM; option, by which the user gives another tokenizer.
+        """
+        if digest != self.tokenizer_digest:
+            raise ModelError(
+                f"{name} draws tokens of tokenizer {self.tokenizer_digest}, but the tokenizer at hand is {digest}. "
+                f"Give the one it was taught with: {option}."
+            )
+
     def is_visual(self, ids: Tensor) -> Tensor:
         """True where ``ids`` (any shape) are visual tokens."""
         return (ids >= self.visual_token_offset) & (ids < self.visual_token_offset + self.codebook_size)
@@ -87,7 +98,10 @@ def add_visual_tokens(tokenizer: PreTrainedTokenizerBase, offset: int, codebook_
             raise ModelError(f"the LLM's tokenizer is of type {tree['model'].get('type')}; v2flow extends BPE ones.")
         words: dict[str, int] = tree["model"]["vocab"]
         if any(name in words for name in (BEGIN_IMAGE, END_IMAGE, VISUAL.format(0))):
-            raise ModelError("the LLM has visual tokens already; fine-tune the LLM that it was made from.")
+            raise ModelError(
+                "the LLM has visual tokens already; fine-tune the LLM that it was made from, or go on with "
+                "--set new_rows=kept."
+            )
         named = set(words.values())
         added = {token["id"]: token["content"] for token in tree["added_tokens"]}
         for unnamed in (i for i in range(offset) if i not in named):
