@@ -114,6 +114,14 @@ def test_pieces_change_neither_values_nor_gradients(generator, top_k, monkeypatc
 
 
 @pytest.mark.parametrize("generator,top_k", [("tied", 0), ("free", 0), ("tied", 5)])
+def test_mixtures_are_the_same_without_entropies(generator, top_k):
+    made, tokens = projection(generator, top_k), torch.randn(1, 4, 16)
+    full, quick = made(tokens), made(tokens, entropies=False)
+    assert torch.allclose(full.embeddings, quick.embeddings, atol=1e-6)
+    assert full.mean_entropy > 0 and quick.mean_entropy == quick.batch_entropy == 0
+
+
+@pytest.mark.parametrize("generator,top_k", [("tied", 0), ("free", 0), ("tied", 5)])
 def test_autocast_gives_the_same_mixtures_to_its_precision(generator, top_k):
     made, tokens = projection(generator, top_k), torch.randn(1, 4, 16)
     with torch.autocast("cpu", dtype=torch.bfloat16):

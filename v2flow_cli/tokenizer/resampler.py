@@ -145,10 +145,13 @@ class VocabularyProjection(nn.Module):
             codebook = codebook @ self.unwhiten
         return codebook * self.table_rms + self.table_mean
 
-    def forward(self, tokens: Tensor, noise_scale: float = 0.0, temperature: float | None = None) -> VocabularyOutput:
+    def forward(
+        self, tokens: Tensor, noise_scale: float = 0.0, temperature: float | None = None, entropies: bool = True
+    ) -> VocabularyOutput:
         """Mixtures v (B, N, D) of tokens (B, N, d_v); ``noise_scale`` 0 is deterministic, 1 is Eq. 4.
 
-        ``temperature`` of the softmax: default, the settings', where a training's schedule ends.
+        ``temperature`` of the softmax: default, the settings', where a training's schedule ends. Without ``entropies``,
+        which only a training needs, both are 0.
 
         Departs (D5): the noise has a factor, which training raises from 0 and ``encode`` leaves at 0.
 
@@ -163,26 +166,34 @@ class VocabularyProjection(nn.Module):
         mix = self._mix_best if self.settings.top_k else self._mix_all
         pieces = [flat] if tied_best else flat.split(max(1, LOGITS_AT_ONCE // len(self.table)))
         if len(pieces) > 1 and torch.is_grad_enabled():
-            parts = [checkpoint(mix, piece, lengths, noise_scale, temperature, use_reentrant=False) for piece in pieces]
+            parts = [
+                checkpoint(mix, piece, lengths, noise_scale, temperature, entropies, use_reentrant=False)
+                for piece in pieces
+            ]
         else:
-            parts = [mix(piece, lengths, noise_scale, temperature) for piece in pieces]
+            parts = [mix(piece, lengths, noise_scale, temperature, entropies) for piece in pieces]
         embeddings = torch.cat([part.embeddings for part in parts]).view(*tokens.shape[:-1], -1)
         batch_entropy = embeddings.new_zeros(())
-        if not self.settings.top_k:  # it needs the whole vocabulary
+        if entropies and not self.settings.top_k:  # it needs the whole vocabulary
             average = torch.stack([part.mass for part in parts]).sum(0) / len(flat)
             batch_entropy = -(average * (average + 1e-9).log()).sum()
         mean_entropy = torch.stack([part.entropy for part in parts]).sum() / len(flat)
         return VocabularyOutput(embeddings, mean_entropy, batch_entropy)
 
-    def _mix_all(self, tokens: Tensor, lengths: Tensor, noise_scale: float, temperature: float) -> _Mixed:
+    def _mix_all(
+        self, tokens: Tensor, lengths: Tensor, noise_scale: float, temperature: float, entropies: bool
+    ) -> _Mixed:
         logits = self.generator(tokens)
         table = self.table.to(logits.dtype)  # under autocast a copy; autocast itself would make two
         if self.settings.generator == "tied":
             logits = (F.normalize(logits, dim=-1) @ table.T) * (self.log_scale.exp() / lengths)
-        probs, entropy = self._soft_categorical(logits, noise_scale, temperature)
-        return _Mixed(probs.to(table.dtype) @ table, probs.sum(0, dtype=torch.float32), entropy)
+        probs, entropy = self._soft_categorical(logits, noise_scale, temperature, entropies)
+        mass = probs.sum(0, dtype=torch.float32) if entropies else probs.new_zeros(())
+        return _Mixed(probs.to(table.dtype) @ table, mass, entropy)
 
-    def _mix_best(self, tokens: Tensor, lengths: Tensor, noise_scale: float, temperature: float) -> _Mixed:
+    def _mix_best(
+        self, tokens: Tensor, lengths: Tensor, noise_scale: float, temperature: float, entropies: bool
+    ) -> _Mixed:
         """Departs (D7): mixtures of each token's ``top_k`` best words; the rest get no weight."""
         k = min(self.settings.top_k, len(self.table))
         projected = self.generator(tokens)
@@ -191,15 +202,19 @@ class VocabularyProjection(nn.Module):
         else:
             cosines, index = NearestWords.apply(F.normalize(projected, dim=-1), self.table, lengths, k)
             logits = self.log_scale.exp() * cosines
-        probs, entropy = self._soft_categorical(logits, noise_scale, temperature)
+        probs, entropy = self._soft_categorical(logits, noise_scale, temperature, entropies)
         mixtures = _weighted_rows(self.table, index, probs)
         return _Mixed(mixtures.to(projected.dtype), probs.new_zeros(()), entropy)
 
-    def _soft_categorical(self, logits: Tensor, noise_scale: float, temperature: float) -> tuple[Tensor, Tensor]:
-        """alpha of Eq. 4 (M, k), and the sum of the entropies of its rows in nats."""
+    def _soft_categorical(
+        self, logits: Tensor, noise_scale: float, temperature: float, entropies: bool
+    ) -> tuple[Tensor, Tensor]:
+        """alpha of Eq. 4 (M, k), and the sum of the entropies of its rows in nats, or 0."""
         if noise_scale:
             # -log of an exponential variate is a Gumbel variate, at one logarithm an entry.
             logits = logits - noise_scale * torch.empty_like(logits).exponential_().log_()
+        if not entropies:
+            return F.softmax(logits / temperature, dim=-1), logits.new_zeros(())
         log_probs = F.log_softmax(logits / temperature, dim=-1)
         probs = log_probs.exp()
         return probs, -(probs.detach() * log_probs.detach()).sum()

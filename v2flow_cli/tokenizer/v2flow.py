@@ -255,18 +255,21 @@ class V2FlowTokenizer(PreTrainedModel):
         return token_ids[:, :num_tokens]
 
     def _nearest_ids(self, images: Tensor) -> Tensor:
-        vectors, _, _ = self.embed(self.latents.encode(images), noise_scale=0.0)
+        vectors, _, _ = self.embed(self.latents.encode(images), noise_scale=0.0, entropies=False)
         return self.quantizer(vectors).token_ids
 
     def embed(
-        self, latents: Tensor, noise_scale: float, temperature: float | None = None
+        self, latents: Tensor, noise_scale: float, temperature: float | None = None, entropies: bool = True
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(v (B, n, D), word entropy, batch entropy) of scaled latents: Eq. 4, not yet quantised."""
+        """(v (B, n, D), word entropy, batch entropy) of scaled latents: Eq. 4, not yet quantised.
+
+        Without ``entropies``, or without a vocabulary, both are 0.
+        """
         tokens = self.resampler(latents)
         if self.vocabulary is None:
             zero = tokens.new_zeros(())
             return self.to_code(tokens), zero, zero
-        out = self.vocabulary(tokens, noise_scale, temperature)
+        out = self.vocabulary(tokens, noise_scale, temperature, entropies)
         return out.embeddings, out.mean_entropy, out.batch_entropy
 
     # -- token ids -> image --------------------------------------------------------------------------------
