@@ -68,11 +68,14 @@ class DrawingTrainer(LMTrainer):
         """Every process reads its own batches of the one order, from where a resumed run goes on."""
         batch = self._train_batch_size
         self.train_dataset.part = Part(self.first_sample, batch, self.args.process_index, self.args.world_size)
-        return DataLoader(self.train_dataset, batch_size=batch, collate_fn=self.data_collator)
+        # With a generator of its own the loader draws nothing from the one that a resume restores.
+        own = torch.Generator()
+        return DataLoader(self.train_dataset, batch_size=batch, collate_fn=self.data_collator, generator=own)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Tensor]:
         """The micro-batches of a step, and how many labels it has over all processes."""
         batches, _ = super().get_batch_samples(*args, **kwargs)
+        self.keys = [key for batch in batches for key in batch["keys"]]
         count = torch.tensor(sum(int((batch["labels"][:, 1:] != IGNORE).sum()) for batch in batches))
         return batches, self.accelerator.reduce(count.to(self.args.device))
 
@@ -91,13 +94,18 @@ class DrawingTrainer(LMTrainer):
             loss = losses.sum() * self.accelerator.num_processes / num_items_in_batch
         if self.router_weight and getattr(found.outputs, "aux_loss", None) is not None:
             loss = loss + self.router_weight * found.outputs.aux_loss / self.args.gradient_accumulation_steps
-        if model.training:
-            self.stop_unless_finite(loss, inputs["keys"])
         return (loss, found.outputs) if return_outputs else loss
 
     def _count(self, losses: Tensor, visual: Tensor) -> None:
         for row, chosen in enumerate((~visual, visual)):
             self.sums[row] += torch.tensor([float(losses[chosen].sum()), float(chosen.sum())])
+
+    def unlogged(self) -> dict[str, Tensor]:
+        return {**super().unlogged(), "sums": self.sums.clone()}
+
+    def restore_unlogged(self, sums: dict[str, Tensor]) -> None:
+        super().restore_unlogged(sums)
+        self.sums = sums["sums"].clone()
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
@@ -158,7 +166,7 @@ def finetune(recipe: FinetuneRecipe, *, log: Log, resume: bool = False, approxim
     if recipe.train.eval_every and not held_out:
         raise DataError("train.eval_every asks for held-out losses, but data.held_out_share leaves no image for them.")
     pad_id = text_tokenizer.pad_token_id or text_tokenizer.eos_token_id or 0
-    clock = RunClock(recipe.train.max_minutes, recipe.train.batch_size, dump_recipe(recipe), log)
+    clock = RunClock(recipe.train, dump_recipe(recipe), log)
     trainer = DrawingTrainer(
         model=model,
         args=arguments,
