@@ -25,21 +25,10 @@ from v2flow_cli.llm.pairs import Samples
 from v2flow_cli.llm.sequences import collate
 from v2flow_cli.llm.trainer import save_folder, training_arguments, weights_digest
 from v2flow_cli.llm.vocabulary import VisualVocabulary, extend_tables
-from v2flow_cli.recipe.load import dump_recipe, load_recipe
-from v2flow_cli.recipe.schema import FinetuneRecipe, Lora
-from v2flow_cli.tokenizer import V2FlowTokenizer
+from v2flow_cli.recipe.load import dump_recipe
+from v2flow_cli.recipe.schema import Lora
 
 LORA = Lora(rank=2, alpha=4.0, dropout=0.0)
-
-
-@pytest.fixture
-def recipe(tiny_tokenizer_folder, llm_folder, token_set, tmp_path, request) -> FinetuneRecipe:
-    digest = V2FlowTokenizer.from_pretrained(tiny_tokenizer_folder).token_digest
-    token_set(tmp_path / "tokens", digest=digest)
-    root = request.config.rootpath
-    settings = [f"llm={llm_folder()}", f"tokenizer={tiny_tokenizer_folder}", f"output={tmp_path / 'out'}"]
-    settings.append(f"data.token_sets=[{tmp_path / 'tokens'}]")
-    return load_recipe(root / "recipes/tiny/llm.yaml", settings)
 
 
 def logits_of(folder):
@@ -200,6 +189,12 @@ def test_checkpoints_hold_no_pickle_and_damage_is_found(recipe, tmp_path):
         (folder / "sha256.json").unlink()
     with pytest.raises(ModelError, match="all 2 checkpoints are damaged"):
         finetune(recipe, log=print, resume=True)
+
+
+def test_what_a_killed_save_left_is_removed(recipe):
+    Path(recipe.output, ".saving-killed", "half").mkdir(parents=True)
+    finetune(recipe, log=print)
+    assert not list(Path(recipe.output).glob(".*"))
 
 
 @pytest.mark.parametrize("point", POINTS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -44,17 +45,24 @@ class TrainingReport:
 
 
 class LMTrainer(SafeCheckpoints):
-    """Trainer that decays matrices only: neither norms and biases nor the input and output tables."""
+    """Trainer that judges every step, and decays matrices only: neither norms and biases nor the two tables."""
 
     clock: RunClock
     first_sample = 0  # where a resumed run goes on in the stream of training samples
     keys: Sequence[str] = ()  # of the samples of the step at hand, where they have names
     before: dict[str, Tensor]  # what was summed up before that step
+    finished = False  # the run had ended before this process was started
 
     @property
     def place(self) -> str:
         """Step and process, for messages."""
         return f"step {self.state.global_step}, rank {self.args.process_index}"
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.finished:  # Trainer has put everything in its place, and would take a step before it noticed
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
         """The micro-batches of a step; what was summed up before them is kept, should the step be skipped."""
@@ -91,12 +99,8 @@ class RunClock(TrainerCallback, ExportableState):
     """
 
     def __init__(self, train: LMTrainLoop, recipe: str, log: Log) -> None:
-        self.max_minutes, self.skip_bad_steps, self.sequences_per_step = (
-            train.max_minutes,
-            train.skip_bad_steps,
-            train.batch_size,
-        )
-        self.recipe, self.log = recipe, log
+        self.max_minutes, self.skip_bad_steps = train.max_minutes, train.skip_bad_steps
+        self.sequences_per_step, self.recipe, self.log = train.batch_size, recipe, log
         self.bad_steps = 0  # skipped so far
         self.seconds_before = 0.0  # of the runs that this one continues
         self.started = time.monotonic()
@@ -235,6 +239,11 @@ def run(
              or of another run; V2FlowError on a loss or gradient that is not finite, and when another process has
              gone.
     """
+    if trainer.is_deepspeed_enabled and clock.skip_bad_steps:
+        raise ModelError(
+            f"train.skip_bad_steps is {clock.skip_bad_steps}; DeepSpeed moves the weights before a step can be judged. "
+            "Set it to 0, or launch with FSDP."
+        )
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     trainer.add_callback(clock)
@@ -245,12 +254,8 @@ def run(
         log(f"resuming from {checkpoint}")
         state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         clock.go_on_from(checkpoint, state, approximate, log)
-        if state.global_step >= trainer.args.max_steps or clock.time_is_up:
-            # Trainer would take one more step before it noticed.
-            trainer._load_from_checkpoint(str(checkpoint))
-            trainer.state = state
-            clock.started = time.monotonic()
-            return
+        late = bool(clock.max_minutes) and clock.seconds_before > 60 * clock.max_minutes
+        trainer.finished = late or state.global_step >= trainer.args.max_steps
         trainer.first_sample = state.global_step * clock.sequences_per_step
     with stop_requested() as clock.signals, losing_contact(lambda: on_samples(trainer.place, trainer.keys)):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -302,6 +307,8 @@ def save_folder(
     if hasattr(model.config, "v2flow"):
         model.config.v2flow["weights_digest"] = weights_digest(state_dict)
     try:
+        for stale in Path(output).glob(".saving-*"):  # of a run that was killed while it saved
+            shutil.rmtree(stale)
         with tempfile.TemporaryDirectory(dir=output, prefix=".saving-") as temporary:
             model.save_pretrained(temporary, state_dict=state_dict)
             tokenizer.save_pretrained(temporary)
