@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -211,6 +212,8 @@ def train(
 def _export(objective: AutoencoderObjective | TokenizerObjective, folder: Path, card: str) -> None:
     """The finished model, whole or not at all.  Raises: ModelError where it cannot be written."""
     try:
+        for stale in folder.glob(".exporting-*"):  # of a run that was killed while it exported
+            shutil.rmtree(stale)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".exporting-") as partial:
             objective.export(Path(partial))
             Path(partial, "README.md").write_text(card, encoding="utf-8")
