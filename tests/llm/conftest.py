@@ -16,7 +16,9 @@ from transformers import (
 
 from v2flow_cli.llm.pretrain import train_tokenizer
 from v2flow_cli.llm.vocabulary import VisualVocabulary
+from v2flow_cli.recipe.load import load_recipe
 from v2flow_cli.store.token_file import TokenManifest, save_samples, save_token_ids
+from v2flow_cli.tokenizer import V2FlowTokenizer
 
 SENTENCES = [
     "A red fox runs across the green field.",
@@ -76,6 +78,17 @@ def llm_folder(tmp_path, text_tokenizer):
         return folder
 
     return save
+
+
+@pytest.fixture
+def recipe(tiny_tokenizer_folder, llm_folder, token_set, tmp_path, request):
+    """The tiny fine-tuning recipe: a random llama, 12 images of 4 tokens, output in ``tmp_path``/out."""
+    digest = V2FlowTokenizer.from_pretrained(tiny_tokenizer_folder).token_digest
+    token_set(tmp_path / "tokens", digest=digest)
+    root = request.config.rootpath
+    settings = [f"llm={llm_folder()}", f"tokenizer={tiny_tokenizer_folder}", f"output={tmp_path / 'out'}"]
+    settings.append(f"data.token_sets=[{tmp_path / 'tokens'}]")
+    return load_recipe(root / "recipes/tiny/llm.yaml", settings)
 
 
 def write_token_set(folder, digest=DIGEST, images=12, length=LENGTH, captions=2):

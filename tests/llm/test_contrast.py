@@ -91,6 +91,14 @@ def test_captions_are_told_apart_after_some_steps(recipe):  # noqa: F811
     assert float(logged.partition("contrast_loss ")[2].split()[0]) < 0.8 * LOG_2, logged
 
 
+def test_held_out_loss_has_no_contrast(recipe, tmp_path):  # noqa: F811
+    held_out = replace(recipe, data=replace(recipe.data, held_out_share=0.3))
+    still = replace(held_out, optimizer=replace(recipe.optimizer, learning_rate=1e-12))
+    plain = finetune(still, log=print).eval_loss
+    asked = finetune(replace(still, contrast=5.0, output=str(tmp_path / "asked")), log=print).eval_loss
+    assert asked == pytest.approx(plain, rel=1e-6)
+
+
 def test_an_llm_that_draws_goes_on_from_its_own_rows(recipe, tmp_path):  # noqa: F811
     finetune(recipe, log=print)
     next_stage = replace(recipe, llm=recipe.output, output=str(tmp_path / "next"), contrast=1.0)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,29 +17,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.reliability.processes import ranks, wait
 from tests.reliability.test_07_full_disk import POINTS, disk
-from v2flow_cli.errors import ModelError, TokenFileError
+from v2flow_cli.errors import ModelError, SharedError, TokenFileError
 from v2flow_cli.llm import finetune as finetuning
 from v2flow_cli.llm.checkpoints import list_checkpoints
 from v2flow_cli.llm.finetune import DrawingTrainer, choose_trained, finetune, plan
 from v2flow_cli.llm.pairs import Samples
 from v2flow_cli.llm.sequences import collate
-from v2flow_cli.llm.trainer import training_arguments
+from v2flow_cli.llm.trainer import save_folder, training_arguments, weights_digest
 from v2flow_cli.llm.vocabulary import VisualVocabulary, extend_tables
-from v2flow_cli.recipe.load import dump_recipe, load_recipe
-from v2flow_cli.recipe.schema import FinetuneRecipe, Lora
-from v2flow_cli.tokenizer import V2FlowTokenizer
+from v2flow_cli.recipe.load import dump_recipe
+from v2flow_cli.recipe.schema import Lora
 
 LORA = Lora(rank=2, alpha=4.0, dropout=0.0)
-
-
-@pytest.fixture
-def recipe(tiny_tokenizer_folder, llm_folder, token_set, tmp_path, request) -> FinetuneRecipe:
-    digest = V2FlowTokenizer.from_pretrained(tiny_tokenizer_folder).token_digest
-    token_set(tmp_path / "tokens", digest=digest)
-    root = request.config.rootpath
-    settings = [f"llm={llm_folder()}", f"tokenizer={tiny_tokenizer_folder}", f"output={tmp_path / 'out'}"]
-    settings.append(f"data.token_sets=[{tmp_path / 'tokens'}]")
-    return load_recipe(root / "recipes/tiny/llm.yaml", settings)
 
 
 def logits_of(folder):
@@ -72,7 +62,7 @@ def test_resume_equals_not_stopping(recipe, tmp_path, mode):
     stopped = replace(recipe, output=str(tmp_path / "stopped"))
     # The first half stops by itself where the second goes on, under one schedule of six steps.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(finetuning, "RunClock", lambda minutes, *rest: StopAt(3, *rest))
+        patch.setattr(finetuning, "RunClock", lambda *given: StopAt(3, *given))
         finetune(stopped, log=print)
     with pytest.raises(ModelError, match=r"already holds a model or checkpoints.*--resume"):
         finetune(stopped, log=print)
@@ -85,8 +75,8 @@ def test_resume_equals_not_stopping(recipe, tmp_path, mode):
 class StopAt(finetuning.RunClock):
     """A clock whose time is up after a number of steps."""
 
-    def __init__(self, step, *rest):
-        super().__init__(0.0, *rest)
+    def __init__(self, step, *given):
+        super().__init__(*given)
         self.stop_step = step
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -201,6 +191,12 @@ def test_checkpoints_hold_no_pickle_and_damage_is_found(recipe, tmp_path):
         finetune(recipe, log=print, resume=True)
 
 
+def test_what_a_killed_save_left_is_removed(recipe):
+    Path(recipe.output, ".saving-killed", "half").mkdir(parents=True)
+    finetune(recipe, log=print)
+    assert not list(Path(recipe.output).glob(".*"))
+
+
 @pytest.mark.parametrize("point", POINTS)
 def test_a_full_disk_leaves_earlier_checkpoints(recipe, tmp_path, point):
     train = replace(recipe.train, save_every=1, keep_checkpoints=9)
@@ -261,11 +257,71 @@ def test_photos_instead_of_tokens(recipe, tmp_path, sample_images):
     assert report.steps == 6 and not Path(recipe.output, "token_counts.npy").exists()
 
 
+def spoil_steps(monkeypatch, trainer, bad, spoil=lambda loss: loss * math.nan):
+    """Have ``spoil`` change the training loss of the steps ``bad``."""
+    plain = trainer.compute_loss
+
+    def compute_loss(self, model, *args, **kwargs):
+        loss = plain(self, model, *args, **kwargs)
+        return spoil(loss) if model.training and self.state.global_step in bad else loss
+
+    monkeypatch.setattr(trainer, "compute_loss", compute_loss)
+
+
+@pytest.mark.parametrize("bad", [{1}, {3}, {2, 5}])
+def test_resume_equals_not_stopping_across_skipped_steps(recipe, tmp_path, monkeypatch, bad):
+    spoil_steps(monkeypatch, DrawingTrainer, bad)
+    recipe = replace(recipe, train=replace(recipe.train, skip_bad_steps=2, log_every=4, accumulate=2))
+    stopped, logs, histories = replace(recipe, output=str(tmp_path / "stopped")), [], []
+    finetune(recipe, log=logs.append)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finetuning, "RunClock", lambda *given: StopAt(3, *given))
+        finetune(stopped, log=print)
+    finetune(stopped, log=print, resume=True)
+    assert torch.equal(logits_of(recipe.output), logits_of(stopped.output))
+    for spec in (recipe, stopped):
+        state = json.loads(Path(spec.output, "checkpoints/checkpoint-6/trainer_state.json").read_text())
+        assert state["stateful_callbacks"]["RunClock"]["attributes"]["bad_steps"] == len(bad)
+        histories.append(state["log_history"])
+    assert histories[0] == histories[1] and all(math.isfinite(v) for line in histories[0] for v in line.values())
+    skipped = [line for line in logs if "skipped" in line]
+    assert [line.split(",")[0] for line in skipped] == [f"step {step}" for step in sorted(bad)]
+    assert re.search(r"rank 0: the loss is not finite \(nan\) on samples k\d+, k\d+; skipped, 1 of 2$", skipped[0])
+
+
+def test_a_skipped_step_leaves_no_trace(recipe, monkeypatch):
+    # Its value is finite, its gradient is not.
+    spoil_steps(monkeypatch, DrawingTrainer, {0, 3}, lambda loss: loss + (loss - loss.detach()).sqrt())
+    train = replace(recipe.train, skip_bad_steps=2, save_every=1, keep_checkpoints=9)
+    log = []
+    finetune(replace(recipe, train=train), log=log.append)
+    assert any(re.search(r"step 3, rank 0: the gradient is not finite on samples k.*; skipped, 2 of 2", s) for s in log)
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        steps = [Path(recipe.output, f"checkpoints/checkpoint-{step}", name).read_bytes() for step in (2, 3, 4)]
+        assert steps[0] != steps[1] == steps[2]
+
+
+def test_more_bad_steps_than_may_be_skipped(recipe, monkeypatch):
+    spoil_steps(monkeypatch, DrawingTrainer, {1, 4})
+    recipe = replace(recipe, train=replace(recipe.train, skip_bad_steps=1))
+    with pytest.raises(SharedError, match=r"step 4, .* Resume from .*, or allow train.skip_bad_steps"):
+        finetune(recipe, log=print)
+    log = []
+    with pytest.raises(SharedError, match="step 4, "):  # the count outlives a resume
+        finetune(recipe, log=log.append, resume=True)
+    assert not any("skipped" in line for line in log)
+    more = replace(recipe, train=replace(recipe.train, skip_bad_steps=2))
+    assert finetune(more, log=print, resume=True).steps == 6
+
+
 @pytest.fixture
 def launch(recipe, tmp_path, monkeypatch):
-    """Two ranks; ``spoil()`` has the last word on the losses of rank 1 in its third pass: (codes, their errors)."""
+    """Two ranks; ``spoil()`` has the last word on the losses of rank 1 in its third pass: (codes, their errors).
 
-    def run(spoil):
+    The ranks leave what they logged in ``0.log`` and ``1.log``, and a digest of their weights in ``0.digest``, ...
+    """
+
+    def run(spoil, **train_settings):
         passes, plain = [], finetuning.labelled_losses
 
         def losses(model, *args):
@@ -277,8 +333,14 @@ def launch(recipe, tmp_path, monkeypatch):
 
         def train():
             AcceleratorState._reset_state(True)
-            finetune(recipe, log=lambda line: None)
+            with (tmp_path / f"{os.environ['RANK']}.log").open("w") as log:
+                finetune(replace(recipe, train=replace(recipe.train, **train_settings)), log=partial(print, file=log))
 
+        def save(trainer, model, *args):
+            (tmp_path / f"{os.environ['RANK']}.digest").write_text(weights_digest(model.state_dict()))
+            save_folder(trainer, model, *args)
+
+        monkeypatch.setattr(finetuning, "save_folder", save)
         monkeypatch.setattr(finetuning, "labelled_losses", losses)
         codes = wait(ranks(train, 2, errors=tmp_path), 60)
         return codes, [path.read_text() for path in sorted(tmp_path.glob("?.txt"))]
@@ -290,6 +352,17 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_both_by_name(launch):
     codes, errors = launch(lambda losses: losses * math.nan)
     assert codes == [1, 1] and errors[0] == errors[1]
     assert re.search(r"SharedError: step 2, rank 1: the loss is not finite \(nan\) on samples k\d+", errors[0])
+
+
+def test_a_bad_step_of_one_rank_is_skipped_by_both(launch, tmp_path):
+    assert launch(lambda losses: losses * math.nan, skip_bad_steps=1, save_every=1, keep_checkpoints=9) == ([0, 0], [])
+    logs, digests = ([(tmp_path / f"{rank}.{kind}").read_text() for rank in (0, 1)] for kind in ("log", "digest"))
+    for log in logs:
+        assert re.search(r"step 2, rank 1: the loss is not finite \(nan\) on samples k\d+; skipped, 1 of 1\n", log)
+        assert "loss nan" not in log and "step 6/6" in log
+    assert digests[0] == digests[1]
+    weights = [(tmp_path / f"out/checkpoints/checkpoint-{n}/model.safetensors").read_bytes() for n in (2, 3, 4)]
+    assert weights[0] == weights[1] != weights[2]
 
 
 def test_a_killed_rank_stops_the_other(launch):

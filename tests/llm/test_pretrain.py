@@ -1,4 +1,6 @@
 import gzip
+import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -7,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from v2flow_cli.errors import DataError, ModelError
 from v2flow_cli.llm.pretrain import find_text, pack, plan, pretrain, read_documents, train_tokenizer
+from v2flow_cli.llm.trainer import LMTrainer
 from v2flow_cli.recipe.load import load_recipe
 
 
@@ -46,6 +49,27 @@ def test_leaves_a_plain_folder_and_a_card_with_its_figures(recipe):
     assert f"{report.eval_loss:.3f} nats" in card and str(recipe.output) not in card
     turn = [{"role": "user", "content": "a fox"}, {"role": "assistant", "content": "it runs"}]
     assert tokenizer.apply_chat_template(turn, tokenize=False) == "<|bos|>a fox\nit runs<|eos|>"
+
+
+def test_a_bad_step_is_skipped_also_just_after_a_resume(recipe, tmp_path, monkeypatch):
+    plain = LMTrainer.compute_loss
+
+    def compute_loss(self, model, *args, **kwargs):
+        loss = plain(self, model, *args, **kwargs)
+        return loss * torch.nan if model.training and self.state.global_step == 4 else loss
+
+    monkeypatch.setattr(LMTrainer, "compute_loss", compute_loss)
+    loop = replace(recipe.train, steps=8, save_every=4, log_every=3, keep_checkpoints=2, skip_bad_steps=1)
+    recipe, checkpoints = replace(recipe, train=loop), tmp_path / "lm" / "checkpoints"
+    histories = []
+    for _ in range(2):
+        log = []
+        assert pretrain(recipe, log=log.append, resume=True).steps == 8
+        assert any("step 4, rank 0: the loss is not finite (nan); skipped, 1 of 1" in line for line in log)
+        histories.append(json.loads((checkpoints / "checkpoint-8/trainer_state.json").read_text())["log_history"])
+        shutil.rmtree(checkpoints / "checkpoint-8")
+    assert histories[0] == histories[1] and [line["step"] for line in histories[0]] == [3, 6, 8]
+    assert all(line["loss"] == line["loss"] for line in histories[0])
 
 
 def test_resume_equals_not_stopping(recipe, tmp_path):

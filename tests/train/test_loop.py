@@ -69,6 +69,12 @@ def test_a_trained_tokenizer_loads_and_its_recipe_lies_beside_it(world, tmp_path
     assert "256 tokens of 64 codes for a 256 px image" in card
 
 
+def test_what_a_killed_export_left_is_removed(world, tmp_path):
+    (tmp_path / "a" / ".exporting-killed" / "half").mkdir(parents=True)
+    train(recipe(world, "autoencoder", tmp_path / "a", "train.steps=1"), resume=False, log=quiet)
+    assert not list((tmp_path / "a").glob(".*"))
+
+
 def test_a_run_is_not_overwritten_and_not_resumed_with_another_recipe(world, tmp_path):
     first = recipe(world, "autoencoder", tmp_path / "a", "train.steps=2")
     train(first, resume=False, log=quiet)

@@ -3,6 +3,7 @@
     checkpoints/checkpoint-500/model.safetensors (or adapter_model.safetensors), config.json   the weights
                                optimizer.safetensors, optimizer.json                           and the schedule
                                rng-0.safetensors                                               one for each process
+                               unlogged-0.safetensors                                          the same
                                trainer_state.json, sha256.json
 
 FSDP and DeepSpeed write optimizer and weights in shards of their own, which are hashed and renamed all the same.
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 
@@ -96,6 +98,7 @@ class SafeCheckpoints(Trainer):
             states["cuda"] = torch.cuda.get_rng_state()
         os.makedirs(output_dir, exist_ok=True)  # another process may get here before the first
         save_file(states, Path(output_dir, f"rng-{self.args.process_index}.safetensors"))
+        save_file(self.unlogged(), Path(output_dir, f"unlogged-{self.args.process_index}.safetensors"))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         path = Path(checkpoint or "", f"rng-{self.args.process_index}.safetensors")
@@ -105,6 +108,19 @@ class SafeCheckpoints(Trainer):
         torch.set_rng_state(states["cpu"])
         if "cuda" in states and torch.cuda.is_available():
             torch.cuda.set_rng_state(states["cuda"])
+        unlogged = path.with_name(f"unlogged-{self.args.process_index}.safetensors")
+        if unlogged.exists():  # earlier versions did not write it
+            self.restore_unlogged(load_file(unlogged))
+
+    def unlogged(self) -> dict[str, Tensor]:
+        """What this process has summed up for the next log line, and the step of the last one."""
+        last = torch.tensor(self._globalstep_last_logged)
+        return {"loss": self._tr_loss.detach().cpu().clone(), "last_logged_step": last}
+
+    def restore_unlogged(self, sums: dict[str, Tensor]) -> None:
+        """Go on from what ``unlogged`` gave, so that the next line is that of a run that was never stopped."""
+        self._tr_loss = sums["loss"].to(self.args.device, copy=True)
+        self._globalstep_last_logged = int(sums["last_logged_step"])
 
     @property
     def _sharded(self) -> bool:

@@ -73,11 +73,14 @@ class DrawingTrainer(LMTrainer):
         """Every process reads its own batches of the one order, from where a resumed run goes on."""
         batch = self._train_batch_size
         self.train_dataset.part = Part(self.first_sample, batch, self.args.process_index, self.args.world_size)
-        return DataLoader(self.train_dataset, batch_size=batch, collate_fn=self.data_collator)
+        together = functools.partial(self.data_collator, swapped=self.contrast > 0)
+        # With a generator of its own the loader draws nothing from the one that a resume restores.
+        return DataLoader(self.train_dataset, batch_size=batch, collate_fn=together, generator=torch.Generator())
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Tensor]:
         """The micro-batches of a step, and how many labels it has over all processes."""
         batches, _ = super().get_batch_samples(*args, **kwargs)
+        self.keys = [key for batch in batches for key in batch["keys"]]
         own = (batch["labels"][: len(batch["labels"]) - len(batch["swapped_from"]), 1:] for batch in batches)
         count = torch.tensor(sum(int((labels != IGNORE).sum()) for labels in own))
         return batches, self.accelerator.reduce(count.to(self.args.device))
@@ -104,12 +107,17 @@ class DrawingTrainer(LMTrainer):
             loss = losses.sum() * self.accelerator.num_processes / num_items_in_batch
         if self.router_weight and getattr(found.outputs, "aux_loss", None) is not None:
             loss = loss + self.router_weight * found.outputs.aux_loss / self.args.gradient_accumulation_steps
-        if model.training:
-            self.stop_unless_finite(loss, inputs["keys"])
         return (loss, found.outputs) if return_outputs else loss
 
     def _count(self, row: int, losses: Tensor) -> None:
         self.sums[row] += torch.tensor([float(losses.sum()), len(losses)])
+
+    def unlogged(self) -> dict[str, Tensor]:
+        return {**super().unlogged(), "sums": self.sums.clone()}
+
+    def restore_unlogged(self, sums: dict[str, Tensor]) -> None:
+        super().restore_unlogged(sums)
+        self.sums = sums["sums"].clone()
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
@@ -176,13 +184,13 @@ def finetune(recipe: FinetuneRecipe, *, log: Log, resume: bool = False, approxim
     if recipe.train.eval_every and not held_out:
         raise DataError("train.eval_every asks for held-out losses, but data.held_out_share leaves no image for them.")
     pad_id = text_tokenizer.pad_token_id or text_tokenizer.eos_token_id or 0
-    clock = RunClock(recipe.train.max_minutes, recipe.train.batch_size, dump_recipe(recipe), log)
+    clock = RunClock(recipe.train, dump_recipe(recipe), log)
     trainer = DrawingTrainer(
         model=model,
         args=arguments,
         train_dataset=samples(),
         eval_dataset=held_out,
-        data_collator=functools.partial(collate, pad_id=pad_id, swapped=recipe.contrast > 0),
+        data_collator=functools.partial(collate, pad_id=pad_id),
         vocabulary=vocabulary,
         z_loss=recipe.z_loss,
         contrast=recipe.contrast,

@@ -82,7 +82,7 @@ def pretrain(recipe: LMRecipe, *, log: Log, resume: bool = False, approximate: b
     )
     if recipe.train.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    clock = RunClock(recipe.train.max_minutes, recipe.train.batch_size, dump_recipe(recipe), log)
+    clock = RunClock(recipe.train, dump_recipe(recipe), log)
     trainer = LMTrainer(
         model=model,
         args=training_arguments(recipe.optimizer, recipe.train, recipe.output),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +22,7 @@ from transformers.utils.logging import disable_progress_bar
 from v2flow_cli.errors import ModelError
 from v2flow_cli.llm.checkpoints import SafeCheckpoints, list_checkpoints, newest_checkpoint
 from v2flow_cli.recipe.schema import LMTrainLoop, Optimizer
-from v2flow_cli.store.agree import losing_contact, on_samples, raise_everywhere
+from v2flow_cli.store.agree import losing_contact, on_samples, skip_or_stop, what_is_wrong
 from v2flow_cli.store.checkpoint import Interrupted, stop_requested
 from v2flow_cli.store.ranks import join_launch
 from v2flow_cli.store.resume import check_same_ranks, check_same_recipe
@@ -44,30 +45,45 @@ class TrainingReport:
 
 
 class LMTrainer(SafeCheckpoints):
-    """Trainer that decays matrices only: neither norms and biases nor the input and output tables."""
+    """Trainer that judges every step, and decays matrices only: neither norms and biases nor the two tables."""
 
+    clock: RunClock
     first_sample = 0  # where a resumed run goes on in the stream of training samples
-    keys: Sequence[str] = ()  # of the samples at hand, where they have names
+    keys: Sequence[str] = ()  # of the samples of the step at hand, where they have names
+    before: dict[str, Tensor]  # what was summed up before that step
+    finished = False  # the run had ended before this process was started
 
     @property
     def place(self) -> str:
         """Step and process, for messages."""
         return f"step {self.state.global_step}, rank {self.args.process_index}"
 
-    def compute_loss(self, model: Any, *args: Any, **kwargs: Any) -> Any:
-        found = super().compute_loss(model, *args, **kwargs)
-        if model.training:
-            self.stop_unless_finite(found[0] if isinstance(found, tuple) else found)
-        return found
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.finished:  # Trainer has put everything in its place, and would take a step before it noticed
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
 
-    def stop_unless_finite(self, loss: Tensor, keys: Sequence[str] = ()) -> None:
-        """Before any process goes back through the model.  Raises: SharedError, the same in all of them."""
-        self.keys, problem = keys, ""
-        if not torch.isfinite(loss):
-            problem = on_samples(f"{self.place}: the loss is not finite ({loss.item()})", keys) + (
-                f". Resume from {self.args.output_dir} with a lower optimizer.learning_rate."
-            )
-        raise_everywhere(self.accelerator, problem)
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
+        """The micro-batches of a step; what was summed up before them is kept, should the step be skipped."""
+        self.before = self.unlogged()
+        return super().get_batch_samples(*args, **kwargs)
+
+    def restore_unlogged(self, sums: dict[str, Tensor]) -> None:
+        super().restore_unlogged(sums)
+        self.before = sums  # Trainer may have read the next step's micro-batches already
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """The last word before the weights move.  Raises: SharedError for more bad steps than may be skipped."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        if wrong := what_is_wrong(self.accelerator, self.place, self._tr_loss, norm, self.keys):
+            self.clock.skip(wrong, Path(self.args.output_dir))
+            # Without gradients AdamW leaves weights and averages as they are. The log's means are over the other steps.
+            model.zero_grad()
+            self.restore_unlogged(self.before)
+            self._globalstep_last_logged += 1
+            return torch.zeros(())
+        return norm
 
     def get_decay_parameter_names(self, model: Any) -> list[str]:
         tables = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
@@ -77,12 +93,15 @@ class LMTrainer(SafeCheckpoints):
 
 
 class RunClock(TrainerCallback, ExportableState):
-    """Logs, and stops after ``max_minutes`` or a signal; time goes on after a resume of the same ``recipe``'s run."""
+    """Logs, and stops after ``max_minutes``, a signal, or too many bad steps; goes on counting after a resume.
 
-    def __init__(
-        self, max_minutes: float = 0.0, sequences_per_step: int = 1, recipe: str = "", log: Log | None = None
-    ) -> None:
-        self.max_minutes, self.sequences_per_step, self.recipe, self.log = max_minutes, sequences_per_step, recipe, log
+    Args:  train, of the ``recipe`` that is dumped beside it.
+    """
+
+    def __init__(self, train: LMTrainLoop, recipe: str, log: Log) -> None:
+        self.max_minutes, self.skip_bad_steps = train.max_minutes, train.skip_bad_steps
+        self.sequences_per_step, self.recipe, self.log = train.batch_size, recipe, log
+        self.bad_steps = 0  # skipped so far
         self.seconds_before = 0.0  # of the runs that this one continues
         self.started = time.monotonic()
         self.last_loss = math.nan
@@ -95,7 +114,12 @@ class RunClock(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         attributes = {"seconds_before": self.seconds, "recipe": self.recipe, "ranks": _ranks()}
-        return {"args": {}, "attributes": attributes}
+        return {"args": {}, "attributes": attributes | {"bad_steps": self.bad_steps}}
+
+    def skip(self, wrong: str, checkpoints: Path) -> None:
+        """Count a bad step.  Raises: SharedError where it is one too many."""
+        self.bad_steps += 1
+        skip_or_stop(wrong, self.bad_steps, self.skip_bad_steps, checkpoints, self.log)
 
     @property
     def time_is_up(self) -> bool:
@@ -113,35 +137,37 @@ class RunClock(TrainerCallback, ExportableState):
         check_same_recipe(checkpoint, saved["recipe"], self.recipe)
         drawn = "dropout and the rounding of sums"
         check_same_ranks(checkpoint, saved["ranks"], _ranks(), drawn=drawn, approximate=approximate, log=log)
-        self.seconds_before = saved["seconds_before"]
+        self.seconds_before, self.bad_steps = saved["seconds_before"], saved.get("bad_steps", 0)
         self.last_loss = next((logs["loss"] for logs in reversed(state.log_history) if "loss" in logs), math.nan)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.started = time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.ignore_data_skip:  # a stream, of which Trainer would count the steps since the resume
+            state.epoch = state.global_step / state.max_steps
         if state.global_step == state.max_steps:
             control.should_log = True  # also between two multiples of log_every
         # Processes must leave the loop at the same step: what stops one of them stops all.
         late, self.interrupted = _any_process([self.time_is_up, bool(self.signals)], args.device)
         if (late or self.interrupted) and state.global_step < state.max_steps:
-            if self.log and not self.interrupted:
+            if not self.interrupted:
                 self.log(f"time limit: {self.max_minutes:g} minutes, stopping after step {state.global_step}")
-            control.should_log = control.should_save = control.should_training_stop = True
+                control.should_log = True
+            control.should_save = control.should_training_stop = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if "eval_loss" in logs and self.log:
+        if "eval_loss" in logs:
             self.log(f"step {state.global_step}/{state.max_steps}  held-out loss {logs['eval_loss']:.4f}")
         if "loss" not in logs:
             return
         self.last_loss = logs["loss"]
-        if self.log:
-            terms = "  ".join(f"{name} {logs[name]:.3f}" for name in logs if name.endswith("loss"))
-            speed = self.sequences_per_second(state.global_step)
-            self.log(
-                f"step {state.global_step}/{state.max_steps}  {terms}  grad {logs.get('grad_norm', math.nan):.2f}  "
-                f"lr {logs['learning_rate']:.2e}  {speed:.1f} sequences/s  {self.seconds / 60:.1f} min"
-            )
+        terms = "  ".join(f"{name} {logs[name]:.3f}" for name in logs if name.endswith("loss"))
+        speed = self.sequences_per_second(state.global_step)
+        self.log(
+            f"step {state.global_step}/{state.max_steps}  {terms}  grad {logs.get('grad_norm', math.nan):.2f}  "
+            f"lr {logs['learning_rate']:.2e}  {speed:.1f} sequences/s  {self.seconds / 60:.1f} min"
+        )
 
 
 def _ranks() -> int:
@@ -210,23 +236,26 @@ def run(
     With ``approximate`` that checkpoint may be of another number of processes.
 
     Raises:  Interrupted after SIGTERM or Ctrl-C, when the run is saved; ModelError where all checkpoints are damaged,
-             or of another run; V2FlowError on a loss that is not finite, and where another process has gone.
+             or of another run; V2FlowError on a loss or gradient that is not finite, and when another process has
+             gone.
     """
+    if trainer.is_deepspeed_enabled and clock.skip_bad_steps:
+        raise ModelError(
+            f"train.skip_bad_steps is {clock.skip_bad_steps}; DeepSpeed moves the weights before a step can be judged. "
+            "Set it to 0, or launch with FSDP."
+        )
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     trainer.add_callback(clock)
+    trainer.clock = clock
     disable_progress_bar()
     checkpoint = newest_checkpoint(Path(output, "checkpoints"), log) if resume else None
     if checkpoint:
         log(f"resuming from {checkpoint}")
         state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         clock.go_on_from(checkpoint, state, approximate, log)
-        if state.global_step >= trainer.args.max_steps or clock.time_is_up:
-            # Trainer would take one more step before it noticed.
-            trainer._load_from_checkpoint(str(checkpoint))
-            trainer.state = state
-            clock.started = time.monotonic()
-            return
+        late = bool(clock.max_minutes) and clock.seconds_before > 60 * clock.max_minutes
+        trainer.finished = late or state.global_step >= trainer.args.max_steps
         trainer.first_sample = state.global_step * clock.sequences_per_step
     with stop_requested() as clock.signals, losing_contact(lambda: on_samples(trainer.place, trainer.keys)):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -278,6 +307,8 @@ def save_folder(
     if hasattr(model.config, "v2flow"):
         model.config.v2flow["weights_digest"] = weights_digest(state_dict)
     try:
+        for stale in Path(output).glob(".saving-*"):  # of a run that was killed while it saved
+            shutil.rmtree(stale)
         with tempfile.TemporaryDirectory(dir=output, prefix=".saving-") as temporary:
             model.save_pretrained(temporary, state_dict=state_dict)
             tokenizer.save_pretrained(temporary)

@@ -54,7 +54,7 @@ class TrainLoop:
     save_every: int = 500  # steps
     save_dtype: Literal["fp32", "bf16"] = "fp32"  # of the finished model on disk
     keep_checkpoints: int = 2
-    skip_bad_steps: int = 0  # non-finite losses to skip before the run stops
+    skip_bad_steps: int = 0  # steps of non-finite loss or gradient to skip before the run stops
     grid_every: int = 500  # steps between pictures of the same crops and what comes back, and one at the end; 0: none
     tracker: Literal["auto", "none", "tensorboard", "wandb"] = "auto"  # beside metrics.jsonl; auto: what is installed
 
@@ -368,6 +368,7 @@ class LMTrainLoop:
     save_every: int = 500  # steps
     eval_every: int = 0  # steps between held-out losses on the way; 0: only at the end
     keep_checkpoints: int = 1
+    skip_bad_steps: int = 0  # steps of non-finite loss or gradient to skip before the run stops; they count as steps
 
 
 @dataclass(frozen=True)

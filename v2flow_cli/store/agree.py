@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from torch import Tensor
 
 from v2flow_cli.errors import SharedError, V2FlowError
 from v2flow_cli.store.failures import Failure
@@ -53,6 +57,30 @@ def on_samples(what: str, keys: Sequence[str]) -> str:
     """``what`` happened on which samples, the first eight by name; alone where they have none."""
     more = f" and {len(keys) - 8} more" if len(keys) > 8 else ""
     return f"{what} on samples {', '.join(keys[:8])}{more}" if keys else what
+
+
+def what_is_wrong(accelerator: Accelerator, where: str, loss: Tensor, grad_norm: Any, keys: Sequence[str]) -> str:
+    """Why this step cannot be taken, the same text on every rank; empty where it can.
+
+    Args:  loss, of this rank; grad_norm, of the mean gradient; keys, of the samples that this rank saw in the step.
+    """
+    mine = "" if torch.isfinite(loss).item() else on_samples(f"{where}: the loss is not finite ({loss.item()})", keys)
+    texts = [text for text in texts_of_all(accelerator, mine) if text]
+    if not texts and not math.isfinite(float(grad_norm)):  # of the mean gradient, so every rank sees it
+        texts = [t for t in texts_of_all(accelerator, on_samples(f"{where}: the gradient is not finite", keys)) if t]
+    return "; ".join(texts)
+
+
+def skip_or_stop(wrong: str, bad_steps: int, allowed: int, checkpoints: Path, log: Callable[[str], None]) -> None:
+    """Say that step number ``bad_steps`` of the bad ones is skipped.
+
+    Raises:  SharedError when that is more than are ``allowed``.
+    """
+    if bad_steps > allowed:
+        raise SharedError(
+            f"{wrong}. Resume from {checkpoints} with a lower optimizer.learning_rate, or allow train.skip_bad_steps."
+        )
+    log(f"{wrong}; skipped, {bad_steps} of {allowed}")
 
 
 @contextmanager

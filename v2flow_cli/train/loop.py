@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -17,10 +16,17 @@ from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from v2flow_cli.errors import ModelError, SharedError, V2FlowError
+from v2flow_cli.errors import ModelError, V2FlowError
 from v2flow_cli.recipe import AutoencoderRecipe, TokenizerRecipe, dump_recipe
 from v2flow_cli.recipe.schema import TrainLoop
-from v2flow_cli.store.agree import largest, losing_contact, on_samples, raise_everywhere, texts_of_all
+from v2flow_cli.store.agree import (
+    largest,
+    losing_contact,
+    on_samples,
+    raise_everywhere,
+    skip_or_stop,
+    what_is_wrong,
+)
 from v2flow_cli.store.checkpoint import Interrupted, list_checkpoints, load_newest, save_checkpoint, stop_requested
 from v2flow_cli.store.files import publish, write_bytes
 from v2flow_cli.store.ranks import join_launch
@@ -157,14 +163,9 @@ def train(
             keys.clear()
             terms, waited = _forward_backward(accelerator, model, batches, loop.accumulate, state.step, keys, bad)
             norm = accelerator.clip_grad_norm_(objective.parameters(), recipe.optimizer.clip_norm)
-            if wrong := _what_is_wrong(accelerator, f"step {state.step}, rank {rank}", terms["loss"], norm, keys):
+            if wrong := what_is_wrong(accelerator, f"step {state.step}, rank {rank}", terms["loss"], norm, keys):
                 state.bad_steps += 1
-                if state.bad_steps > loop.skip_bad_steps:
-                    raise SharedError(
-                        f"{wrong}. Resume from {checkpoints} with a lower optimizer.learning_rate, or allow "
-                        "train.skip_bad_steps."
-                    )
-                log(f"{wrong}; skipped, {state.bad_steps} of {loop.skip_bad_steps}")
+                skip_or_stop(wrong, state.bad_steps, loop.skip_bad_steps, checkpoints, log)
                 optimizer.zero_grad(set_to_none=True)
                 restore_buffers(objective, before)
                 continue
@@ -211,6 +212,8 @@ def train(
 def _export(objective: AutoencoderObjective | TokenizerObjective, folder: Path, card: str) -> None:
     """The finished model, whole or not at all.  Raises: ModelError where it cannot be written."""
     try:
+        for stale in folder.glob(".exporting-*"):  # of a run that was killed while it exported
+            shutil.rmtree(stale)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".exporting-") as partial:
             objective.export(Path(partial))
             Path(partial, "README.md").write_text(card, encoding="utf-8")
@@ -275,15 +278,6 @@ def _next(batches: Iterator[CropBatch | LatentBatch | V2FlowError]) -> tuple[Cro
             raise
         return nothing, f"{str(error).splitlines()[0]} Resume with --resume; where memory ran out, lower data.workers."
     return (nothing, str(batch)) if isinstance(batch, V2FlowError) else (batch, "")
-
-
-def _what_is_wrong(accelerator: Accelerator, where: str, loss: Tensor, grad_norm: Any, keys: list[str]) -> str:
-    """Why this step cannot be taken, the same text on every rank; empty where it can."""
-    mine = "" if torch.isfinite(loss).item() else on_samples(f"{where}: the loss is not finite ({loss.item()})", keys)
-    texts = [text for text in texts_of_all(accelerator, mine) if text]
-    if not texts and not math.isfinite(float(grad_norm)):  # of the mean gradient, so every rank sees it
-        texts = [t for t in texts_of_all(accelerator, on_samples(f"{where}: the gradient is not finite", keys)) if t]
-    return "; ".join(texts)
 
 
 def _step_seed(seed: int, step: int, rank: int) -> int:
