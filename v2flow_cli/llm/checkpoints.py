@@ -108,9 +108,7 @@ class SafeCheckpoints(Trainer):
         torch.set_rng_state(states["cpu"])
         if "cuda" in states and torch.cuda.is_available():
             torch.cuda.set_rng_state(states["cuda"])
-        unlogged = path.with_name(f"unlogged-{self.args.process_index}.safetensors")
-        if unlogged.exists():  # earlier versions did not write it
-            self.restore_unlogged(load_file(unlogged))
+        self.restore_unlogged(load_file(path.with_name(f"unlogged-{self.args.process_index}.safetensors")))
 
     def unlogged(self) -> dict[str, Tensor]:
         """What this process has summed up for the next log line, and the step of the last one."""

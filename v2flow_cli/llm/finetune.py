@@ -26,7 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from v2flow_cli.errors import DataError, ModelError
 from v2flow_cli.llm.load import context_length, load_llm, loading
-from v2flow_cli.llm.loss import IGNORE, choice_losses, labelled_losses
+from v2flow_cli.llm.loss import IGNORE, labelled_losses
 from v2flow_cli.llm.pairs import Part, Samples, check_data, count_tokens
 from v2flow_cli.llm.pictures import SamplePictures
 from v2flow_cli.llm.sequences import collate, prompt_frame
@@ -48,69 +48,58 @@ from v2flow_cli.tokenizer import V2FlowTokenizer
 from v2flow_cli.tokenizer.hardware import describe_hardware
 
 HELD_OUT_MAX = 512  # images that the held-out loss is taken on
-SUMS = ("text", "visual", "contrast")  # what is logged apart; nats a token, of the last a picture
-TEXT, VISUAL, CONTRAST = range(3)
 TOKEN_COUNTS = "token_counts.npy"  # (K,): how often each code was trained on, beside the weights
 
 
 class DrawingTrainer(LMTrainer):
-    """Cross-entropy of the labelled positions, z-loss and contrast; text and visual losses are logged apart.
+    """Cross-entropy of the labelled positions, and z-loss; text and visual losses are logged apart.
 
     The loss of a step is the mean over its labels in all micro-batches and processes, however they are split.
     """
 
-    def __init__(
-        self, *args: Any, vocabulary: VisualVocabulary, z_loss: float, contrast: float = 0.0, **kwargs: Any
-    ) -> None:
+    def __init__(self, *args: Any, vocabulary: VisualVocabulary, z_loss: float, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.vocabulary, self.z_loss, self.contrast = vocabulary, z_loss, contrast
+        self.vocabulary, self.z_loss = vocabulary, z_loss
         self.model_accepts_loss_kwargs = True  # compute_loss divides by all labels of the step, so Trainer must not
         self.head = self.model.get_output_embeddings()
         self.router_weight = getattr(self.model.config, "router_aux_loss_coef", 0.0)
-        self.sums = torch.zeros(3, 2)  # losses and counts since the last log line, see SUMS
+        self.sums = torch.zeros(2, 2)  # losses and labels of text, and of visual tokens, since the last log line
 
     def get_train_dataloader(self) -> DataLoader:
         """Every process reads its own batches of the one order, from where a resumed run goes on."""
         batch = self._train_batch_size
         self.train_dataset.part = Part(self.first_sample, batch, self.args.process_index, self.args.world_size)
-        together = functools.partial(self.data_collator, swapped=self.contrast > 0)
         # With a generator of its own the loader draws nothing from the one that a resume restores.
-        return DataLoader(self.train_dataset, batch_size=batch, collate_fn=together, generator=torch.Generator())
+        own = torch.Generator()
+        return DataLoader(self.train_dataset, batch_size=batch, collate_fn=self.data_collator, generator=own)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Tensor]:
         """The micro-batches of a step, and how many labels it has over all processes."""
         batches, _ = super().get_batch_samples(*args, **kwargs)
         self.keys = [key for batch in batches for key in batch["keys"]]
-        own = (batch["labels"][: len(batch["labels"]) - len(batch["swapped_from"]), 1:] for batch in batches)
-        count = torch.tensor(sum(int((labels != IGNORE).sum()) for labels in own))
+        count = torch.tensor(sum(int((batch["labels"][:, 1:] != IGNORE).sum()) for batch in batches))
         return batches, self.accelerator.reduce(count.to(self.args.device))
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         found = labelled_losses(model, self.head, inputs["input_ids"], inputs["labels"])
-        swapped_from = inputs["swapped_from"]
-        own = found.rows < len(inputs["labels"]) - len(swapped_from)
-        losses, visual = found.losses[own], self.vocabulary.is_visual(found.targets)
+        losses = found.losses
         if model.training:
-            self._count(TEXT, losses.detach()[~visual[own]])
-            self._count(VISUAL, losses.detach()[visual[own]])
+            self._count(losses.detach(), self.vocabulary.is_visual(found.targets))
         if self.z_loss:
-            losses = losses + self.z_loss * found.logits[own].logsumexp(-1).square()
-        if len(swapped_from):
-            choices = choice_losses(found.losses * visual, found.rows, len(inputs["labels"]), swapped_from)
-            self._count(CONTRAST, choices.detach())
-            losses = torch.cat([losses, self.contrast * choices])
+            losses = losses + self.z_loss * found.logits.logsumexp(-1).square()
         if num_items_in_batch is None:
-            loss = losses.sum() / own.sum()
+            loss = losses.mean()
         else:  # gradients are averaged over processes, so the sum over them is asked for
             loss = losses.sum() * self.accelerator.num_processes / num_items_in_batch
         if self.router_weight and getattr(found.outputs, "aux_loss", None) is not None:
             loss = loss + self.router_weight * found.outputs.aux_loss / self.args.gradient_accumulation_steps
         return (loss, found.outputs) if return_outputs else loss
 
-    def _count(self, row: int, losses: Tensor) -> None:
-        self.sums[row] += torch.tensor([float(losses.sum()), len(losses)])
+    def _count(self, losses: Tensor, visual: Tensor) -> None:
+        for row, chosen in enumerate((~visual, visual)):
+            self.sums[row] += torch.tensor([float(losses[chosen].sum()), float(chosen.sum())])
 
     def unlogged(self) -> dict[str, Tensor]:
         return {**super().unlogged(), "sums": self.sums.clone()}
@@ -122,7 +111,7 @@ class DrawingTrainer(LMTrainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
             sums = self.accelerator.reduce(self.sums.to(self.args.device)).tolist()
-            for name, (total, count) in zip(SUMS, sums):
+            for name, (total, count) in zip(("text", "visual"), sums):
                 if count:
                     logs[f"{name}_loss"] = total / count
             self.sums.zero_()
@@ -147,8 +136,7 @@ def finetune(recipe: FinetuneRecipe, *, log: Log, resume: bool = False, approxim
     codebook_size = image_tokenizer.config.codebook_size
     captions = recipe.data.image_to_text_share > 0
     if recipe.new_rows == "kept":
-        vocabulary = VisualVocabulary.of(model.config, recipe.llm)
-        vocabulary.check_tokenizer(image_tokenizer.token_digest, recipe.llm, "--set tokenizer=FOLDER")
+        vocabulary = _kept_vocabulary(model.config, recipe, image_tokenizer)
         vocabulary = dataclasses.replace(vocabulary, captions=captions or vocabulary.captions)
     else:
         offset = model.get_input_embeddings().weight.shape[0]
@@ -193,7 +181,6 @@ def finetune(recipe: FinetuneRecipe, *, log: Log, resume: bool = False, approxim
         data_collator=functools.partial(collate, pad_id=pad_id),
         vocabulary=vocabulary,
         z_loss=recipe.z_loss,
-        contrast=recipe.contrast,
     )
     if recipe.sample_every:
         prompts, place = recipe.sample_prompts, recipe.output
@@ -228,9 +215,7 @@ def plan(recipe: FinetuneRecipe) -> dict[str, int | float]:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
     if recipe.new_rows == "kept":
-        vocabulary = VisualVocabulary.of(config, recipe.llm)
-        vocabulary.check_tokenizer(image_tokenizer.token_digest, recipe.llm, "--set tokenizer=FOLDER")
-        offset = vocabulary.visual_token_offset
+        offset = _kept_vocabulary(config, recipe, image_tokenizer).visual_token_offset
     else:
         offset = model.get_input_embeddings().weight.shape[0]
         model.resize_token_embeddings(offset + image_tokenizer.config.codebook_size + 2, mean_resizing=False)
@@ -244,6 +229,13 @@ def plan(recipe: FinetuneRecipe) -> dict[str, int | float]:
     return {"images": images, "tokens_per_image": length} | estimate(
         recipe.train, parameters, trained, sequence, vocab_size, config
     )
+
+
+def _kept_vocabulary(config: Any, recipe: FinetuneRecipe, image_tokenizer: V2FlowTokenizer) -> VisualVocabulary:
+    """That of an LLM that draws already.  Raises: ModelError if it does not, or draws another tokenizer's tokens."""
+    vocabulary = VisualVocabulary.of(config, recipe.llm)
+    vocabulary.check_tokenizer(image_tokenizer.token_digest, recipe.llm, "--set tokenizer=FOLDER")
+    return vocabulary
 
 
 def check_context(config: Any, vocabulary: VisualVocabulary, caption_tokens: int) -> None:

@@ -35,15 +35,3 @@ def labelled_losses(model: nn.Module, head: nn.Module, input_ids: Tensor, labels
     logits = outputs.logits.float()
     rows = learned.nonzero()[:, 0]
     return LabelledLosses(rows, targets, F.cross_entropy(logits, targets, reduction="none"), logits, outputs)
-
-
-def choice_losses(losses: Tensor, rows: Tensor, count: int, swapped_from: Tensor) -> Tensor:
-    """-log P(own caption | tokens), (P,) nats: by Bayes' rule, with its own and the other one equally likely before.
-
-    Args:  losses, nats of the M labels that speak of the picture, with their ``rows`` of the ``count`` of a batch; its
-           last P repeat the answers of the rows ``swapped_from`` (P,) after the captions of others.
-    Departs (D16): the paper has the likelihood of the tokens alone. That hardly asks for the caption, which tells less
-    of a token than its neighbours do; this asks for nothing else. After arXiv 2410.09347, without a reference model.
-    """
-    totals = losses.new_zeros(count).index_add(0, rows, losses)
-    return F.softplus(totals[swapped_from] - totals[count - len(swapped_from) :])

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from v2flow_cli.errors import ModelError
@@ -77,9 +78,8 @@ def sample(
     train_on_prompt: bool = False,
     read_ids: np.ndarray | None = None,
     learned: np.ndarray | None = None,
-) -> dict[str, Any]:
-    """input_ids and labels, each (T,), of a caption's ids and an image's (L,): to draw it, or ``to_text``; and the
-    number of ids of the ``prompt``, 0 where there is no caption to draw from.
+) -> dict[str, Tensor]:
+    """input_ids and labels, each (T,), of a caption's ids and an image's (L,): to draw it, or ``to_text``.
 
     Args:  to draw it, the LLM may be given other ``read_ids`` (L,) than those it has to predict, and may have to
            predict only those where ``learned`` (L,) is True.
@@ -95,28 +95,16 @@ def sample(
         labels[picture][torch.from_numpy(~learned)] = IGNORE
     if read_ids is not None and not to_text:
         input_ids[picture] = torch.tensor(_visual(vocabulary, read_ids))
-    return {"input_ids": input_ids, "labels": labels, "prompt": 0 if to_text or not len(words) else len(prompt)}
+    return {"input_ids": input_ids, "labels": labels}
 
 
-def collate(samples: Sequence[dict[str, Any]], pad_id: int, swapped: bool = False) -> dict[str, Any]:
-    """A batch (B, T) padded on the right, which causal attention never looks at: no mask is needed; and keys.
-
-    With ``swapped`` there are more rows, (B + P, T): the answers of the P samples with a caption, each after the prompt
-    of the next such sample. ``swapped_from`` (P,) says which rows they repeat.
-    """
-    rows = [(s["input_ids"], s["labels"]) for s in samples]
-    captioned = [i for i, s in enumerate(samples) if s["prompt"]] if swapped else []
-    captioned = captioned if len(captioned) > 1 else []
-    for own, other in zip(captioned, captioned[1:] + captioned[:1]):
-        (ids, labels), (other_ids, other_labels) = rows[own], rows[other]
-        start, prompt = samples[own]["prompt"], slice(0, samples[other]["prompt"])
-        rows.append((torch.cat([other_ids[prompt], ids[start:]]), torch.cat([other_labels[prompt], labels[start:]])))
+def collate(samples: Sequence[dict[str, Any]], pad_id: int) -> dict[str, Any]:
+    """A batch (B, T) padded on the right, which causal attention never looks at: no mask is needed; and keys."""
     pad = torch.nn.utils.rnn.pad_sequence
     return {
-        "input_ids": pad([ids for ids, _ in rows], batch_first=True, padding_value=pad_id),
-        "labels": pad([labels for _, labels in rows], batch_first=True, padding_value=IGNORE),
+        "input_ids": pad([s["input_ids"] for s in samples], batch_first=True, padding_value=pad_id),
+        "labels": pad([s["labels"] for s in samples], batch_first=True, padding_value=IGNORE),
         "keys": [s["key"] for s in samples if "key" in s],
-        "swapped_from": torch.tensor(captioned, dtype=torch.int64),
     }
 
 

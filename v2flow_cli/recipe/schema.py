@@ -451,7 +451,6 @@ class FinetuneRecipe:
     optimizer: Optimizer
     train: LMTrainLoop
     output: str  # folder of the trained model
-    contrast: float = 0.0  # weight of telling a picture's caption from another's, at twice the cost; 0: not asked
     sample_every: int = 0  # steps between sample pictures in OUTPUT/samples; 0 draws none
     sample_prompts: tuple[str, ...] = ("a red fox", "a boat on the sea")  # what they show
 
@@ -468,8 +467,6 @@ class FinetuneRecipe:
             yield "data.token_noise must be a share in [0, 1], and data.label_share one in (0, 1]"
         if data.max_caption_tokens < 1 or data.shuffle_window < 1 or min(data.lengths, default=1) < 1:
             yield "data.max_caption_tokens, data.shuffle_window and data.lengths must be at least 1"
-        if self.contrast < 0 or (self.contrast and self.train.batch_size // self.train.accumulate < 2):
-            yield f"contrast is {self.contrast}; expected at least 0, and if above 2 samples in batch_size / accumulate"
         if self.sample_every < 0 or (self.sample_every and not any(p.strip() for p in self.sample_prompts)):
             yield "sample_every must be 0 or more, and sample_prompts not empty where pictures are drawn"
         yield from _lm_loop_problems(self.train)
