@@ -26,7 +26,7 @@ from transformers import Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from v2flow_cli.errors import ModelError
-from v2flow_cli.store.files import sha256_of
+from v2flow_cli.store.files import flush, sha256_of
 
 HASHES = "sha256.json"
 STAGING = ".partial"
@@ -126,12 +126,18 @@ class SafeCheckpoints(Trainer):
 
 
 def seal(folder: Path, root: Path, keep: int) -> None:
-    """Hash every file of a finished ``folder``, move it into ``root``, and drop all but the newest ``keep`` there."""
+    """Hash every file of a finished ``folder``, move it into ``root``, and drop all but the newest ``keep`` there.
+
+    It has its name only when all of it is on the disk.
+    """
     hashes = {path.relative_to(folder).as_posix(): sha256_of(path) for path in folder.rglob("*") if path.is_file()}
     (folder / HASHES).write_text(json.dumps(hashes, indent=1), encoding="utf-8")
+    for path in (*folder.rglob("*"), folder):
+        flush(path)
     final = root / folder.name
     shutil.rmtree(final, ignore_errors=True)
     os.replace(folder, final)
+    flush(root)
     shutil.rmtree(folder.parent)
     for old in list_checkpoints(root)[:-keep]:
         shutil.rmtree(old)

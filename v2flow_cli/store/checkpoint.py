@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from v2flow_cli.errors import ModelError
-from v2flow_cli.store.files import sha256_of
+from v2flow_cli.store.files import flush, sha256_of
 
 FORMAT_VERSION = 1
 
@@ -57,26 +57,17 @@ def save_checkpoint(
         record = {"format_version": FORMAT_VERSION, "step": step, "sha256": hashes, "state": dict(state)}
         (partial / "state.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
         for path in (*partial.iterdir(), partial):
-            _flush(path)
+            flush(path)
         if final.exists():  # a damaged one, that the run went back behind
             shutil.rmtree(final)
         os.replace(partial, final)
-        _flush(root)
+        flush(root)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise ModelError(f"{final}: the checkpoint cannot be written ({error}). Earlier ones are untouched.") from None
     for old in list_checkpoints(root)[:-keep]:
         shutil.rmtree(old)
     return final
-
-
-def _flush(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def list_checkpoints(root: Path) -> list[Path]:

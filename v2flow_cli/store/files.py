@@ -82,6 +82,15 @@ def map_ahead(function: Callable[[Item], Result], items: Iterable[Item], workers
         pool.shutdown(cancel_futures=True)
 
 
+def flush(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def sha256_of(path: Path) -> str:
     digest = hashlib.sha256()
     with open(path, "rb") as file:
