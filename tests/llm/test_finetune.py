@@ -192,9 +192,12 @@ def test_checkpoints_hold_no_pickle_and_damage_is_found(recipe, tmp_path):
 
 
 def test_what_a_killed_save_left_is_removed(recipe):
-    Path(recipe.output, ".saving-killed", "half").mkdir(parents=True)
-    finetune(recipe, log=print)
-    assert not list(Path(recipe.output).glob(".*"))
+    left = [Path(recipe.output, ".saving-killed", "half"), Path(recipe.output, "checkpoints/.partial/checkpoint-3")]
+    for resume in (False, True):  # a run that goes on, and one whose steps were all done
+        for folder in left:
+            folder.mkdir(parents=True)
+        finetune(recipe, log=print, resume=resume)
+        assert not list(Path(recipe.output).rglob(".*"))
 
 
 @pytest.mark.parametrize("point", POINTS)

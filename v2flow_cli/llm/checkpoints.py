@@ -42,9 +42,6 @@ class SafeCheckpoints(Trainer):
         """Write to a staging folder, which gets its name when every process is done with it."""
         root, staging = Path(self.args.output_dir), Path(self.args.output_dir, STAGING)
         try:
-            if self.args.should_save:
-                shutil.rmtree(staging, ignore_errors=True)
-            self.accelerator.wait_for_everyone()
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
@@ -141,6 +138,11 @@ def seal(folder: Path, root: Path, keep: int) -> None:
     shutil.rmtree(folder.parent)
     for old in list_checkpoints(root)[:-keep]:
         shutil.rmtree(old)
+
+
+def remove_unsealed(root: Path) -> None:
+    """Remove what a killed run left of a checkpoint: by one process, before the training starts."""
+    shutil.rmtree(root / STAGING, ignore_errors=True)
 
 
 def list_checkpoints(root: Path) -> list[Path]:

@@ -20,7 +20,7 @@ from transformers.trainer_callback import ExportableState, PrinterCallback, Prog
 from transformers.utils.logging import disable_progress_bar
 
 from v2flow_cli.errors import ModelError
-from v2flow_cli.llm.checkpoints import SafeCheckpoints, list_checkpoints, newest_checkpoint
+from v2flow_cli.llm.checkpoints import SafeCheckpoints, list_checkpoints, newest_checkpoint, remove_unsealed
 from v2flow_cli.recipe.schema import LMTrainLoop, Optimizer
 from v2flow_cli.store.agree import losing_contact, on_samples, skip_or_stop, what_is_wrong
 from v2flow_cli.store.checkpoint import Interrupted, stop_requested
@@ -250,6 +250,8 @@ def run(
     trainer.clock = clock
     disable_progress_bar()
     checkpoint = newest_checkpoint(Path(output, "checkpoints"), log) if resume else None
+    if trainer.args.should_save:
+        remove_unsealed(Path(output, "checkpoints"))
     if checkpoint:
         log(f"resuming from {checkpoint}")
         state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
