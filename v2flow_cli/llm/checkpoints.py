@@ -23,7 +23,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Trainer
-from transformers.trainer import TRAINING_ARGS_NAME
 
 from v2flow_cli.errors import ModelError
 from v2flow_cli.store.files import flush, sha256_of
@@ -59,8 +58,9 @@ class SafeCheckpoints(Trainer):
         return self.args.save_total_limit or 1
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict=state_dict)
-        Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle
+        """Weights and config; Trainer's own would also pickle its arguments and write them beside."""
+        if self.args.should_save:
+            self.model.save_pretrained(output_dir or self.args.output_dir, state_dict=state_dict)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self._sharded:
