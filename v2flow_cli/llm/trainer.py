@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +23,7 @@ from v2flow_cli.llm.checkpoints import SafeCheckpoints, list_checkpoints, newest
 from v2flow_cli.recipe.schema import LMTrainLoop, Optimizer
 from v2flow_cli.store.agree import losing_contact, on_samples, skip_or_stop, what_is_wrong
 from v2flow_cli.store.checkpoint import Interrupted, stop_requested
+from v2flow_cli.store.files import publishing
 from v2flow_cli.store.ranks import join_launch
 from v2flow_cli.store.resume import check_same_ranks, check_same_recipe
 from v2flow_cli.tokenizer.hardware import pick_device, pick_dtype
@@ -309,16 +309,11 @@ def save_folder(
     if hasattr(model.config, "v2flow"):
         model.config.v2flow["weights_digest"] = weights_digest(state_dict)
     try:
-        for stale in Path(output).glob(".saving-*"):  # of a run that was killed while it saved
-            shutil.rmtree(stale)
-        with tempfile.TemporaryDirectory(dir=output, prefix=".saving-") as temporary:
-            model.save_pretrained(temporary, state_dict=state_dict)
-            tokenizer.save_pretrained(temporary)
+        with publishing(Path(output), ".saving-") as partial:
+            model.save_pretrained(partial, state_dict=state_dict)
+            tokenizer.save_pretrained(partial)
             for name, content in files.items():
-                Path(temporary, name).write_bytes(content.encode() if isinstance(content, str) else content)
-            # config.json last: a folder that has it is complete
-            for path in sorted(Path(temporary).iterdir(), key=lambda p: p.name == "config.json"):
-                os.replace(path, Path(output, path.name))
+                (partial / name).write_bytes(content.encode() if isinstance(content, str) else content)
     except Exception as error:  # safetensors and tokenizers have kinds of their own for a full disk
         raise ModelError(f"{output}: the model cannot be written ({error}). Make room, then --resume.") from error
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import shutil
+import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -49,14 +51,20 @@ def remove_partials(folder: Path) -> None:
             partial.unlink()
 
 
-def publish(source: Path, target: Path, last: str = "config.json") -> None:
-    """Move the files of folder ``source`` into ``target``, ``last`` as the last: a folder that has it is complete.
+@contextlib.contextmanager
+def publishing(target: Path, prefix: str) -> Iterator[Path]:
+    """A folder to fill; its files move into ``target`` when the block ends well, last ``config.json``: all is there.
 
+    What killed writers left in ``target`` under this ``prefix`` is removed; nobody else may be writing there.
     Raises: OSError.
     """
     target.mkdir(parents=True, exist_ok=True)
-    for path in sorted(source.iterdir(), key=lambda p: p.name == last):
-        os.replace(path, target / path.name)
+    for stale in target.glob(f"{prefix}*"):
+        shutil.rmtree(stale)
+    with tempfile.TemporaryDirectory(dir=target, prefix=prefix) as partial:
+        yield Path(partial)
+        for path in sorted(Path(partial).iterdir(), key=lambda p: p.name == "config.json"):
+            os.replace(path, target / path.name)
 
 
 def check_absent(paths: Iterable[Path], force: bool) -> None:

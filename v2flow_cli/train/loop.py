@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -28,7 +26,7 @@ from v2flow_cli.store.agree import (
     what_is_wrong,
 )
 from v2flow_cli.store.checkpoint import Interrupted, list_checkpoints, load_newest, save_checkpoint, stop_requested
-from v2flow_cli.store.files import publish, write_bytes
+from v2flow_cli.store.files import publishing, write_bytes
 from v2flow_cli.store.ranks import join_launch
 from v2flow_cli.store.resume import check_same_ranks, check_same_recipe
 from v2flow_cli.tokenizer.hardware import pick_dtype
@@ -212,12 +210,9 @@ def train(
 def _export(objective: AutoencoderObjective | TokenizerObjective, folder: Path, card: str) -> None:
     """The finished model, whole or not at all.  Raises: ModelError where it cannot be written."""
     try:
-        for stale in folder.glob(".exporting-*"):  # of a run that was killed while it exported
-            shutil.rmtree(stale)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".exporting-") as partial:
-            objective.export(Path(partial))
-            Path(partial, "README.md").write_text(card, encoding="utf-8")
-            publish(Path(partial), folder)
+        with publishing(folder, ".exporting-") as partial:
+            objective.export(partial)
+            (partial / "README.md").write_text(card, encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{folder}: the model cannot be written ({error}). Make room, then --resume.") from None
 
