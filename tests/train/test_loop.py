@@ -143,6 +143,29 @@ def test_starting_from_another_tokenizer(world, tmp_path):
         )
 
 
+def test_a_deeper_decoder_starts_as_the_given_one(world, tmp_path):
+    done = train(recipe(world, "tokenizer", tmp_path / "t", "train.steps=3"), resume=False, log=quiet)
+    given = V2FlowTokenizer.from_pretrained(done.folder)
+    depths = given.config.section("context")
+    start = (f"init_from={done.folder}", "freeze_tokens=true")
+    deeper = (f"context.encoder_depth={depths.encoder_depth + 2}", f"context.decoder_depth={depths.decoder_depth + 1}")
+    made = recipe(world, "tokenizer", tmp_path / "u", *start, *deeper, "train.steps=3")
+    grown = build_objective(made).model.eval()
+    ids = given.encode(torch.rand(2, 3, 64, 64) * 2 - 1)
+    for rounds in (1, 3):
+        assert torch.allclose(
+            grown.decode(ids, num_mask_steps=rounds), given.decode(ids, num_mask_steps=rounds), atol=1e-5
+        )
+    trained = V2FlowTokenizer.from_pretrained(train(made, resume=False, log=quiet).folder)
+    assert trained.token_digest == given.token_digest
+    new = {k: v for k, v in trained.state_dict().items() if k not in given.state_dict()}
+    for name, value in new.items():  # all of what was added is learned, from the first step on
+        assert value.any(), name
+    shallow = (f"init_from={tmp_path / 'u'}", f"context.encoder_depth={depths.encoder_depth}")
+    with pytest.raises(ModelError, match=r"context\.encoder_depth is \d, but the recipe says \d"):
+        build_objective(recipe(world, "tokenizer", tmp_path / "v", *shallow))
+
+
 def test_without_a_vocabulary_and_with_ddim(world, tmp_path):
     more = ["vocabulary.llm=none", "flow.formulation=ddim", "sampling.solver=ddim", "train.steps=2"]
     done = train(recipe(world, "tokenizer", tmp_path / "n", *more), resume=False, log=quiet)

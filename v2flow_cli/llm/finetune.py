@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, set_seed
 
 from v2flow_cli.errors import DataError, ModelError
+from v2flow_cli.llm.gist import gist_loss, middle_layer
 from v2flow_cli.llm.load import context_length, load_llm, loading
 from v2flow_cli.llm.loss import IGNORE, labelled_losses
 from v2flow_cli.llm.pairs import Part, Samples, check_data, count_tokens
@@ -52,18 +53,22 @@ TOKEN_COUNTS = "token_counts.npy"  # (K,): how often each code was trained on, b
 
 
 class DrawingTrainer(LMTrainer):
-    """Cross-entropy of the labelled positions, and z-loss; text and visual losses are logged apart.
+    """Cross-entropy of the labelled positions, z-loss and gist loss; text, visual and gist losses are logged apart.
 
-    The loss of a step is the mean over its labels in all micro-batches and processes, however they are split.
+    The loss of a step is the mean over its labels in all micro-batches and processes, however they are split. The
+    gist is learned against the other pictures of the same micro-batch.
     """
 
-    def __init__(self, *args: Any, vocabulary: VisualVocabulary, z_loss: float, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, vocabulary: VisualVocabulary, z_loss: float = 0.0, gist: float = 0.0, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
-        self.vocabulary, self.z_loss = vocabulary, z_loss
+        self.vocabulary, self.z_loss, self.gist = vocabulary, z_loss, gist
+        self.middle = middle_layer(self.model) if gist else None
         self.model_accepts_loss_kwargs = True  # compute_loss divides by all labels of the step, so Trainer must not
         self.head = self.model.get_output_embeddings()
         self.router_weight = getattr(self.model.config, "router_aux_loss_coef", 0.0)
-        self.sums = torch.zeros(2, 2)  # losses and labels of text, and of visual tokens, since the last log line
+        self.sums = torch.zeros(3, 2)  # losses and labels of text, of visual tokens, of gists, since the last log line
 
     def get_train_dataloader(self) -> DataLoader:
         """Every process reads its own batches of the one order, from where a resumed run goes on."""
@@ -83,23 +88,34 @@ class DrawingTrainer(LMTrainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        found = labelled_losses(model, self.head, inputs["input_ids"], inputs["labels"])
+        asked = (inputs["pictures"] >= 0).any(1)
+        early = None
+        if self.middle is not None and model.training and asked.any():
+            early = self.middle, asked[:, None] & (inputs["input_ids"] == self.vocabulary.begin_image_id)
+        found = labelled_losses(model, self.head, inputs["input_ids"], inputs["labels"], early)
         losses = found.losses
         if model.training:
-            self._count(losses.detach(), self.vocabulary.is_visual(found.targets))
+            visual = self.vocabulary.is_visual(found.targets)
+            self._count(0, losses[~visual])
+            self._count(1, losses[visual])
         if self.z_loss:
             losses = losses + self.z_loss * found.logits.logsumexp(-1).square()
         if num_items_in_batch is None:
             loss = losses.mean()
         else:  # gradients are averaged over processes, so the sum over them is asked for
             loss = losses.sum() * self.accelerator.num_processes / num_items_in_batch
+        if early is not None:
+            first = self.vocabulary.visual_token_offset
+            codes = found.early[:, first : first + self.vocabulary.codebook_size]
+            gist = gist_loss(codes, inputs["pictures"][asked])
+            self._count(2, gist[None])
+            loss = loss + self.gist * gist / self.args.gradient_accumulation_steps
         if self.router_weight and getattr(found.outputs, "aux_loss", None) is not None:
             loss = loss + self.router_weight * found.outputs.aux_loss / self.args.gradient_accumulation_steps
         return (loss, found.outputs) if return_outputs else loss
 
-    def _count(self, losses: Tensor, visual: Tensor) -> None:
-        for row, chosen in enumerate((~visual, visual)):
-            self.sums[row] += torch.tensor([float(losses[chosen].sum()), float(chosen.sum())])
+    def _count(self, row: int, losses: Tensor) -> None:
+        self.sums[row] += torch.tensor([float(losses.detach().sum()), float(len(losses))])
 
     def unlogged(self) -> dict[str, Tensor]:
         return {**super().unlogged(), "sums": self.sums.clone()}
@@ -111,7 +127,9 @@ class DrawingTrainer(LMTrainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
             sums = self.accelerator.reduce(self.sums.to(self.args.device)).tolist()
-            for name, (total, count) in zip(("text", "visual"), sums):
+            answers = sums[:2]  # what Trainer took the mean of has the other losses in it
+            logs["loss"] = sum(total for total, _ in answers) / max(1, sum(count for _, count in answers))
+            for name, (total, count) in zip(("text", "visual", "gist"), sums):
                 if count:
                     logs[f"{name}_loss"] = total / count
             self.sums.zero_()
@@ -181,6 +199,7 @@ def finetune(recipe: FinetuneRecipe, *, log: Log, resume: bool = False, approxim
         data_collator=functools.partial(collate, pad_id=pad_id),
         vocabulary=vocabulary,
         z_loss=recipe.z_loss,
+        gist=recipe.gist_loss,
     )
     if recipe.sample_every:
         prompts, place = recipe.sample_prompts, recipe.output

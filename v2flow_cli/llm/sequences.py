@@ -81,6 +81,8 @@ def sample(
 ) -> dict[str, Tensor]:
     """input_ids and labels, each (T,), of a caption's ids and an image's (L,): to draw it, or ``to_text``.
 
+    And ``picture`` (L,), the image's ids where a caption asks for it; else (0,).
+
     Args:  to draw it, the LLM may be given other ``read_ids`` (L,) than those it has to predict, and may have to
            predict only those where ``learned`` (L,) is True.
     """
@@ -95,15 +97,20 @@ def sample(
         labels[picture][torch.from_numpy(~learned)] = IGNORE
     if read_ids is not None and not to_text:
         input_ids[picture] = torch.tensor(_visual(vocabulary, read_ids))
-    return {"input_ids": input_ids, "labels": labels}
+    foretold = token_ids[:0] if to_text or not words else token_ids
+    return {"input_ids": input_ids, "labels": labels, "picture": torch.from_numpy(foretold.astype(np.int64))}
 
 
 def collate(samples: Sequence[dict[str, Any]], pad_id: int) -> dict[str, Any]:
-    """A batch (B, T) padded on the right, which causal attention never looks at: no mask is needed; and keys."""
+    """A batch (B, T) padded on the right, which causal attention never looks at: no mask is needed; and keys.
+
+    Pictures (B, L) end with -1.
+    """
     pad = torch.nn.utils.rnn.pad_sequence
     return {
         "input_ids": pad([s["input_ids"] for s in samples], batch_first=True, padding_value=pad_id),
         "labels": pad([s["labels"] for s in samples], batch_first=True, padding_value=IGNORE),
+        "pictures": pad([s["picture"] for s in samples], batch_first=True, padding_value=-1),
         "keys": [s["key"] for s in samples if "key" in s],
     }
 

@@ -288,7 +288,7 @@ class TokenizerRecipe:
     optimizer: Optimizer
     train: TrainLoop
     output: str  # folder of the trained model
-    init_from: str = ""  # a tokenizer folder to start from, of the same shapes
+    init_from: str = ""  # a tokenizer folder to start from, of the same shapes; the context may be deeper
     freeze_tokens: bool = False  # train the decoder alone; every id keeps its meaning
 
     def problems(self) -> Iterator[str]:
@@ -451,6 +451,7 @@ class FinetuneRecipe:
     optimizer: Optimizer
     train: LMTrainLoop
     output: str  # folder of the trained model
+    gist_loss: float = 0.0  # weight: the prompt halfway up the LLM foretells all of the picture's tokens
     sample_every: int = 0  # steps between sample pictures in OUTPUT/samples; 0 draws none
     sample_prompts: tuple[str, ...] = ("a red fox", "a boat on the sea")  # what they show
 

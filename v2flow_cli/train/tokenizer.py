@@ -161,7 +161,11 @@ def _build(recipe: TokenizerRecipe) -> V2FlowTokenizer:
 
 
 def _continue(recipe: TokenizerRecipe) -> V2FlowTokenizer:
-    """The weights of ``init_from`` under the settings of the recipe: another stage, not the old one resumed."""
+    """The weights of ``init_from`` under the settings of the recipe: another stage, not the old one resumed.
+
+    A deeper decoder starts as the given one: the blocks that it has more pass everything through unchanged at first
+    (arXiv 1511.05641).
+    """
     start = V2FlowTokenizer.from_pretrained(recipe.init_from)
     _check_same_shapes(start.config, recipe)
     vocab_size, code_size = start.config.vocab_shape
@@ -169,12 +173,28 @@ def _continue(recipe: TokenizerRecipe) -> V2FlowTokenizer:
     if recipe.freeze_tokens:
         _keep_encoder_settings(config, start.config, recipe.init_from)
     model = V2FlowTokenizer(config)
-    weights = start.state_dict()
+    weights = start.state_dict() | _new_blocks(model, start.config)
     other = sorted(set(weights) ^ set(model.state_dict()))
     if other:
         raise ModelError(f"{recipe.init_from}: its weights are not those of the recipe; {other[0]} is in one alone.")
     model.load_state_dict(weights)
     return model
+
+
+def _new_blocks(model: V2FlowTokenizer, given: V2FlowConfig) -> dict[str, Tensor]:
+    """Weights of the decoder's blocks that the given config does not have, adding nothing to what they are given."""
+    if model.config.context is None:
+        return {}
+    before, weights = given.section("context"), dict[str, Tensor]()
+    for part, depth in (("encoder", before.encoder_depth), ("decoder", before.decoder_depth)):
+        for number, block in enumerate(getattr(model.context, part)):
+            if number < depth:
+                continue
+            for last in (block.out, block.mlp[-1]):
+                nn.init.zeros_(last.weight)
+                nn.init.zeros_(last.bias)
+            weights |= {f"context.{part}.{number}.{name}": value for name, value in block.state_dict().items()}
+    return weights
 
 
 def _keep_encoder_settings(config: V2FlowConfig, given: V2FlowConfig, where: str) -> None:
@@ -199,12 +219,15 @@ def _check_same_shapes(config: V2FlowConfig, recipe: TokenizerRecipe) -> None:
         ours, theirs = getattr(recipe, name), config.section(name)
         for key in SHAPES:
             found, wanted = getattr(theirs, key, None), getattr(ours, key, None)
-            if found != wanted:
+            deeper = name == "context" and key in DEPTHS and (wanted or 0) > (found or 0) > 0
+            if found != wanted and not deeper:
                 raise ModelError(
                     f"{recipe.init_from}: {name}.{key} is {found}, but the recipe says {wanted}. "
                     "Use the recipe saved beside that model, or drop init_from."
                 )
 
+
+DEPTHS = ("encoder_depth", "decoder_depth")  # of the context, which may grow
 
 # Keys of a section that decide the shapes of its weights.
 SHAPES = (
