@@ -112,10 +112,12 @@ def curves() -> None:
         ("stage 4: regression loss", series(RUNS / "tokenizer_256" / "metrics.jsonl", "train/regression_loss")),
         ("stage 5: PSNR on training photos, dB", series(RUNS / "tokenizer" / "metrics.jsonl", "train/psnr_db")),
         ("stage 7: nats a visual token", history(RUNS / "llm", "visual_loss")),
+        ("stages 8 to 10: nats a visual token", joined("visual_loss", "llm_gist", "llm_clean", "llm_last")),
+        ("stages 8 to 10: gist loss, nats", joined("gist_loss", "llm_gist", "llm_clean", "llm_last")),
     ]
     width, height, gap = 300, 200, 44
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {2 * (width + gap)} {2 * (height + gap)}" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {2 * (width + gap)} {3 * (height + gap)}" '
         'font-family="sans-serif" font-size="11" fill="#333"><rect width="100%" height="100%" fill="#fff"/>'
     ]
     for number, (title, points) in enumerate(panels):
@@ -146,6 +148,15 @@ def history(run: Path, name: str) -> list[tuple[int, float]]:
     newest = max((run / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     log = json.loads((newest / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
     return [(line["step"], line[name]) for line in log if name in line]
+
+
+def joined(name: str, *runs: str) -> list[tuple[int, float]]:
+    """(step, value) of one figure in fine-tunings that followed each other."""
+    points: list[tuple[int, float]] = []
+    for run in runs:
+        before = points[-1][0] if points else 0
+        points += [(before + step, value) for step, value in history(RUNS / run, name)]
+    return points
 
 
 FIGURES = {f.__name__: f for f in (curves, reconstructions, tradeoff, drawings)}
