@@ -9,8 +9,6 @@ upper half of the LLM, which draws, can look it up there.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -27,22 +25,6 @@ def middle_layer(model: Any) -> nn.Module:
         name = type(model).__name__
         raise ModelError(f"{name}: its layers are not found, which gist_loss needs. Set gist_loss to 0.")
     return layers[len(layers) // 2]
-
-
-@contextmanager
-def reading(layer: nn.Module | None) -> Iterator[list[Tensor]]:
-    """The list that gets the states (B, T, D) which ``layer``, if any, reads in the next pass."""
-    states: list[Tensor] = []
-    if layer is None:
-        yield states
-        return
-    handle = layer.register_forward_pre_hook(
-        lambda _, given, named: states.append(given[0] if given else named["hidden_states"]), with_kwargs=True
-    )
-    try:
-        yield states
-    finally:
-        handle.remove()
 
 
 def gist_loss(logits: Tensor, pictures: Tensor) -> Tensor:

@@ -8,8 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from v2flow_cli.llm.gist import reading
-
 IGNORE = -100  # label of positions that are not learned
 
 
@@ -41,6 +39,10 @@ def labelled_losses(
     """
     learned = labels[:, 1:] != IGNORE
     targets = labels[:, 1:][learned]
+    states: list[Tensor] = []  # (B, T, D), that the early layer reads
+
+    def keep(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        states.append(given[0] if given else named["hidden_states"])
 
     def choose(_: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         chosen = given[0][:, :-1][learned]
@@ -49,12 +51,14 @@ def labelled_losses(
             chosen = torch.cat([chosen, F.rms_norm(asked, asked.shape[-1:]).to(chosen.dtype)])
         return chosen, *given[1:]
 
-    handle = head.register_forward_pre_hook(choose)
+    handles = [head.register_forward_pre_hook(choose)]
+    if early is not None:
+        handles.append(early[0].register_forward_pre_hook(keep, with_kwargs=True))
     try:
-        with reading(early[0] if early else None) as states:
-            outputs = model(input_ids=input_ids, use_cache=False)
+        outputs = model(input_ids=input_ids, use_cache=False)
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
     logits, asked = outputs.logits.float().tensor_split([len(targets)])
     rows = learned.nonzero()[:, 0]
     return LabelledLosses(rows, targets, F.cross_entropy(logits, targets, reduction="none"), logits, asked, outputs)
