@@ -25,6 +25,7 @@ from v2flow_cli.llm.pairs import Samples
 from v2flow_cli.llm.sequences import collate
 from v2flow_cli.llm.trainer import save_folder, training_arguments, weights_digest
 from v2flow_cli.llm.vocabulary import VisualVocabulary, extend_tables
+from v2flow_cli.muon import ADAMW_RMS
 from v2flow_cli.recipe.load import dump_recipe
 from v2flow_cli.recipe.schema import Lora
 
@@ -55,9 +56,10 @@ def test_leaves_a_plain_folder_that_knows_its_tokens(recipe, llm_folder, family)
     assert counts.shape == (64,) and counts.sum() == 12 * 4
 
 
-@pytest.mark.parametrize("mode", ["full", "lora", "rows"])
-def test_resume_equals_not_stopping(recipe, tmp_path, mode):
-    recipe = replace(recipe, mode=mode, lora=LORA if mode == "lora" else None)
+@pytest.mark.parametrize("kind, mode", [("adamw", "full"), ("adamw", "lora"), ("adamw", "rows"), ("muon", "full")])
+def test_resume_equals_not_stopping(recipe, tmp_path, kind, mode):
+    optimizer = replace(recipe.optimizer, kind=kind)
+    recipe = replace(recipe, mode=mode, lora=LORA if mode == "lora" else None, optimizer=optimizer)
     straight = finetune(recipe, log=print)
     stopped = replace(recipe, output=str(tmp_path / "stopped"))
     # The first half stops by itself where the second goes on, under one schedule of six steps.
@@ -70,6 +72,29 @@ def test_resume_equals_not_stopping(recipe, tmp_path, mode):
     assert resumed.steps == straight.steps == 6
     assert resumed.train_loss == pytest.approx(straight.train_loss, abs=1e-6)
     assert torch.equal(logits_of(recipe.output), logits_of(stopped.output))
+
+
+@pytest.mark.parametrize("family", ["phi", "mixtral"])
+def test_muon_moves_every_direction_of_matrices_and_of_experts(recipe, llm_folder, family):
+    optimizer = replace(recipe.optimizer, kind="muon", weight_decay=0.0, warmup_steps=0)
+    recipe = replace(recipe, llm=str(llm_folder(family)), optimizer=optimizer, train=replace(recipe.train, steps=1))
+    finetune(recipe, log=print)
+    models = (AutoModelForCausalLM.from_pretrained(folder) for folder in (recipe.llm, recipe.output))
+    before, after = (model.model.layers.state_dict() for model in models)
+    moved = {name: after[name].float() - before[name].float() for name in before if before[name].ndim >= 2}
+    assert family != "mixtral" or any(change.ndim == 3 for change in moved.values())
+    for change in moved.values():
+        # Every matrix, and each expert's, turns by the same: whatever it is for and however large its gradient was.
+        longest = optimizer.learning_rate * ADAMW_RMS * max(change.shape[-2:]) ** 0.5
+        torch.testing.assert_close(
+            torch.linalg.svdvals(change)[..., 0] / longest, torch.ones(change.shape[:-2]), atol=0.3, rtol=0
+        )
+
+
+def test_muon_is_refused_where_matrices_lie_in_shards(recipe, monkeypatch):
+    monkeypatch.setattr(finetuning.LMTrainer, "_sharded", True)
+    with pytest.raises(ModelError, match="muon, which needs whole matrices"):
+        finetune(replace(recipe, optimizer=replace(recipe.optimizer, kind="muon")), log=print)
 
 
 class StopAt(finetuning.RunClock):

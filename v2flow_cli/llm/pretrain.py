@@ -27,6 +27,7 @@ from v2flow_cli.llm.trainer import (
     TrainingReport,
     check_output,
     estimate,
+    optimizer_class,
     run,
     save_folder,
     training_arguments,
@@ -88,6 +89,7 @@ def pretrain(recipe: LMRecipe, *, log: Log, resume: bool = False, approximate: b
         args=training_arguments(recipe.optimizer, recipe.train, recipe.output),
         train_dataset=Blocks(table[order[held_out:]]),
         eval_dataset=Blocks(table[order[:held_out]]),
+        optimizer_cls_and_kwargs=optimizer_class(recipe.optimizer),
     )
     run(trainer, clock, recipe.output, resume, log, approximate)
     minutes = clock.seconds / 60

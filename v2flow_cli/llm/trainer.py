@@ -20,6 +20,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from v2flow_cli.errors import ModelError
 from v2flow_cli.llm.checkpoints import SafeCheckpoints, list_checkpoints, newest_checkpoint, remove_unsealed
+from v2flow_cli.muon import Muon
 from v2flow_cli.recipe.schema import LMTrainLoop, Optimizer
 from v2flow_cli.store.agree import losing_contact, on_samples, skip_or_stop, what_is_wrong
 from v2flow_cli.store.checkpoint import Interrupted, stop_requested
@@ -84,6 +85,17 @@ class LMTrainer(SafeCheckpoints):
             self._globalstep_last_logged += 1
             return torch.zeros(())
         return norm
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Trainer's, or Muon for the matrices that are decayed.  Raises: ModelError where they lie in shards."""
+        optimizer = super().create_optimizer(model)
+        if isinstance(optimizer, Muon):
+            if self._sharded:
+                raise ModelError(
+                    "optimizer.kind is muon, which needs whole matrices, but FSDP and DeepSpeed split them. Use adamw."
+                )
+            optimizer.param_groups[0]["orthogonal"] = True
+        return optimizer
 
     def get_decay_parameter_names(self, model: Any) -> list[str]:
         tables = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
@@ -181,6 +193,11 @@ def _any_process(flags: list[bool], device: torch.device) -> list[bool]:
     shared = torch.tensor(flags, dtype=torch.int32, device=device)
     torch.distributed.all_reduce(shared, op=torch.distributed.ReduceOp.MAX)
     return [bool(flag) for flag in shared.tolist()]
+
+
+def optimizer_class(settings: Optimizer) -> tuple[type[Muon], dict[str, Any]] | None:
+    """What Trainer takes as ``optimizer_cls_and_kwargs``; None for its own AdamW."""
+    return (Muon, {"lr": settings.learning_rate, "betas": settings.betas}) if settings.kind == "muon" else None
 
 
 def training_arguments(

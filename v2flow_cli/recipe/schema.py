@@ -29,7 +29,7 @@ class ImageData:
 
 @dataclass(frozen=True)
 class Optimizer:
-    """AdamW with linear warm-up; the learning rate is the one really used (already scaled to the batch)."""
+    """Linear warm-up; the learning rate is the one really used (already scaled to the batch)."""
 
     learning_rate: float  # peak
     betas: tuple[float, float]  # of AdamW's two running averages
@@ -37,6 +37,7 @@ class Optimizer:
     warmup_steps: int  # linear rise of the learning rate
     schedule: Literal["constant", "cosine"]  # after the warm-up; cosine falls to 2% of the peak, to 0 for LMs
     clip_norm: float  # largest gradient norm; larger ones are scaled down
+    kind: Literal["adamw", "muon"] = "adamw"  # muon: matrices by orthogonalised momentum, the rest by AdamW
 
 
 @dataclass(frozen=True)

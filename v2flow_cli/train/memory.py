@@ -12,10 +12,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from v2flow_cli.muon import copies_kept
 from v2flow_cli.train.autoencoder import AutoencoderObjective
+from v2flow_cli.train.optimizer import build_optimizer
 from v2flow_cli.train.tokenizer import TokenizerObjective
-
-OPTIMIZER_COPIES = 3  # AdamW's two averages, and the average of the weights
 
 
 def training_bytes(objective: AutoencoderObjective | TokenizerObjective, size: int, step: int) -> dict[str, int]:
@@ -32,7 +32,11 @@ def training_bytes(objective: AutoencoderObjective | TokenizerObjective, size: i
     with LiveBytes() as live, _FusedAttention():
         objective(images, step)["loss"].backward()
     gradients = sum(map(_bytes, trained))
-    parts = {"weights": weights, "gradients": gradients, "optimizer": OPTIMIZER_COPIES * gradients}
+    optimizer, _ = build_optimizer(objective, objective.recipe.optimizer)
+    kept = gradients  # the average of the weights
+    for group in optimizer.param_groups:
+        kept += copies_kept(optimizer, group) * sum(map(_bytes, group["params"]))
+    parts = {"weights": weights, "gradients": gradients, "optimizer": kept}
     return {**parts, "one_image": live.peak, "peak_with_one_image": sum(parts.values()) + live.peak}
 
 

@@ -1,12 +1,14 @@
-"""AdamW as the recipes describe it, and its learning rate at every step."""
+"""The optimizers as the recipes describe them, and the learning rate at every step."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
 
+from v2flow_cli.muon import Muon
 from v2flow_cli.recipe.schema import Optimizer
 from v2flow_cli.train.autoencoder import AutoencoderObjective
 from v2flow_cli.train.tokenizer import TokenizerObjective
@@ -15,19 +17,35 @@ from v2flow_cli.train.tokenizer import TokenizerObjective
 def build_optimizer(
     objective: AutoencoderObjective | TokenizerObjective, settings: Optimizer
 ) -> tuple[torch.optim.AdamW, dict[int, str]]:
-    """AdamW with weight decay on matrices only, and the name of each parameter by ``id``."""
+    """AdamW or Muon with weight decay on matrices only, and the name of each parameter by ``id``.
+
+    Muon takes what acts as one matrix: linear layers and ungrouped convolutions, but not the flow head.
+    """
     free = objective.no_decay()
-    decayed: list[nn.Parameter] = []
+    matrices: list[nn.Parameter] = []
+    grouped: list[nn.Parameter] = []  # kernels of grouped convolutions
     plain: list[nn.Parameter] = []
     names: dict[int, str] = {}
+    one_matrix = {
+        id(part.weight)
+        for part in objective.modules()
+        if isinstance(part, nn.Linear) or (isinstance(part, nn.Conv2d) and part.groups == 1)
+    }
     for name, parameter in objective.named_parameters():
         if not parameter.requires_grad:
             continue
         names[id(parameter)] = name
-        is_matrix = parameter.ndim >= 2 and not name.startswith(free)
-        (decayed if is_matrix else plain).append(parameter)
-    groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas), names
+        if parameter.ndim < 2 or name.startswith(free):
+            plain.append(parameter)
+        else:
+            (matrices if id(parameter) in one_matrix else grouped).append(parameter)
+    groups: list[dict[str, Any]] = [
+        {"params": matrices, "weight_decay": settings.weight_decay, "orthogonal": True},
+        {"params": grouped, "weight_decay": settings.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+    kind = Muon if settings.kind == "muon" else torch.optim.AdamW
+    return kind(groups, lr=settings.learning_rate, betas=settings.betas), names
 
 
 def learning_rate_at(step: int, settings: Optimizer, steps: int) -> float:

@@ -1,0 +1,69 @@
+"""Muon, for every training here: tokenizers, autoencoders and language models. Imports torch alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+MOMENTUM = 0.95
+ADAMW_RMS = 0.2  # of AdamW's steps, in learning rates
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # a, b, c of a x + b x^3 + c x^5, steepest at 0
+
+
+class Muon(torch.optim.AdamW):
+    """AdamW, but parameters of the groups marked ``orthogonal`` step along their momentum made orthogonal.
+
+    Every direction of a matrix then moves equally far, not only the few that gradients agree on. A step has the root
+    mean square of a typical one of AdamW's, so that a learning rate means the same for both. Kernels (O, I, h, w) are
+    read as matrices (O, I h w), stacks (E, O, I) as E matrices. torch has an optimizer of this name, for matrices alone
+    and always in bfloat16, nine times slower on CPUs without that type.
+
+    Source: K. Jordan, kellerjordan.github.io/posts/muon; the step's length, arXiv 2502.16982, section 2.2.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        gradients: dict[nn.Parameter, Tensor] = {}
+        for group in self.param_groups:
+            for parameter in group["params"] if group.get("orthogonal") else ():
+                if parameter.grad is None:
+                    continue
+                gradients[parameter], parameter.grad = parameter.grad, None  # AdamW leaves it alone
+                self._move(parameter, gradients[parameter], group["lr"], group["weight_decay"])
+        loss = super().step(closure)
+        for parameter, gradient in gradients.items():
+            parameter.grad = gradient
+        return loss
+
+    def _move(self, parameter: nn.Parameter, gradient: Tensor, rate: float, decay: float) -> None:
+        state = self.state[parameter]
+        if "momentum" not in state:
+            state["momentum"] = torch.zeros_like(parameter)
+            state["step"] = torch.zeros(())  # AdamW looks for it in every state that it loads
+        state["step"] += 1
+        momentum = state["momentum"].lerp_(gradient, 1 - MOMENTUM)
+        ahead = gradient.lerp(momentum, MOMENTUM)  # Nesterov's
+        matrices = ahead.flatten(1) if ahead.ndim == 4 else ahead
+        direction = orthogonalize(matrices) * (ADAMW_RMS * max(matrices.shape[-2:]) ** 0.5)
+        parameter.mul_(1 - rate * decay).sub_(direction.view_as(parameter), alpha=rate)
+
+
+def copies_kept(optimizer: torch.optim.AdamW, group: dict[str, Any]) -> int:
+    """How many numbers the optimizer keeps for each one in the parameters of a group."""
+    return 1 if isinstance(optimizer, Muon) and group.get("orthogonal") else 2
+
+
+def orthogonalize(matrices: Tensor) -> Tensor:
+    """About U V^T of matrices U S V^T (..., O, I): singular values go to between 0.7 and 1.2, by products alone."""
+    a, b, c = NEWTON_SCHULZ
+    wide = matrices.shape[-2] <= matrices.shape[-1]
+    x = matrices if wide else matrices.mT
+    x = x.to(torch.bfloat16) if x.is_cuda else x
+    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
+    for _ in range(5):
+        square = x @ x.mT
+        x = a * x + (b * square + c * square @ square) @ x
+    return (x if wide else x.mT).to(matrices.dtype)
