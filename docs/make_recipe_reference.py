@@ -34,7 +34,8 @@ checked before anything is loaded.
 
 `--set` takes a dotted path and a YAML value, and wins over the file. The resolved recipe is saved as `recipe.yaml`
 beside what it made. `recipes/tiny/` holds runs of seconds, `recipes/default/` the embedded model
-([default model](default-model.md)).
+([default model](default-model.md)), `recipes/muon/` the tokenizer that comes after it, `recipes/paper/` and
+`recipes/flextok/` what the papers describe, `recipes/ablation/` short runs to compare settings by.
 """
 
 
