@@ -26,6 +26,10 @@ class Muon(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        loss = None
+        if closure is not None:  # it makes the gradients
+            with torch.enable_grad():
+                loss = closure()
         gradients: dict[nn.Parameter, Tensor] = {}
         for group in self.param_groups:
             for parameter in group["params"] if group.get("orthogonal") else ():
@@ -33,7 +37,7 @@ class Muon(torch.optim.AdamW):
                     continue
                 gradients[parameter], parameter.grad = parameter.grad, None  # AdamW leaves it alone
                 self._move(parameter, gradients[parameter], group["lr"], group["weight_decay"])
-        loss = super().step(closure)
+        super().step()
         for parameter, gradient in gradients.items():
             parameter.grad = gradient
         return loss

@@ -23,7 +23,7 @@ def build_optimizer(
     """
     free = objective.no_decay()
     matrices: list[nn.Parameter] = []
-    grouped: list[nn.Parameter] = []  # kernels of grouped convolutions
+    others: list[nn.Parameter] = []  # kernels of grouped convolutions, tables of registers
     plain: list[nn.Parameter] = []
     names: dict[int, str] = {}
     one_matrix = {
@@ -38,10 +38,10 @@ def build_optimizer(
         if parameter.ndim < 2 or name.startswith(free):
             plain.append(parameter)
         else:
-            (matrices if id(parameter) in one_matrix else grouped).append(parameter)
+            (matrices if id(parameter) in one_matrix else others).append(parameter)
     groups: list[dict[str, Any]] = [
         {"params": matrices, "weight_decay": settings.weight_decay, "orthogonal": True},
-        {"params": grouped, "weight_decay": settings.weight_decay},
+        {"params": others, "weight_decay": settings.weight_decay},
         {"params": plain, "weight_decay": 0.0},
     ]
     kind = Muon if settings.kind == "muon" else torch.optim.AdamW
