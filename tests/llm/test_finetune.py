@@ -51,7 +51,8 @@ def test_leaves_a_plain_folder_that_knows_its_tokens(recipe, llm_folder, family)
     assert vocabulary.tokens_per_image == 4 and vocabulary.prompt_prefix == (0,)
     assert tokenizer.decode([vocabulary.begin_image_id]) == "<|v2flow:boi|>"
     assert model.get_input_embeddings().weight.shape[0] == offset + 66 and model.config.use_cache
-    assert f"{report.eval_loss:.3f} nats" in Path(recipe.output, "README.md").read_text()
+    card = Path(recipe.output, "README.md").read_text()
+    assert f"{report.eval_loss:.3f} nats" in card and "1 process(es) on " in card
     counts = np.load(Path(recipe.output, "token_counts.npy"), allow_pickle=False)
     assert counts.shape == (64,) and counts.sum() == 12 * 4
 
@@ -418,6 +419,7 @@ def test_two_processes_train_as_one(recipe, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     (line,) = done.stdout.strip().splitlines()  # the first process alone speaks
     assert json.loads(line)["train_loss"] == pytest.approx(alone.train_loss, abs=1e-4)
+    assert "2 process(es) on " in Path(together.output, "README.md").read_text()
     assert torch.allclose(logits_of(recipe.output), logits_of(together.output), atol=1e-4)
     generators = Path(together.output, "checkpoints/checkpoint-6").glob("rng-*.safetensors")
     assert {path.name for path in generators} == {"rng-0.safetensors", "rng-1.safetensors"}

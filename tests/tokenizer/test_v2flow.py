@@ -111,6 +111,37 @@ def test_a_dropped_image_sees_no_token(tiny_tokenizer):
     assert model.context.dummy_token.grad is not None
 
 
+def test_losses_in_pixels_see_what_one_step_without_noise_decodes(tiny_tokenizer):
+    model, x = tiny_tokenizer, images(2)
+    model.config.context |= {"mask_ratio_min": 1.0}  # every patch is hidden, as in one round
+    loss = TokenizerLoss(1.0, 1.0, commit=0.0, batch_entropy=0.0, guidance_dropout=0.0, ssim=1.0)
+    trained = model(model.latents.encode(x), step=10, noise_scale=0.0, loss=loss).latents
+    decoded = []
+    model.latents.decode = lambda latents: decoded.append(latents) or latents
+    one_step = {"num_mask_steps": 1, "num_flow_steps": 1, "guidance_scale": 1.0, "noise_temperature": 0.0}
+    model.decode(model.encode(x), **one_step)
+    assert torch.allclose(trained, decoded[0], atol=1e-5)
+    trained.square().sum().backward()
+    assert model.flow.out.weight.grad.any()
+
+
+def test_without_losses_in_pixels_the_flow_is_spared_a_pass(tiny_tokenizer):
+    model = tiny_tokenizer
+    out = model(model.latents.encode(images(2)), step=10, noise_scale=0.0, loss=LOSS)
+    out.latents.square().sum().backward()
+    assert model.flow.out.weight.grad is None and model.flow.regress.weight.grad.any()
+
+
+def test_vectors_are_float32_under_autocast(tiny_tokenizer):
+    """In bf16 the words' mixtures, which hardly differ, would lose what tells them apart."""
+    seen = []
+    tiny_tokenizer.vocabulary.register_forward_hook(lambda _, given, out: seen.extend([given[0], out.embeddings]))
+    with torch.autocast("cpu", torch.bfloat16):
+        tiny_tokenizer.encode(images(2))
+        assert tiny_tokenizer.latents.encode(images(2)).dtype == torch.bfloat16  # the autoencoder is under it
+    assert {tensor.dtype for tensor in seen} == {torch.float32}
+
+
 def test_ids_do_not_depend_on_the_number_of_threads(tiny_tokenizer):
     threads = torch.get_num_threads()
     with torch.inference_mode():

@@ -110,6 +110,20 @@ def test_a_decoder_trained_further_reads_the_same_tokens(world, tmp_path):
     assert moved == {"context", "flow"}
 
 
+def test_what_ids_hang_on_is_never_rounded(world, tmp_path):
+    made = objective(world, tmp_path, "train.save_dtype=bf16")
+    images, _ = terms(made)
+    made.eval()
+    before, ids = {k: v.clone() for k, v in made.model.state_dict().items()}, made.model.encode(images)
+    made.export(tmp_path / "model")
+    after = V2FlowTokenizer.from_pretrained(tmp_path / "model")
+    changed = {k for k, v in after.state_dict().items() if not torch.equal(v, before[k])}
+    assert {"latents", "context", "flow"} < {name.split(".")[0] for name in changed}
+    exact = ("resampler.", "vocabulary.", "quantizer.mean", "quantizer.std")
+    assert "quantizer.codebook" in changed and not any(name.startswith(exact) for name in changed)
+    assert (after.encode(images) == ids).float().mean() > 0.9
+
+
 def test_a_frozen_encoder_keeps_its_settings(world, tmp_path):
     first = train(recipe(world, "tokenizer", tmp_path / "first", "train.steps=1"), resume=False, log=quiet).folder
     other = recipe(

@@ -212,6 +212,7 @@ def finetune(recipe: FinetuneRecipe, *, log: Log, resume: bool = False, approxim
     report = TrainingReport(
         output=recipe.output,
         parameters=model.num_parameters(),
+        processes=trainer.args.world_size,
         steps=trainer.state.global_step,
         minutes=clock.seconds / 60,
         sequences_per_second=clock.sequences_per_second(trainer.state.global_step),
@@ -312,6 +313,7 @@ def _card(
     recipe: FinetuneRecipe, report: TrainingReport, images: int, held_out: int, vocabulary: VisualVocabulary
 ) -> str:
     speed, size = report.sequences_per_second, recipe.train.batch_size
+    hardware = f"{report.processes} process(es) on {describe_hardware()}"
     loss = "none held out" if report.eval_loss is None else f"{report.eval_loss:.3f} nats on {held_out} images"
     return f"""---
 library_name: transformers
@@ -333,7 +335,7 @@ causal LM; the ids of the visual tokens and of the prompt stand in `config.json`
 | image tokenizer | digest {vocabulary.tokenizer_digest} |
 | parameters | {report.parameters:,} |
 | trained | mode {recipe.mode}, {report.steps:,} steps of {size} samples |
-| hardware, wall time | {describe_hardware()}, {report.minutes:.1f} minutes, {speed:.2f} samples/s |
+| hardware, wall time | {hardware}, {report.minutes:.1f} minutes, {speed:.2f} samples/s |
 | training loss at the end | {report.train_loss:.3f} nats an answer token |
 | held-out loss | {loss}; ln K is {math.log(vocabulary.codebook_size):.3f} |
 | made by | `v2flow finetune-llm` with `recipe.yaml` in this folder |

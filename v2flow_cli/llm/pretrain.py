@@ -96,6 +96,7 @@ def pretrain(recipe: LMRecipe, *, log: Log, resume: bool = False, approximate: b
     report = TrainingReport(
         output=recipe.output,
         parameters=model.num_parameters(),
+        processes=trainer.args.world_size,
         steps=trainer.state.global_step,
         minutes=minutes,
         sequences_per_second=clock.sequences_per_second(trainer.state.global_step),
@@ -210,6 +211,7 @@ def llama_config(spec: LMModel, vocab_size: int) -> LlamaConfig:
 def _card(recipe: LMRecipe, report: TrainingReport, tokens: int) -> str:
     speed = report.sequences_per_second * recipe.block_size
     seen = report.steps * recipe.train.batch_size * recipe.block_size
+    hardware = f"{report.processes} process(es) on {describe_hardware()}"
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -225,7 +227,7 @@ It is the text side of a v2flow model: its vocabulary table is what the image to
 |---|---|
 | text | {", ".join(recipe.text)} ({tokens:,} tokens) |
 | seen | {report.steps:,} steps of {recipe.train.batch_size} x {recipe.block_size} tokens ({seen:,} tokens) |
-| hardware, wall time | {describe_hardware()}, {report.minutes:.1f} minutes, {speed:,.0f} tokens/s |
+| hardware, wall time | {hardware}, {report.minutes:.1f} minutes, {speed:,.0f} tokens/s |
 | training loss at the end | {report.train_loss:.3f} nats a token |
 | loss on held-out blocks | {report.eval_loss:.3f} nats a token |
 | made by | `v2flow finetune-llm` with `recipe.yaml` in this folder |

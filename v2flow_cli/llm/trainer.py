@@ -38,6 +38,7 @@ class TrainingReport:
 
     output: str
     parameters: int
+    processes: int
     steps: int  # taken in all, resumed parts included
     minutes: float  # wall time of the training, resumed parts included
     sequences_per_second: float

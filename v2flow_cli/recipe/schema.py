@@ -53,7 +53,7 @@ class TrainLoop:
     max_minutes: float = 0.0  # stop (and save) after this wall time; 0 means no limit
     log_every: int = 20  # steps
     save_every: int = 500  # steps
-    save_dtype: Literal["fp32", "bf16"] = "fp32"  # of the finished model on disk
+    save_dtype: Literal["fp32", "bf16"] = "fp32"  # of the finished model on disk, but for what makes ids
     keep_checkpoints: int = 2
     skip_bad_steps: int = 0  # steps of non-finite loss or gradient to skip before the run stops
     grid_every: int = 500  # steps between pictures of the same crops and what comes back, and one at the end; 0: none
@@ -266,7 +266,7 @@ class TokenizerLoss:
     isometry: float = 0.0  # vectors as far apart as the latents of their cells; needs resampler.kind: grid
     pixels: float = 0.0  # natural log of an image's squared error in pixels, averaged: 1 is 4.34 dB of PSNR
     ssim: float = 0.0  # 1 - SSIM
-    pixel_share: float = 1.0  # share of each batch's images that are drawn for these two
+    pixel_share: float = 1.0  # share of each batch's images that are drawn for these two: one step without noise
     isometry_steps: int = 0  # steps over which its weight falls to 0; 0: it stays
     commit_ramp_steps: int = 0  # steps from quantizer.start_step on over which commit rises from 0; 0: at once
 

@@ -17,7 +17,7 @@ from v2flow_cli.tokenizer.sampling import Places, sample_patches
 
 
 class DecoderLosses(NamedTuple):
-    """Flow loss of Eq. 3 and regression loss, both scalars, and what was regressed: patches (B, N, P)."""
+    """Flow loss of Eq. 3 and regression loss, both scalars, and the data as foretold: patches (B, N, P)."""
 
     flow: Tensor
     regression: Tensor
@@ -75,9 +75,12 @@ class MaskedDecoder:
                 rest = (visible, visible_at, hidden_at, hidden_cells)
                 kept = None if lengths is None else lengths[part]
                 contexts.append(self.context(*given, *(x[part] for x in rest), kept))
-        flow, regression, mean = self.flow.loss(gather(patches, hidden), torch.cat(contexts), self.settings)
+        # Losses in pixels judge what ``decode`` shows by default, so that they train the whole way to it.
+        drawn = bool(loss.pixels or loss.ssim)
+        asked = gather(patches, hidden)
+        flow, regression, foretold = self.flow.loss(asked, torch.cat(contexts), self.settings, drawn)
         places_of = hidden[..., None].expand(-1, -1, patches.shape[-1])
-        return DecoderLosses(flow, regression, patches.scatter(1, places_of, mean.to(patches.dtype)))
+        return DecoderLosses(flow, regression, patches.scatter(1, places_of, foretold.to(patches.dtype)))
 
     def sample(
         self,

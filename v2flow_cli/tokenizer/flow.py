@@ -110,16 +110,21 @@ class VelocityNetwork(nn.Module):
         shift, scale = parts[-2:]
         return condition.data_mean + self.out(F.layer_norm(x, (self.width,)) * (1 + scale) + shift)
 
-    def loss(self, data: Tensor, context: Tensor, settings: Flow) -> tuple[Tensor, Tensor, Tensor]:
-        """(flow loss of Eq. 3, regression loss, what was regressed) on patches (B, M, P); a time per image and repeat.
+    def loss(self, data: Tensor, context: Tensor, settings: Flow, drawn: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """(flow loss of Eq. 3, regression loss, the data foretold) on patches (B, M, P); a time per image and repeat.
 
         The regression loss is the squared error of the context's linear prediction alone. The flow loss is that of
         a random ``share`` of the images (0 when there are none): this network costs as much as the context.
+        What is foretold is that regression or, if ``drawn``, what one step without noise makes of it.
         """
         mean = self.regress(context).float()
         regression = F.mse_loss(mean, data.float())
         if not settings.share:  # a warm start by regression alone
             return regression.new_zeros(()), regression, mean
+        foretold = mean
+        if drawn:
+            start, times = torch.zeros_like(data).to(context.dtype), torch.ones(len(data), device=data.device)
+            foretold = self(start, times, self.condition(context)).float()
         if settings.share < 1:
             chosen = torch.randperm(len(data), device=data.device)[: max(1, round(settings.share * len(data)))]
             data, context = data[chosen], context[chosen]
@@ -134,7 +139,7 @@ class VelocityNetwork(nn.Module):
             predicted = self(z_t.to(context.dtype), t, condition).float()
             error = (predicted - data.float()).square().mean((1, 2))
             losses.append((self.path.loss_weight(t) * error).mean())
-        return torch.stack(losses).mean(), regression, mean
+        return torch.stack(losses).mean(), regression, foretold
 
 
 TIME_FEATURES = 128

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from v2flow_cli.recipe.schema import FSQ
+from v2flow_cli.tokenizer.hardware import without_autocast
 from v2flow_cli.tokenizer.quantizer import QuantizerOutput
 
 USAGE_DECAY = 0.99  # of the running counts, per step
@@ -40,8 +41,7 @@ class FSQQuantizer(nn.Module):
 
     def forward(self, vectors: Tensor, step: int | None = None) -> QuantizerOutput:
         """Quantise (B, N, D) with straight-through gradients; a training ``step`` also counts the codes."""
-        kind = vectors.device.type  # "meta" while a run is planned
-        with torch.autocast(kind if torch.amp.is_autocast_available(kind) else "cpu", enabled=False):
+        with without_autocast(vectors):
             vectors = vectors.float()
             steps = self._round(self.down(vectors))
             ids = ((steps + self.levels // 2).round().long() * self.basis).sum(-1)

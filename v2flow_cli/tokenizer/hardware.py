@@ -46,6 +46,12 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
+def without_autocast(tensor: torch.Tensor) -> torch.autocast:
+    """A context in which nothing on the device of ``tensor`` is computed in less than its own type."""
+    kind = tensor.device.type  # "meta" while a run is planned
+    return torch.autocast(kind if torch.amp.is_autocast_available(kind) else "cpu", enabled=False)
+
+
 def describe_hardware() -> str:
     """One process's hardware in a few words, for model cards and benches."""
     if torch.cuda.is_available():

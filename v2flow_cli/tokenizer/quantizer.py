@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from v2flow_cli.recipe.schema import Quantizer
+from v2flow_cli.tokenizer.hardware import without_autocast
 
 STATISTICS_RATE = 0.05  # of the running mean and standard deviation, per step
 
@@ -59,8 +60,7 @@ class EMAQuantizer(nn.Module):
 
     def forward(self, vectors: Tensor, step: int | None = None) -> QuantizerOutput:
         """Quantise (B, N, D). ``step`` is the training step, which also updates the codebook; None freezes it."""
-        kind = vectors.device.type
-        with torch.autocast(kind if torch.amp.is_autocast_available(kind) else "cpu", enabled=False):
+        with without_autocast(vectors):
             if step is not None:
                 self._follow(vectors.detach().float(), first=step == 0)
             # Copies: the next batch moves the statistics in place, maybe before this one's gradient is taken.

@@ -24,6 +24,7 @@ from v2flow_cli.tokenizer.digest import model_digest
 from v2flow_cli.tokenizer.flow import VelocityNetwork
 from v2flow_cli.tokenizer.flow_transformer import VelocityTransformer
 from v2flow_cli.tokenizer.fsq import FSQQuantizer
+from v2flow_cli.tokenizer.hardware import without_autocast
 from v2flow_cli.tokenizer.isometry import isometry_loss
 from v2flow_cli.tokenizer.latents import Latents
 from v2flow_cli.tokenizer.prefix import sample_lengths
@@ -93,7 +94,7 @@ class V2FlowOutput:
     batch_entropy: Tensor  # nats; 0 without a vocabulary
     word_entropy: Tensor  # nats
     token_ids: Tensor  # (B, n)
-    latents: Tensor  # (B, C, h, w) as regressed; visible patches as they came
+    latents: Tensor  # (B, C, h, w) as foretold; visible patches as they came
 
 
 class V2FlowTokenizer(PreTrainedModel):
@@ -255,7 +256,10 @@ class V2FlowTokenizer(PreTrainedModel):
         return token_ids[:, :num_tokens]
 
     def _nearest_ids(self, images: Tensor) -> Tensor:
-        vectors, _, _ = self.embed(self.latents.encode(images), noise_scale=0.0, entropies=False)
+        latents = self.latents.encode(images)
+        # Vectors differ by less than a hundredth of what they are made of, and bf16 rounds to not much less.
+        with without_autocast(latents):
+            vectors, _, _ = self.embed(latents.to(self.dtype), noise_scale=0.0, entropies=False)
         return self.quantizer(vectors).token_ids
 
     def embed(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from pathlib import Path
 
@@ -14,6 +15,10 @@ from v2flow_cli.store.vocab_table import load_vocab_embeddings
 from v2flow_cli.tokenizer.hardware import DTYPES
 from v2flow_cli.tokenizer.latents import load_autoencoder_spec
 from v2flow_cli.tokenizer.v2flow import DECODER, SECTIONS, V2FlowConfig, V2FlowTokenizer
+
+# What ``save_dtype`` may round. The rest decides ids: vectors are mixtures of thousands of words and differ by less
+# than a hundredth of what they are made of, so that in bf16 every second patch would choose another code.
+ROUNDED = (*DECODER, "latents", "quantizer.codebook")
 
 FLOOR_GRACE_STEPS = 1000  # after the codebook starts, before the usage floor counts
 
@@ -78,7 +83,7 @@ class TokenizerObjective(nn.Module):
         }
 
     def _in_pixels(self, images: Tensor | None, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """(log of the squared error, SSIM) of the last images of a batch as the decoder regresses them.
+        """(log of the squared error, SSIM) of the last images of a batch as the decoder foretells them.
 
         Pixels span 1 in both. Images that saw the dummy D come first, so a small share never has them.
         """
@@ -123,8 +128,15 @@ class TokenizerObjective(nn.Module):
         return figures
 
     def export(self, folder: Path) -> None:
-        """Save the model folder that ``V2FlowTokenizer.from_pretrained`` loads."""
-        self.model.to(DTYPES[self.recipe.train.save_dtype]).save_pretrained(folder)
+        """Save the model folder that ``V2FlowTokenizer.from_pretrained`` loads.
+
+        ``save_dtype`` is that of ``ROUNDED``; what vectors are made by stays float32.
+        """
+        dtype = DTYPES[self.recipe.train.save_dtype]
+        for name, tensor in itertools.chain(self.model.named_parameters(), self.model.named_buffers()):
+            if tensor.is_floating_point() and name.startswith(ROUNDED):
+                tensor.data = tensor.data.to(dtype)
+        self.model.save_pretrained(folder)
 
 
 def temperature_at(step: int, words: Vocabulary) -> float:
