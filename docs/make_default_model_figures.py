@@ -19,7 +19,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from v2flow_cli.assets import sample_photos
-from v2flow_cli.llm.draw_set import Settings, draw_pictures, plan_pictures
+from v2flow_cli.jobs.generate import Settings, draw_pictures, plan_pictures
 from v2flow_cli.llm.sample import DrawingLM
 from v2flow_cli.tokenizer import V2FlowTokenizer
 from v2flow_cli.tokenizer.preprocess import psnr, to_uint8

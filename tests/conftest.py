@@ -17,7 +17,7 @@ def build_tiny_tokenizer():
     """A V2FlowTokenizer with random weights: 32 px images are 4 tokens of 64 codes; 300 LLM words of width 32."""
     from v2flow_cli.recipe import load_recipe
     from v2flow_cli.tokenizer import V2FlowTokenizer
-    from v2flow_cli.train.tokenizer import build_config
+    from v2flow_cli.training.objectives.tokenizer import build_config
 
     torch.manual_seed(0)
     recipe = load_recipe(RECIPES / "tiny" / "tokenizer.yaml", ["image_size=32"])

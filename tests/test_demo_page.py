@@ -16,9 +16,9 @@ from v2flow_cli.store.token_file import TokenManifest, load_token_ids
 def llm_folder(tiny_tokenizer_folder: Path, tmp_path_factory) -> Path:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from v2flow_cli.llm.pretrain import train_tokenizer
     from v2flow_cli.llm.vocabulary import VisualVocabulary, add_visual_tokens, extend_tables
     from v2flow_cli.tokenizer import V2FlowTokenizer
+    from v2flow_cli.training.objectives.language_model import train_tokenizer
 
     torch.manual_seed(0)
     text_tokenizer = train_tokenizer(["a red fox runs", "two dogs on a beach"] * 3, 300)

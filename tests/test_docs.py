@@ -146,9 +146,9 @@ def test_the_serving_page_draws_with_plain_transformers(tmp_path, monkeypatch):
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from v2flow_cli.llm.pretrain import train_tokenizer
     from v2flow_cli.llm.sequences import prompt_frame
     from v2flow_cli.llm.vocabulary import VisualVocabulary, add_visual_tokens, extend_tables
+    from v2flow_cli.training.objectives.language_model import train_tokenizer
 
     tokenizer = train_tokenizer(["a red fox"], 300)
     words = len(tokenizer)

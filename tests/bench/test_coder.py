@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from v2flow_cli.bench.coder import load_external
-from v2flow_cli.bench.record import as_record, tables
+from v2flow_cli.bench.results import as_record, tables
 from v2flow_cli.bench.run import run_bench
 from v2flow_cli.errors import ModelError
 

@@ -10,12 +10,12 @@ from typer.testing import CliRunner
 from v2flow_cli.bench.llm import caption_losses, measure_llm, trained_counts
 from v2flow_cli.cli.app import app
 from v2flow_cli.errors import ModelError
-from v2flow_cli.llm.pretrain import train_tokenizer
 from v2flow_cli.llm.sample import DrawingLM
 from v2flow_cli.llm.sequences import prompt_frame
 from v2flow_cli.llm.vocabulary import VisualVocabulary, add_visual_tokens, extend_tables
 from v2flow_cli.store.token_file import TokenSample
 from v2flow_cli.tokenizer import V2FlowTokenizer
+from v2flow_cli.training.objectives.language_model import train_tokenizer
 
 
 @pytest.fixture

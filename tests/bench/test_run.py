@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 
 from v2flow_cli.bench.evaluate import Judges
-from v2flow_cli.bench.record import as_csv, as_record, images_csv, tables
+from v2flow_cli.bench.results import as_csv, as_record, images_csv, tables
 from v2flow_cli.bench.run import Bench, run_bench
 from v2flow_cli.bench.sweep import parse_sweeps
 from v2flow_cli.errors import DataError
-from v2flow_cli.store.decode_set import image_seed
+from v2flow_cli.jobs.decode import image_seed
 from v2flow_cli.tokenizer import V2FlowTokenizer
 from v2flow_cli.tokenizer.preprocess import to_uint8
 

@@ -9,7 +9,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from v2flow_cli.cli.app import app
-from v2flow_cli.store.decode_set import image_seed
+from v2flow_cli.jobs.decode import image_seed
 from v2flow_cli.store.token_file import TokenManifest, save_samples, save_token_ids
 from v2flow_cli.tokenizer import V2FlowTokenizer
 

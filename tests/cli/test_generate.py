@@ -9,11 +9,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from v2flow_cli.cli.app import app
-from v2flow_cli.llm.draw_set import plan_pictures
-from v2flow_cli.llm.pretrain import train_tokenizer
+from v2flow_cli.jobs.generate import plan_pictures
 from v2flow_cli.llm.sequences import prompt_frame
 from v2flow_cli.llm.vocabulary import VisualVocabulary, add_visual_tokens, extend_tables
 from v2flow_cli.tokenizer import V2FlowTokenizer
+from v2flow_cli.training.objectives.language_model import train_tokenizer
 
 
 @pytest.fixture(scope="module")

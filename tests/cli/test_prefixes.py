@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 
 from tests.tokenizer.test_seams import build
 from v2flow_cli.cli.app import app
-from v2flow_cli.store.decode_set import image_seed
-from v2flow_cli.store.prefixes import shortest_prefixes
+from v2flow_cli.jobs.decode import image_seed
+from v2flow_cli.jobs.prefixes import shortest_prefixes
 from v2flow_cli.store.token_file import TokenManifest, read_token_set
 from v2flow_cli.tokenizer import V2FlowTokenizer
 from v2flow_cli.tokenizer.preprocess import psnr, to_uint8

@@ -14,11 +14,11 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from v2flow_cli.llm.pretrain import train_tokenizer
 from v2flow_cli.llm.vocabulary import VisualVocabulary
 from v2flow_cli.recipe.load import load_recipe
 from v2flow_cli.store.token_file import TokenManifest, save_samples, save_token_ids
 from v2flow_cli.tokenizer import V2FlowTokenizer
+from v2flow_cli.training.objectives.language_model import train_tokenizer
 
 SENTENCES = [
     "A red fox runs across the green field.",

@@ -18,16 +18,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.reliability.processes import ranks, wait
 from tests.reliability.test_07_full_disk import POINTS, disk
 from v2flow_cli.errors import ModelError, SharedError, TokenFileError
-from v2flow_cli.llm import finetune as finetuning
-from v2flow_cli.llm.checkpoints import list_checkpoints
-from v2flow_cli.llm.finetune import DrawingTrainer, choose_trained, finetune, plan
 from v2flow_cli.llm.pairs import Samples
 from v2flow_cli.llm.sequences import collate
-from v2flow_cli.llm.trainer import save_folder, training_arguments, weights_digest
 from v2flow_cli.llm.vocabulary import VisualVocabulary, extend_tables
-from v2flow_cli.muon import ADAMW_RMS
 from v2flow_cli.recipe.load import dump_recipe
 from v2flow_cli.recipe.schema import Lora
+from v2flow_cli.training.llm_checkpoints import list_checkpoints
+from v2flow_cli.training.llm_trainer import save_folder, training_arguments, weights_digest
+from v2flow_cli.training.muon import ADAMW_RMS
+from v2flow_cli.training.objectives import drawing as finetuning
+from v2flow_cli.training.objectives.drawing import DrawingTrainer, choose_trained, finetune, plan
 
 LORA = Lora(rank=2, alpha=4.0, dropout=0.0)
 
@@ -246,7 +246,7 @@ def test_another_recipe_or_number_of_processes_is_refused(recipe, monkeypatch):
     other = replace(recipe, optimizer=replace(recipe.optimizer, learning_rate=1e-5))
     with pytest.raises(ModelError, match=r"not the one of this run \(learning_rate: 0.001; learning_rate: 1.0e-05"):
         finetune(other, log=print, resume=True)
-    monkeypatch.setattr("v2flow_cli.llm.trainer._ranks", lambda: 3)
+    monkeypatch.setattr("v2flow_cli.training.llm_trainer._ranks", lambda: 3)
     with pytest.raises(ModelError, match=r"saved by 1 processes, resumed by 3: dropout .* allow it with --approximate"):
         finetune(recipe, log=print, resume=True)
     log = []

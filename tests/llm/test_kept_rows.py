@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from v2flow_cli.errors import ModelError
-from v2flow_cli.llm.finetune import finetune, plan
+from v2flow_cli.training.objectives.drawing import finetune, plan
 
 from .conftest import CODES
 

@@ -8,9 +8,16 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from v2flow_cli.errors import DataError, ModelError
-from v2flow_cli.llm.pretrain import find_text, pack, plan, pretrain, read_documents, train_tokenizer
-from v2flow_cli.llm.trainer import LMTrainer
 from v2flow_cli.recipe.load import load_recipe
+from v2flow_cli.training.llm_trainer import LMTrainer
+from v2flow_cli.training.objectives.language_model import (
+    find_text,
+    pack,
+    plan,
+    pretrain,
+    read_documents,
+    train_tokenizer,
+)
 
 
 @pytest.fixture

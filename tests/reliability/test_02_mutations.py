@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from v2flow_cli.errors import V2FlowError
-from v2flow_cli.store import shard_manifest
-from v2flow_cli.store.shard_manifest import load_manifest
+from v2flow_cli.store import shard_index
+from v2flow_cli.store.shard_index import load_manifest
 from v2flow_cli.store.token_file import TokenManifest, load_samples, load_token_ids, save_samples, save_token_ids
 from v2flow_cli.tokenizer import V2FlowTokenizer
 
@@ -66,7 +66,7 @@ def test_manifests(tmp_path, count):
     record = {"format": "v2flow-shards", "format_version": 1, "samples": 3, "bytes": 9000, "shards": [shard]}
 
     def read(_):
-        shard_manifest._load_manifest.cache_clear()
+        shard_index._load_manifest.cache_clear()
         load_manifest(tmp_path)
 
     assert survive(path, json.dumps(record, indent=1).encode(), read, count)

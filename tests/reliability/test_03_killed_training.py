@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 
 from tests.llm.conftest import SENTENCES, make_llm, write_token_set
 from tests.reliability.processes import fork, wait
-from v2flow_cli.llm.finetune import finetune
-from v2flow_cli.llm.pretrain import pretrain, train_tokenizer
 from v2flow_cli.recipe import load_recipe
 from v2flow_cli.tokenizer import V2FlowTokenizer
-from v2flow_cli.train.loop import train
+from v2flow_cli.training.loop import train
+from v2flow_cli.training.objectives.drawing import finetune
+from v2flow_cli.training.objectives.language_model import pretrain, train_tokenizer
 
 from ..conftest import RECIPES
 

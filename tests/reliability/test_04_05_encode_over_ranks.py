@@ -15,15 +15,15 @@ from PIL import Image
 
 from tests.reliability.processes import fork, ranks, wait
 from v2flow_cli.errors import DataError
+from v2flow_cli.jobs.encode import SetEncoder, encode_files, encode_shards
+from v2flow_cli.jobs.shard import write_shards
+from v2flow_cli.jobs.shard_sources import sources_from_sidecars
 from v2flow_cli.recipe import load_recipe
-from v2flow_cli.store.encode_set import SetEncoder, encode_files, encode_shards
+from v2flow_cli.runtime.processes import Ranks, launched
 from v2flow_cli.store.images import find_images
-from v2flow_cli.store.ranks import Ranks, launched
-from v2flow_cli.store.shard_sources import sources_from_sidecars
 from v2flow_cli.store.shards import find_shard_files
-from v2flow_cli.store.write_shards import write_shards
 from v2flow_cli.tokenizer import V2FlowTokenizer
-from v2flow_cli.train import crops
+from v2flow_cli.training import crops
 
 from ..conftest import RECIPES
 

@@ -11,8 +11,8 @@ from accelerate.state import AcceleratorState
 
 from tests.reliability.processes import ranks, wait
 from v2flow_cli.recipe import load_recipe
-from v2flow_cli.train import loop as module
-from v2flow_cli.train.autoencoder import AutoencoderObjective
+from v2flow_cli.training import loop as module
+from v2flow_cli.training.objectives.autoencoder import AutoencoderObjective
 
 from ..conftest import RECIPES
 

@@ -11,15 +11,15 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 
 from v2flow_cli.errors import V2FlowError
+from v2flow_cli.jobs.encode import SetEncoder, encode_shards
+from v2flow_cli.jobs.shard import write_shards
+from v2flow_cli.jobs.shard_sources import sources_from_sidecars
 from v2flow_cli.recipe import load_recipe
-from v2flow_cli.store.checkpoint import list_checkpoints, load_newest
-from v2flow_cli.store.encode_set import SetEncoder, encode_shards
-from v2flow_cli.store.shard_sources import sources_from_sidecars
 from v2flow_cli.store.shards import find_shard_files, find_shards, index_shard
 from v2flow_cli.store.token_file import load_samples, load_token_ids
-from v2flow_cli.store.write_shards import write_shards
 from v2flow_cli.tokenizer import V2FlowTokenizer
-from v2flow_cli.train.loop import train
+from v2flow_cli.training.checkpoint import list_checkpoints, load_newest
+from v2flow_cli.training.loop import train
 
 from ..conftest import RECIPES
 

@@ -8,7 +8,7 @@ from PIL import Image
 
 from tests.reliability.processes import fork, wait
 from tests.store.test_shards import write_tar
-from v2flow_cli.store.encode_set import SetEncoder, encode_shards
+from v2flow_cli.jobs.encode import SetEncoder, encode_shards
 from v2flow_cli.store.shards import find_shard_files
 from v2flow_cli.tokenizer import V2FlowTokenizer
 

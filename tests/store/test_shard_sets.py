@@ -6,12 +6,12 @@ import pytest
 
 from tests.store.test_shards import save_image, write_tar
 from v2flow_cli.errors import DataError
-from v2flow_cli.store import shard_manifest
+from v2flow_cli.jobs.shard import write_shards
+from v2flow_cli.jobs.shard_sources import read_class_names, sources_from_classes, sources_from_sidecars
+from v2flow_cli.jobs.shard_sources import sources_from_tars as from_tars
+from v2flow_cli.store import shard_index
 from v2flow_cli.store.failures import Failure, over_budget
-from v2flow_cli.store.shard_sources import read_class_names, sources_from_classes, sources_from_sidecars
-from v2flow_cli.store.shard_sources import sources_from_tars as from_tars
 from v2flow_cli.store.shards import find_shards, index_shard, iterate_shard
-from v2flow_cli.store.write_shards import write_shards
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def test_a_missing_shard_is_missed_by_name(folder, tmp_path):
 def test_without_its_index_a_damaged_shard_still_counts(folder, tmp_path):
     write_shards(sources_from_sidecars(folder), tmp_path / "o", prefix="s", shard_bytes=9000)
     path = tmp_path / "o" / "s-000000.tar"
-    shard_manifest.index_path(path).unlink()
+    shard_index.index_path(path).unlink()
     assert not index_shard(path, "full").failures
     path.write_bytes(path.read_bytes()[:3500])
     index = index_shard(path)

@@ -10,10 +10,10 @@ import webdataset
 from PIL import Image
 
 from v2flow_cli.errors import DataError
+from v2flow_cli.jobs.shard import ShardReport, write_shards
+from v2flow_cli.jobs.shard_sources import Source, sources_from_classes, sources_from_sidecars, sources_from_table
 from v2flow_cli.store.images import FoundFile
-from v2flow_cli.store.shard_sources import Source, sources_from_classes, sources_from_sidecars, sources_from_table
 from v2flow_cli.store.shards import find_shards, index_shard, iterate_shard, read_member, safe_key
-from v2flow_cli.store.write_shards import ShardReport, write_shards
 
 
 def write_tar(path, members):

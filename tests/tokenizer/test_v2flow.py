@@ -5,8 +5,8 @@ import torch
 
 from v2flow_cli.errors import ModelError
 from v2flow_cli.recipe.schema import TokenizerLoss
+from v2flow_cli.runtime.batch_invariant import on_single_threads
 from v2flow_cli.tokenizer import V2FlowTokenizer
-from v2flow_cli.tokenizer.threads import on_single_threads
 
 LOSS = TokenizerLoss(flow=1.0, regression=1.0, commit=0.1, batch_entropy=0.0, guidance_dropout=0.3)
 

@@ -15,12 +15,12 @@ from PIL import Image
 from torch import Tensor
 
 from v2flow_cli.bench import metrics
+from v2flow_cli.bench.candidates import Batch, Reconstruction, System
 from v2flow_cli.bench.perceptual import FrechetDistance, Inception, Lpips
 from v2flow_cli.bench.protocol import Protocol, library_versions
-from v2flow_cli.bench.systems import Batch, Reconstruction, System
 from v2flow_cli.errors import DataError
-from v2flow_cli.store.decode_set import image_seed
-from v2flow_cli.store.ranks import Ranks
+from v2flow_cli.jobs.decode import image_seed
+from v2flow_cli.runtime.processes import Ranks
 from v2flow_cli.tokenizer import V2FlowImageProcessor
 from v2flow_cli.tokenizer.preprocess import to_uint8
 

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 
 from v2flow_cli.errors import DataError, ModelError
-from v2flow_cli.llm.finetune import TOKEN_COUNTS
 from v2flow_cli.llm.loss import labelled_losses
 from v2flow_cli.llm.pairs import encode_photos
 from v2flow_cli.llm.sample import DrawingLM
@@ -20,6 +19,7 @@ from v2flow_cli.llm.sequences import caption_ids, collate, sample
 from v2flow_cli.store.stream import SampleStream
 from v2flow_cli.store.token_file import TokenManifest, TokenSample, read_token_set
 from v2flow_cli.tokenizer import V2FlowTokenizer
+from v2flow_cli.training.objectives.drawing import TOKEN_COUNTS
 
 
 @dataclass(frozen=True)

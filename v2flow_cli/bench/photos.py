@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from v2flow_cli.errors import DataError
-from v2flow_cli.store.encode_set import Failure
+from v2flow_cli.jobs.encode import Failure
 from v2flow_cli.store.images import SUFFIXES, expand_input, find_images, open_image
 from v2flow_cli.store.shards import find_shards, iterate_shard
 

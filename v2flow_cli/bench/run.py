@@ -11,16 +11,16 @@ import torch
 from PIL import Image
 
 from v2flow_cli.bench import metrics
+from v2flow_cli.bench.candidates import System, autoencoder_system, codec_system, coder_system
+from v2flow_cli.bench.codec_speed import Speed, measure_speeds
 from v2flow_cli.bench.codecs import available_codecs
 from v2flow_cli.bench.coder import Coder, v2flow_coder
 from v2flow_cli.bench.evaluate import Judges, Result, batches, evaluate
 from v2flow_cli.bench.sweep import Setting, settings_of_models
-from v2flow_cli.bench.systems import System, autoencoder_system, codec_system, coder_system
-from v2flow_cli.bench.throughput import Speed, measure_speeds
 from v2flow_cli.errors import DataError
-from v2flow_cli.store.ranks import Ranks
+from v2flow_cli.runtime.digest import model_digest
+from v2flow_cli.runtime.processes import Ranks
 from v2flow_cli.tokenizer import V2FlowTokenizer
-from v2flow_cli.tokenizer.digest import model_digest
 
 
 @dataclass(frozen=True)

@@ -211,14 +211,14 @@ def bench(
     total = len(samples) if reader is None else reader.count
     total = min(total, limit) if total is not None and limit is not None else total
 
+    from v2flow_cli.bench.codec_speed import help_seconds
     from v2flow_cli.bench.coder import load_external
-    from v2flow_cli.bench.record import as_csv, as_record, tables
-    from v2flow_cli.bench.record import images_csv as images_as_csv
+    from v2flow_cli.bench.results import as_csv, as_record, tables
+    from v2flow_cli.bench.results import images_csv as images_as_csv
     from v2flow_cli.bench.run import run_bench
-    from v2flow_cli.bench.throughput import help_seconds
+    from v2flow_cli.runtime.device import pick_device, pick_dtype
+    from v2flow_cli.runtime.processes import launched
     from v2flow_cli.store.files import write_bytes
-    from v2flow_cli.store.ranks import launched
-    from v2flow_cli.tokenizer.hardware import pick_device, pick_dtype
 
     target = pick_device(device)
     externals = [load_external(place) for place in external or ()]
@@ -258,8 +258,8 @@ def bench(
     if images_csv:
         write_bytes(images_csv, images_as_csv(benches).encode())
     if report:
-        from v2flow_cli.bench.report import Page, write_report
-        from v2flow_cli.bench.words import token_views
+        from v2flow_cli.bench.report.page import Page, write_report
+        from v2flow_cli.bench.report.token_view import token_views
 
         page = Page(
             title="What tokens keep of a photo",

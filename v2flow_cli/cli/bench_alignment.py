@@ -25,9 +25,9 @@ def bench_alignment(
     from v2flow_cli.assets import sample_photos
     from v2flow_cli.bench.alignment import align, draw_planes, photo_tokens, word_table
     from v2flow_cli.bench.photos import PhotoReader
+    from v2flow_cli.runtime.device import pick_device
     from v2flow_cli.store.files import write_bytes
     from v2flow_cli.tokenizer import V2FlowTokenizer
-    from v2flow_cli.tokenizer.hardware import pick_device
 
     target = pick_device(device)
     found, failed, words = [], [], None

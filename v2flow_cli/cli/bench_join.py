@@ -11,8 +11,8 @@ from v2flow_cli.cli.console import log, result, result_json
 
 def join_results(files: Sequence[Path], *, csv: Path | None, report: Path | None, json_: bool) -> None:
     """Print, and where asked write, the tables of ``files``."""
-    from v2flow_cli.bench.record import as_csv, as_record, join
-    from v2flow_cli.bench.report import Page, write_report
+    from v2flow_cli.bench.report.page import Page, write_report
+    from v2flow_cli.bench.results import as_csv, as_record, join
     from v2flow_cli.store.files import write_bytes
 
     found, notes = join(files)

@@ -26,10 +26,10 @@ def bench_llm(
         raise DataError("bench --llm needs captioned photos: a folder, WebDataset tars, or what `v2flow encode` wrote.")
 
     from v2flow_cli.bench.llm import measure_llm, read_captioned
-    from v2flow_cli.llm.draw_set import check_pair
+    from v2flow_cli.jobs.generate import check_pair
     from v2flow_cli.llm.sample import DrawingLM
+    from v2flow_cli.runtime.device import pick_device, pick_dtype
     from v2flow_cli.tokenizer import V2FlowTokenizer
-    from v2flow_cli.tokenizer.hardware import pick_device, pick_dtype
 
     target = pick_device(device)
     tokenizer = V2FlowTokenizer.from_pretrained(model).to(target)

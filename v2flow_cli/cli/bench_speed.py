@@ -12,7 +12,7 @@ import typer
 from v2flow_cli.cli.console import is_main_process, log, result, result_json
 
 if TYPE_CHECKING:
-    from v2flow_cli.bench.speed import RecipeSpeed
+    from v2flow_cli.bench.recipe_cost import RecipeSpeed
 
 
 def bench_speed(
@@ -31,10 +31,10 @@ def bench_speed(
     if len(recipes) > 1:
         raise typer.BadParameter("one recipe at a time", param_hint="IMAGES")
 
-    from v2flow_cli.bench.speed import measure_recipe
+    from v2flow_cli.bench.recipe_cost import measure_recipe
     from v2flow_cli.recipe import load_recipe
     from v2flow_cli.recipe.schema import TokenizerRecipe
-    from v2flow_cli.tokenizer.hardware import pick_device, pick_dtype
+    from v2flow_cli.runtime.device import pick_device, pick_dtype
 
     recipe = load_recipe(Path(recipes[0]), kinds=("tokenizer",))
     assert isinstance(recipe, TokenizerRecipe)

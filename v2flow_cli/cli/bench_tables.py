@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from v2flow_cli.cli.console import is_main_process, result
 
 if TYPE_CHECKING:
-    from v2flow_cli.bench.record import Record, Table
+    from v2flow_cli.bench.results import Record, Table
 
 WIDTH_OF_A_FILE = 170  # columns, where stdout is no terminal
 

@@ -82,9 +82,9 @@ def decode(
 
     files = find_files([_folder_of(given) for given in tokens], {".npy"}, "token files")
 
-    from v2flow_cli.store.decode_set import decode_files, open_token_files
+    from v2flow_cli.jobs.decode import decode_files, open_token_files
+    from v2flow_cli.runtime.device import pick_device, pick_dtype
     from v2flow_cli.tokenizer import V2FlowTokenizer
-    from v2flow_cli.tokenizer.hardware import pick_device, pick_dtype
 
     target = pick_device(device)
     tokenizer = V2FlowTokenizer.from_pretrained(model).to(target)

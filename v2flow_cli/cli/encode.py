@@ -79,13 +79,13 @@ def encode(
         raise DataError(f"{' '.join(inputs)}: holds both images and tars. Encode them one kind at a time.")
     tars = kinds == {"tars"}
 
-    from v2flow_cli.store.encode_set import SetEncoder, encode_files, encode_shards
+    from v2flow_cli.jobs.encode import SetEncoder, encode_files, encode_shards
+    from v2flow_cli.jobs.prefixes import Prefixes
+    from v2flow_cli.runtime.device import pick_device, pick_dtype
+    from v2flow_cli.runtime.processes import launched
     from v2flow_cli.store.failures import over_budget
-    from v2flow_cli.store.prefixes import Prefixes
-    from v2flow_cli.store.ranks import launched
     from v2flow_cli.store.shards import find_shard_files
     from v2flow_cli.tokenizer import V2FlowTokenizer
-    from v2flow_cli.tokenizer.hardware import pick_device, pick_dtype
 
     files = find_shard_files(inputs) if tars else find_images(inputs)
     target = pick_device(device)

@@ -13,7 +13,7 @@ import typer
 from v2flow_cli.cli.console import EXIT_INTERRUPTED, log, result, result_json
 
 if TYPE_CHECKING:
-    from v2flow_cli.llm.trainer import TrainingReport
+    from v2flow_cli.training.llm_trainer import TrainingReport
 
 
 def finetune_llm(
@@ -44,14 +44,14 @@ def finetune_llm(
     plan: Callable[[], dict[str, Any]]
     run: Callable[..., TrainingReport]
     if isinstance(spec, FinetuneRecipe):
-        from v2flow_cli.llm import finetune
+        from v2flow_cli.training.objectives import drawing
 
-        plan, run = partial(finetune.plan, spec), partial(finetune.finetune, spec)
+        plan, run = partial(drawing.plan, spec), partial(drawing.finetune, spec)
     else:
-        from v2flow_cli.llm import pretrain
+        from v2flow_cli.training.objectives import language_model
 
         assert isinstance(spec, LMRecipe)  # one of the kinds asked for
-        plan, run = partial(pretrain.plan, spec), partial(pretrain.pretrain, spec)
+        plan, run = partial(language_model.plan, spec), partial(language_model.pretrain, spec)
     if dry_run:
         for key, value in (estimates := plan()).items():
             if not json_:
@@ -60,7 +60,7 @@ def finetune_llm(
             result_json(estimates)
         return
 
-    from v2flow_cli.store.checkpoint import Interrupted
+    from v2flow_cli.training.checkpoint import Interrupted
 
     try:
         report = run(log=log, resume=resume, approximate=approximate)

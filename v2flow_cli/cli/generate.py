@@ -78,7 +78,7 @@ def generate(
     if len(seeds) == 1:
         seeds = list(range(seeds[0], seeds[0] + count))
 
-    from v2flow_cli.llm.draw_set import (
+    from v2flow_cli.jobs.generate import (
         MadeList,
         Settings,
         about,
@@ -191,10 +191,10 @@ def _caption(
 
 def _models(model: str | None, tokenizer: str | None, device: str, dtype: str) -> tuple[Any, Any, Any]:
     """(image tokenizer, LLM, number format) on the device asked for; the two must belong together."""
-    from v2flow_cli.llm.draw_set import check_pair
+    from v2flow_cli.jobs.generate import check_pair
     from v2flow_cli.llm.sample import DrawingLM
+    from v2flow_cli.runtime.device import pick_device, pick_dtype
     from v2flow_cli.tokenizer import V2FlowTokenizer
-    from v2flow_cli.tokenizer.hardware import pick_device, pick_dtype
 
     target = pick_device(device)
     number_format = pick_dtype(dtype, target)

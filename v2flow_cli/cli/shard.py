@@ -72,10 +72,10 @@ def shard(
         raise typer.BadParameter("expected a folder for the tars", param_hint="-o")
 
     from v2flow_cli.errors import DataError
-    from v2flow_cli.store import shard_sources
+    from v2flow_cli.jobs import shard_sources
+    from v2flow_cli.jobs.shard import ShardReport, write_shards
     from v2flow_cli.store.failures import over_budget
     from v2flow_cli.store.images import expand_input
-    from v2flow_cli.store.write_shards import ShardReport, write_shards
 
     report = ShardReport()
     tars = (

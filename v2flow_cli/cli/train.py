@@ -38,7 +38,7 @@ def train(
     tree = load_recipe(recipe, set_ or (), kinds=("autoencoder", "tokenizer"))
     assert isinstance(tree, AutoencoderRecipe | TokenizerRecipe)  # the kinds asked for
     if dry_run:
-        from v2flow_cli.train.plan import plan
+        from v2flow_cli.training.plan import plan
 
         report = plan(tree)
         if json_:
@@ -48,8 +48,8 @@ def train(
                 result(f"{key}: {value:,}" if isinstance(value, int) else f"{key}: {value}")
         return
 
-    from v2flow_cli.store.checkpoint import Interrupted
-    from v2flow_cli.train.loop import train as run
+    from v2flow_cli.training.checkpoint import Interrupted
+    from v2flow_cli.training.loop import train as run
 
     try:
         with steps_bar("train", tree.train.steps) as at_step:

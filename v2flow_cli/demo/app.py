@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image
 
-from v2flow_cli.bench import metrics, pictures
+from v2flow_cli.bench import metrics
 from v2flow_cli.bench.coder import inference
-from v2flow_cli.bench.words import TokenView, token_view
+from v2flow_cli.bench.report import illustrations
+from v2flow_cli.bench.report.token_view import TokenView, token_view
 from v2flow_cli.errors import V2FlowError
 from v2flow_cli.llm.sample import DrawingLM
+from v2flow_cli.runtime.device import pick_device, pick_dtype
 from v2flow_cli.tokenizer import V2FlowTokenizer
-from v2flow_cli.tokenizer.hardware import pick_device, pick_dtype
 from v2flow_cli.tokenizer.preprocess import to_uint8
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ class Studio:
             f"{length:,} tokens of {codes:,} codes: {metrics.token_bytes(length, codes):,} bytes. "
             f"PSNR {metrics.psnr(reference, made).item():.2f} dB, SSIM {metrics.ssim(reference, made).item():.3f}."
         )
-        rows, columns = pictures.token_grid_shape(length)
+        rows, columns = illustrations.token_grid_shape(length)
         grid = Image.fromarray(self.view.colours[ids[0].cpu().numpy()].reshape(rows, columns, 3))
         width = STRIP_WIDTH // columns * columns
         grid = grid.resize((width, width * rows // columns), Image.Resampling.NEAREST)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
-    from v2flow_cli.bench.report import DrawnPicture
+    from v2flow_cli.bench.report.page import DrawnPicture
     from v2flow_cli.store.images import FoundFile
     from v2flow_cli.tokenizer import V2FlowTokenizer
 
@@ -47,16 +47,16 @@ def demo(
     if len(files) > limit:
         log(f"{images}: the first {limit} of {len(files)} images; --limit shows more")
 
-    from v2flow_cli.bench.record import tables
-    from v2flow_cli.bench.report import Page, write_report
+    from v2flow_cli.bench.report.page import Page, write_report
+    from v2flow_cli.bench.report.token_view import token_views
+    from v2flow_cli.bench.results import tables
     from v2flow_cli.bench.run import run_bench
     from v2flow_cli.bench.sweep import parse_sweeps
-    from v2flow_cli.bench.words import token_views
     from v2flow_cli.cli.bench import load_judges
-    from v2flow_cli.store.encode_set import SetEncoder, encode_files
+    from v2flow_cli.jobs.encode import SetEncoder, encode_files
+    from v2flow_cli.runtime.device import pick_device, pick_dtype
     from v2flow_cli.store.images import open_image
     from v2flow_cli.tokenizer import V2FlowTokenizer
-    from v2flow_cli.tokenizer.hardware import pick_device, pick_dtype
 
     target = pick_device(device)
     dtype = pick_dtype("auto", target)
@@ -130,7 +130,7 @@ def _decode(
     tokenizer: V2FlowTokenizer, files: Sequence[FoundFile], out: Path, scale: float, dtype: torch.dtype
 ) -> None:
     """The saved tokens of ``files`` back to PNG files in ``out/guidance-SCALE``."""
-    from v2flow_cli.store.decode_set import decode_files, open_token_files
+    from v2flow_cli.jobs.decode import decode_files, open_token_files
     from v2flow_cli.store.images import FoundFile
 
     tokens = [FoundFile(out / "tokens" / f"{file.key}.npy", file.key) for file in files]
@@ -160,7 +160,7 @@ def _draw(
     import numpy as np
 
     from v2flow_cli.bench.coder import inference
-    from v2flow_cli.bench.report import DrawnPicture
+    from v2flow_cli.bench.report.page import DrawnPicture
     from v2flow_cli.llm.sample import DrawingLM
     from v2flow_cli.store.files import write_bytes
 

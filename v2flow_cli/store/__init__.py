@@ -1,6 +1,5 @@
-"""Everything on disk: image files, WebDataset shards, the training stream, token files, checkpoints.
+"""Everything on disk: image files, WebDataset shards, the training stream, token files.
 
 Read ``images.py`` first, then ``shards.py`` and ``stream.py``; ``token_file.py`` is what ``encode`` writes
-and ``decode`` reads, ``encode_set.py``, ``decode_set.py`` and ``write_shards.py`` are what the commands of those
-names do. A file here turns bytes into checked values, or raises a DataError or TokenFileError.
+and ``decode`` reads. A file here turns bytes into checked values, or raises a DataError or TokenFileError.
 """

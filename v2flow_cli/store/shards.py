@@ -1,7 +1,7 @@
 """Reading WebDataset tars: any sample is one seek and one read away, and nothing lost goes unsaid.
 
 A shard that its manifest lists is read by the index beside it, every member checked against its digest; any other
-by its headers. ``write_shards.py`` makes them.
+by its headers. ``jobs/shard.py`` writes them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from v2flow_cli.errors import DataError
 from v2flow_cli.store.failures import Failure
 from v2flow_cli.store.files import sha256_of
 from v2flow_cli.store.images import SUFFIXES, FoundFile, expand_input, find_files
-from v2flow_cli.store.shard_manifest import Member, SampleIndex, ShardInfo, digest_of, load_index, load_manifest
+from v2flow_cli.store.shard_index import Member, SampleIndex, ShardInfo, digest_of, load_index, load_manifest
 from v2flow_cli.store.tar_scan import scan_tar
 
 _LONGEST_PART = 200  # bytes; file systems have room for 255, suffix included

@@ -13,7 +13,7 @@ import numpy as np
 from v2flow_cli.errors import DataError
 from v2flow_cli.store.failures import Failure, budget_error, over_budget
 from v2flow_cli.store.images import SUFFIXES, FoundFile, expand_input, find_images, read_bytes
-from v2flow_cli.store.shard_manifest import SampleIndex, index_path, load_manifest
+from v2flow_cli.store.shard_index import SampleIndex, index_path, load_manifest
 from v2flow_cli.store.shards import (
     captions_of,
     index_shard,

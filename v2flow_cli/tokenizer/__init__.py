@@ -1,8 +1,9 @@
 """The tokenizer of the paper in pure torch: reads no data set, prints nothing.
 
 Read ``v2flow.py`` first: it assembles, in this order, ``preprocess``, ``latents`` (with ``autoencoder``),
-``resampler``, ``quantizer``, ``masking``, ``context``, ``flow``, ``guidance``, ``sampling`` and ``decoder``.
-FlexTok's parts take the same places: ``registers`` and ``prefix``, ``fsq``, ``flow_transformer``.
+``resampler_grid``, ``quantizer_ema``, ``masking``, ``context``, ``flow``, ``guidance``, ``decoder_masked`` and
+``decoder``. FlexTok's parts replace three of them: ``resampler_registers`` with ``prefix``, ``quantizer_fsq`` and
+``decoder_transformer``.
 """
 
 from v2flow_cli.tokenizer.preprocess import V2FlowImageProcessor

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from v2flow_cli.recipe.schema import Context, Flow, Sampling, TokenizerLoss
 from v2flow_cli.tokenizer.context import MaskedTransformer
+from v2flow_cli.tokenizer.decoder_masked import Places, sample_patches
 from v2flow_cli.tokenizer.flow import VelocityNetwork
 from v2flow_cli.tokenizer.masking import gather, random_orders, sample_mask_ratio, seeded_orders
-from v2flow_cli.tokenizer.sampling import Places, sample_patches
 
 
 class DecoderLosses(NamedTuple):

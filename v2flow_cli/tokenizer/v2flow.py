@@ -18,22 +18,22 @@ from transformers import PretrainedConfig, PreTrainedModel
 from v2flow_cli.errors import ModelError, RecipeError
 from v2flow_cli.recipe.load import parse_section
 from v2flow_cli.recipe.schema import FSQ, FlowTransformer, Registers, Resampler, Sampling, TokenizerLoss
+from v2flow_cli.runtime.batch_invariant import on_single_threads
+from v2flow_cli.runtime.device import without_autocast
+from v2flow_cli.runtime.digest import model_digest
 from v2flow_cli.tokenizer.context import MaskedTransformer, grid_coordinates
 from v2flow_cli.tokenizer.decoder import Decoder, MaskedDecoder
-from v2flow_cli.tokenizer.digest import model_digest
+from v2flow_cli.tokenizer.decoder_masked import Places
+from v2flow_cli.tokenizer.decoder_transformer import VelocityTransformer
 from v2flow_cli.tokenizer.flow import VelocityNetwork
-from v2flow_cli.tokenizer.flow_transformer import VelocityTransformer
-from v2flow_cli.tokenizer.fsq import FSQQuantizer
-from v2flow_cli.tokenizer.hardware import without_autocast
 from v2flow_cli.tokenizer.isometry import isometry_loss
 from v2flow_cli.tokenizer.latents import Latents
 from v2flow_cli.tokenizer.prefix import sample_lengths
 from v2flow_cli.tokenizer.preprocess import V2FlowImageProcessor
-from v2flow_cli.tokenizer.quantizer import EMAQuantizer
-from v2flow_cli.tokenizer.registers import RegisterResampler
-from v2flow_cli.tokenizer.resampler import GridResampler, VocabularyProjection
-from v2flow_cli.tokenizer.sampling import Places
-from v2flow_cli.tokenizer.threads import on_single_threads
+from v2flow_cli.tokenizer.quantizer_ema import EMAQuantizer
+from v2flow_cli.tokenizer.quantizer_fsq import FSQQuantizer
+from v2flow_cli.tokenizer.resampler_grid import GridResampler, VocabularyProjection
+from v2flow_cli.tokenizer.resampler_registers import RegisterResampler
 
 EMBEDDED_MODEL = Path(__file__).resolve().parents[1] / "assets" / "default" / "tokenizer"
 SECTIONS = ("vocabulary", "resampler", "quantizer", "context", "flow", "sampling")  # of the recipe

@@ -1,0 +1,62 @@
+import dataclasses
+
+import torch
+
+from v2flow_cli.recipe.schema import Registers
+from v2flow_cli.tokenizer.resampler_registers import RegisterResampler
+
+SETTINGS = Registers("registers", 32, 2, 2, 2.0, 0.0, 2, 6, "spread", True, "uniform")
+
+
+def resampler(**changes):
+    torch.manual_seed(0)
+    return RegisterResampler(dataclasses.replace(SETTINGS, **changes), 4, 8).eval()
+
+
+def test_as_many_tokens_as_registers_at_any_size():
+    made = resampler()
+    assert made(torch.randn(2, 4, 4, 4)).shape == (2, 6, 32)
+    assert made(torch.randn(1, 4, 8, 12)).shape == (1, 6, 32)
+    assert made.size_multiple == 16
+
+
+def test_causal_registers_do_not_see_those_behind_them():
+    latents = torch.randn(1, 4, 4, 4)
+    for causal in (True, False):
+        made = resampler(causal=causal)
+        before = made(latents)
+        made.registers.data[3] += torch.randn(32)
+        same = torch.isclose(before, made(latents), atol=1e-6).all(-1)[0].tolist()
+        assert same == ([True] * 3 + [False] * 3 if causal else [False] * 6)
+
+
+def test_patches_do_not_see_registers():
+    made = resampler()
+    assert not made._seen(4, torch.device("cpu"))[:4, 4:].any()
+    assert made._seen(4, torch.device("cpu"))[:, :4].all()
+
+
+def test_every_patch_matters_to_the_first_token():
+    made, latents = resampler(), torch.randn(1, 4, 4, 4)
+    first = made(latents)[:, 0]
+    for y, x in ((0, 0), (3, 3)):
+        changed = latents.clone()
+        changed[..., y, x] += 1
+        assert not torch.allclose(first, made(changed)[:, 0], atol=1e-4)
+
+
+def test_where_a_patch_lies_matters():
+    made, latents = resampler(), torch.randn(1, 4, 4, 4)
+    assert not torch.allclose(made(latents), made(latents.flip(-1)), atol=1e-3)
+
+
+def test_places_on_paper():
+    device = torch.device("cpu")
+    tokens, cells = resampler(places="centre").places(32, 64, 2, 4, device)
+    assert tokens.tolist() == [[0.5, 1.5]] * 6 and cells.tolist() == [0] * 8
+    tokens, cells = resampler().places(32, 64, 2, 4, device)
+    # The first in the middle, the second 0.7549 and 0.5698 of the sides on: at shares 0.2549 and 0.0698.
+    assert torch.allclose(tokens[:2], torch.tensor([[0.5, 1.5], [2 * 0.25488 - 0.5, 4 * 0.06984 - 0.5]]), atol=1e-4)
+    nearest = (torch.tensor([[0.0, 0.0]]) - tokens).norm(dim=-1).argmin().item()
+    assert cells[0].item() == nearest
+    assert tokens.amin() >= -0.5 and (tokens < torch.tensor([1.5, 3.5])).all()

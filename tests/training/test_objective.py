@@ -1,0 +1,147 @@
+"""What a tokenizer minimises beyond the flow: pixels, SSIM, isometry; and training the decoder alone."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from v2flow_cli.errors import ModelError, RecipeError
+from v2flow_cli.recipe.schema import Vocabulary
+from v2flow_cli.tokenizer import V2FlowTokenizer
+from v2flow_cli.training.loop import train
+from v2flow_cli.training.objectives.tokenizer import TokenizerObjective, temperature_at
+
+from .conftest import quiet, recipe
+
+
+def objective(world, tmp_path, *more):
+    torch.manual_seed(0)
+    made = TokenizerObjective(recipe(world, "tokenizer", tmp_path / "run", *more))
+    return made.train()
+
+
+def terms(made, seed=0, side=64):
+    torch.manual_seed(seed)
+    images = torch.rand(4, 3, side, side) * 2 - 1
+    torch.manual_seed(seed)
+    return images, made(images, step=3)
+
+
+def test_pixel_loss_is_the_psnr_of_what_the_decoder_regresses(world, tmp_path):
+    """Mask ratio 1 and no dummy: the regression is the whole picture, and its PSNR is counted by hand."""
+    settings = ("context.mask_ratio_min=1.0", "loss.guidance_dropout=0.0", "loss.pixels=0.5", "loss.pixel_share=0.5")
+    made = objective(world, tmp_path, *settings)
+    images, out = terms(made)
+    torch.manual_seed(0)
+    model = objective(world, tmp_path, *settings).model  # the same again: a pass moves running statistics
+    torch.manual_seed(0)
+    found = model(model.latents.encode(images), step=3, noise_scale=0.0, loss=made.recipe.loss)
+    drawn = model.latents.draw(found.latents[2:])
+    error = (drawn - images[2:]).square().mean((1, 2, 3)) / 4
+    assert out["psnr_db"].item() == pytest.approx((-10 * error.log10()).mean().item(), abs=1e-4)
+    plain = objective(world, tmp_path, *settings[:2])
+    _, without = terms(plain)
+    assert "psnr_db" not in without
+    assert (out["loss"] - without["loss"]).item() == pytest.approx(0.5 * error.log().mean().item(), abs=1e-4)
+    assert math.isclose(out["regression_loss"].item(), without["regression_loss"].item(), rel_tol=1e-5)
+
+
+def test_pixel_loss_reaches_the_encoder_through_the_frozen_autoencoder(world, tmp_path):
+    zero = ("loss.flow=0", "loss.regression=0", "loss.commit=0", "loss.batch_entropy=0", "flow.share=0")
+    made = objective(world, tmp_path, *zero, "loss.ssim=1.0", "context.mask_ratio_min=1.0", "loss.guidance_dropout=0")
+    _, out = terms(made)
+    out["loss"].backward()
+    assert made.model.resampler.stem.weight.grad.abs().sum() > 0
+    assert made.model.flow.regress.weight.grad.abs().sum() > 0
+    assert all(p.grad is None for p in made.model.latents.parameters())
+    assert out["loss"].item() == pytest.approx(1 - out["ssim"].item(), abs=1e-5)
+
+
+def test_isometry_fades(world, tmp_path):
+    weights = ("loss.isometry=2.0", "loss.isometry_steps=4")
+    made = objective(world, tmp_path, *weights)
+    _, out = terms(made)  # at step 3 of 4 a quarter is left
+    _, without = terms(objective(world, tmp_path))
+    assert out["isometry_loss"] > 0 and without["isometry_loss"] == 0
+    assert (out["loss"] - without["loss"]).item() == pytest.approx(0.5 * out["isometry_loss"].item(), rel=1e-3)
+
+
+def test_commitment_rises_from_the_start_of_the_codebook(world, tmp_path):
+    _, without = terms(objective(world, tmp_path, "loss.commit=0", "quantizer.start_step=1"))
+    for ramp, share in ((0, 1.0), (8, 0.25), (2, 1.0)):  # step 3 is two steps after the start
+        weights = ("loss.commit=2.0", f"loss.commit_ramp_steps={ramp}", "quantizer.start_step=1")
+        _, out = terms(objective(world, tmp_path, *weights))
+        added = 2.0 * share * out["commit_loss"].item()
+        assert added > 0
+        assert (out["loss"] - without["loss"]).item() == pytest.approx(added, rel=1e-3)
+
+
+def test_temperature_falls_by_equal_factors_to_its_end():
+    words = Vocabulary("lm", "tied", 20.0, 0.25, 1.0, 0, 0, temperature_start=4.0, temperature_steps=4)
+    assert [temperature_at(step, words) for step in range(6)] == pytest.approx([4, 2, 1, 0.5, 0.25, 0.25])
+    assert temperature_at(0, replace(words, temperature_steps=0)) == 0.25
+
+
+def test_the_schedule_reaches_the_softmax(world, tmp_path):
+    """A cooler softmax is surer of its words; encode, which knows no step, has the end of the schedule."""
+    schedule = ("vocabulary.temperature=0.1", "vocabulary.temperature_start=10", "vocabulary.temperature_steps=3")
+    sure = objective(world, tmp_path, *schedule)  # `terms` takes step 3
+    wild = objective(world, tmp_path, *schedule[:2], "vocabulary.temperature_steps=300")
+    constant = objective(world, tmp_path, schedule[0])
+    entropies = [terms(made)[1]["word_entropy"].item() for made in (sure, wild, constant)]
+    assert entropies[0] == entropies[2] < entropies[1]
+    images = torch.rand(1, 3, 64, 64)
+    encoded = [made.model.embed(made.model.latents.encode(images), 0.0)[0] for made in (wild, constant)]
+    assert torch.equal(*encoded)
+
+
+def test_a_decoder_trained_further_reads_the_same_tokens(world, tmp_path):
+    first = train(recipe(world, "tokenizer", tmp_path / "first", "train.steps=3"), resume=False, log=quiet).folder
+    on = recipe(world, "tokenizer", tmp_path / "on", "train.steps=3", f"init_from={first}", "freeze_tokens=true")
+    second = train(on, resume=False, log=quiet).folder
+    before, after = V2FlowTokenizer.from_pretrained(first), V2FlowTokenizer.from_pretrained(second)
+    assert before.token_digest == after.token_digest and before.digest != after.digest
+    images = torch.rand(2, 3, 64, 64) * 2 - 1
+    ids = before.encode(images)
+    assert torch.equal(ids, after.encode(images))
+    assert not torch.equal(before.decode(ids), after.decode(ids))
+    moved = {n.split(".")[0] for n, w in before.state_dict().items() if not torch.equal(w, after.state_dict()[n])}
+    assert moved == {"context", "flow"}
+
+
+def test_what_ids_hang_on_is_never_rounded(world, tmp_path):
+    made = objective(world, tmp_path, "train.save_dtype=bf16")
+    images, _ = terms(made)
+    made.eval()
+    before, ids = {k: v.clone() for k, v in made.model.state_dict().items()}, made.model.encode(images)
+    made.export(tmp_path / "model")
+    after = V2FlowTokenizer.from_pretrained(tmp_path / "model")
+    changed = {k for k, v in after.state_dict().items() if not torch.equal(v, before[k])}
+    assert {"latents", "context", "flow"} < {name.split(".")[0] for name in changed}
+    exact = ("resampler.", "vocabulary.", "quantizer.mean", "quantizer.std")
+    assert "quantizer.codebook" in changed and not any(name.startswith(exact) for name in changed)
+    assert (after.encode(images) == ids).float().mean() > 0.9
+
+
+def test_a_frozen_encoder_keeps_its_settings(world, tmp_path):
+    first = train(recipe(world, "tokenizer", tmp_path / "first", "train.steps=1"), resume=False, log=quiet).folder
+    other = recipe(
+        world, "tokenizer", tmp_path / "on", f"init_from={first}", "freeze_tokens=true", "quantizer.ema_decay=0.5"
+    )
+    with pytest.raises(ModelError, match=r"quantizer.ema_decay is .* but the recipe says 0.5, and freeze_tokens"):
+        TokenizerObjective(other)
+    TokenizerObjective(replace(other, freeze_tokens=False))  # trained on, it may change
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("freeze_tokens=true", "init_from names no tokenizer"),
+        ("loss.pixels=1.0 loss.pixel_share=0", "loss.pixel_share is 0"),
+        ("loss.ssim=1.0 latents.cache=memory", "latents.cache does not keep"),
+    ],
+)
+def test_settings_that_contradict_each_other(world, tmp_path, override, message):
+    with pytest.raises(RecipeError, match=message):
+        recipe(world, "tokenizer", tmp_path / "run", *override.split())

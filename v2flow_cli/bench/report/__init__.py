@@ -1,0 +1,1 @@
+"""The HTML report of a bench.  Read ``page.py`` first."""

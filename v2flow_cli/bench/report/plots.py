@@ -1,0 +1,159 @@
+"""The report's plots as inline SVG: quality over bits a pixel, and quality over decoding speed.
+
+Published figures are not drawn: they were measured in another way, on other pictures.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+from v2flow_cli.bench.results import Record, Table
+
+#: Key of a record: heading, decimals, and whether more is better.
+METRICS = {
+    "psnr_db": ("PSNR, dB", 1, True),
+    "ssim": ("SSIM", 2, True),
+    "ms_ssim": ("MS-SSIM", 2, True),
+    "lpips": ("LPIPS, less is better", 2, False),
+    "rfid": ("rFID, less is better", 1, False),
+}
+WIDTH, HEIGHT = 560, 380
+LEFT, RIGHT, TOP, BOTTOM = 56, 16, 16, 46  # pixels around the axes
+HUES = 8  # series colours in report.html
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A linear or (for positive values) logarithmic axis; ``at`` maps a value to [0, 1]."""
+
+    low: float
+    high: float
+    log: bool
+
+    @classmethod
+    def around(cls, values: Sequence[float], log: bool) -> Axis:
+        """An axis that holds all values with some room; never empty."""
+        low, high = min(values), max(values)
+        if log:
+            room = max((high / low) ** 0.12, 1.3)
+            return cls(low / room, high * room, True)
+        room = max(0.1 * (high - low), 0.02 * abs(high), 1e-3)
+        return cls(low - room, high + room, False)
+
+    def at(self, value: float) -> float:
+        if self.log:
+            return math.log(value / self.low) / math.log(self.high / self.low)
+        return (value - self.low) / (self.high - self.low)
+
+    def ticks(self) -> list[float]:
+        """Four to eight round values."""
+        if self.log:
+            for steps in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7)):
+                decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
+                ticks = [m * 10.0**e for e in decades for m in steps if self.low <= m * 10.0**e <= self.high]
+                if len(ticks) >= 4:
+                    break
+            return ticks
+        raw = (self.high - self.low) / 5
+        power = 10.0 ** math.floor(math.log10(raw))
+        step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw)
+        return [step * i for i in range(math.ceil(self.low / step), math.floor(self.high / step) + 1)]
+
+
+def plots(table: Table) -> str:
+    """Both plots of a table, each with a choice of metrics; one without two points is left out."""
+    charts = [
+        _chart(table, "bits_per_pixel", "bits a pixel", "Rate and distortion"),
+        _chart(table, "decode_images_per_s", "images decoded a second", "Speed and quality"),
+    ]
+    body = "".join(chart for chart in charts if chart)
+    return f'<div class="plots">{body}</div>' if body else ""
+
+
+def _chart(table: Table, x: str, x_label: str, title: str) -> str:
+    """One figure: a drawing for each metric, of which the page shows one."""
+    group = f"{x}-{table.size}"
+    drawings: list[str] = []
+    choices: list[str] = []
+    for metric, (label, _, _) in METRICS.items():
+        rows = [row for row in table.rows if row[x] and row[metric] is not None]
+        if len(rows) < 2:
+            continue
+        first = not drawings
+        name = label.split(",")[0]
+        choices.append(
+            f'<label><input class="hide" type="radio" name="{group}" value="{metric}"{" checked" if first else ""}>'
+            f"<span>{name}</span></label>"
+        )
+        drawings.append(
+            f'<div class="drawing" data-metric="{metric}"{"" if first else " hidden"}>'
+            f"{_drawing(table, rows, x, x_label, metric, f'{title}: {name} over {x_label}')}</div>"
+        )
+    if not drawings:
+        return ""
+    families = dict.fromkeys(row["family"] for row in table.rows if row[x])
+    legend = "".join(f'<li><i class="hue{_hue(table, family)}"></i>{escape(family)}</li>' for family in families)
+    note = '<li><i class="ceiling"></i>autoencoder alone</li>' if _ceilings(table, x) else ""
+    return (
+        f'<figure class="plot"><figcaption>{title}<fieldset class="metrics"><legend class="hide">Metric of {title}'
+        f'</legend>{"".join(choices)}</fieldset></figcaption>{"".join(drawings)}<ul class="legend">{legend}{note}</ul>'
+        "<output></output></figure>"
+    )
+
+
+def _drawing(table: Table, rows: Sequence[Record], x: str, x_label: str, metric: str, title: str) -> str:
+    label, digits, _ = METRICS[metric]
+    ceilings = [row for row in _ceilings(table, x) if row[metric] is not None]
+    across = Axis.around([row[x] for row in rows], log=True)
+    up = Axis.around([row[metric] for row in (*rows, *ceilings)], log=False)
+
+    def point(row: Record) -> tuple[float, float]:
+        return (
+            LEFT + across.at(row[x]) * (WIDTH - LEFT - RIGHT),
+            HEIGHT - BOTTOM - up.at(row[metric]) * (HEIGHT - TOP - BOTTOM),
+        )
+
+    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">']
+    for tick in up.ticks():
+        y = HEIGHT - BOTTOM - up.at(tick) * (HEIGHT - TOP - BOTTOM)
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{tick:.{digits}f}</text>')
+    for tick in across.ticks():
+        place = LEFT + across.at(tick) * (WIDTH - LEFT - RIGHT)
+        parts.append(f'<line class="grid" x1="{place:.1f}" x2="{place:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
+        parts.append(f'<text x="{place:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{tick:g}</text>')
+    parts.append(f'<text class="axis" x="{WIDTH - RIGHT}" y="{HEIGHT - 8}" text-anchor="end">{x_label} (log)</text>')
+    parts.append(f'<text class="axis" x="{LEFT + 6}" y="{TOP + 12}">{label}</text>')
+    for row in ceilings:
+        y = HEIGHT - BOTTOM - up.at(row[metric]) * (HEIGHT - TOP - BOTTOM)
+        parts.append(f'<line class="ceiling" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+    on_top = sorted(rows, key=lambda row: row["kind"] != "codec")  # tokenizers are drawn over codecs
+    for family in dict.fromkeys(row["family"] for row in on_top):
+        curve = sorted((row for row in rows if row["family"] == family), key=lambda row: row[x])
+        if len({row[x] for row in curve}) == len(curve) > 1:  # a sweep at one rate has no order along this axis
+            line = " ".join(f"{a:.1f},{b:.1f}" for a, b in map(point, curve))
+            parts.append(f'<polyline class="hue{_hue(table, family)}" points="{line}"/>')
+        for row in curve:
+            a, b = point(row)
+            tip = f"{row['system']}: {row[metric]:.{digits + 1}f} at {row[x]:.4g} {x_label}"
+            shape = (
+                f'<rect x="{a - 5:.1f}" y="{b - 5:.1f}" width="10" height="10"'
+                if row["kind"] == "codec"
+                else f'<circle cx="{a:.1f}" cy="{b:.1f}" r="6"'
+            )
+            tag = shape.split(" ")[0][1:]
+            parts.append(f'{shape} class="hue{_hue(table, family)}" tabindex="0"><title>{escape(tip)}</title></{tag}>')
+    return "".join(parts) + "</svg>"
+
+
+def _ceilings(table: Table, x: str) -> list[Record]:
+    """Autoencoders alone bound the quality at any rate; over speed they would only flatten the plot."""
+    return [row for row in table.rows if row["kind"] == "autoencoder" and x == "bits_per_pixel"]
+
+
+def _hue(table: Table, family: str) -> int:
+    families = list(dict.fromkeys(row["family"] for row in table.rows if row["kind"] != "autoencoder"))
+    return families.index(family) % HUES

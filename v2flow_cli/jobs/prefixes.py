@@ -1,0 +1,75 @@
+"""How many tokens of an image are kept: all, the first K, or the fewest whose picture is close enough."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from v2flow_cli.errors import DataError
+from v2flow_cli.jobs.decode import image_seed
+from v2flow_cli.tokenizer import V2FlowTokenizer
+from v2flow_cli.tokenizer.preprocess import psnr, to_uint8
+
+
+@dataclass(frozen=True)
+class Prefixes:
+    """What ``encode --tokens`` and ``--max-error`` ask for; neither keeps every token.
+
+    tokens: keep the first so many; min_psnr_db: keep the fewest of them that reach this PSNR.
+    """
+
+    tokens: int | None = None
+    min_psnr_db: float | None = None
+
+    def longest(self, tokenizer: V2FlowTokenizer, whole: int) -> int:
+        """The longest sequence that is written, where an image has ``whole`` tokens.
+
+        Raises:  DataError for a tokenizer without prefixes, or without that many tokens.
+        """
+        if self.tokens is None and self.min_psnr_db is None:
+            return whole
+        if not tokenizer.flexible:
+            option = "--tokens" if self.tokens is not None else "--max-error"
+            raise DataError(
+                f"{option}: this tokenizer always writes {whole} tokens an image. Prefixes need one of flexible "
+                "length, such as recipes/flextok/small.yaml trains."
+            )
+        if self.tokens is not None and not 1 <= self.tokens <= whole:
+            raise DataError(f"--tokens {self.tokens}: this tokenizer has 1 to {whole} tokens an image.")
+        return self.tokens or whole
+
+
+def shortest_prefixes(
+    tokenizer: V2FlowTokenizer, images: Tensor, token_ids: Tensor, keys: Sequence[str], min_psnr_db: float
+) -> list[int | None]:
+    """For each image the length of the shortest prefix of its ids (B, L) that reaches ``min_psnr_db``; None if none.
+
+    Each is decoded as ``v2flow decode`` decodes it by default, its seed 0 and key included. The lengths 1, 2, 4, ...
+    and L are tried until one is good enough, then those between it and the one before it are halved down: at
+    most 2 log2 L pictures an image. The PSNR need not rise with every token, so a shorter prefix may do by chance.
+    """
+    reference = to_uint8(images)
+    height, width = images.shape[-2:]
+    longest = token_ids.shape[1]
+    seeds = [image_seed(0, key) for key in keys]
+
+    def good(chosen: list[int], lengths: list[int]) -> list[bool]:
+        found = tokenizer.decode(
+            token_ids[chosen], lengths=lengths, height=height, width=width, seeds=[seeds[i] for i in chosen]
+        )
+        return (psnr(reference[chosen], to_uint8(found)) >= min_psnr_db).tolist()
+
+    bad_at, good_at = [0] * len(keys), [0] * len(keys)  # the longest that failed, the shortest that did
+    open_ = list(range(len(keys)))
+    for length in sorted({*(2**k for k in range(longest.bit_length())), longest}):
+        results = good(open_, [length] * len(open_)) if open_ else []
+        for i, reached in zip(open_, results):
+            (good_at if reached else bad_at)[i] = length
+        open_ = [i for i, reached in zip(open_, results) if not reached]
+    while open_ := [i for i in range(len(keys)) if good_at[i] - bad_at[i] > 1]:
+        middle = [(good_at[i] + bad_at[i]) // 2 for i in open_]
+        for i, length, reached in zip(open_, middle, good(open_, middle)):
+            (good_at if reached else bad_at)[i] = length
+    return [length or None for length in good_at]

@@ -1,0 +1,235 @@
+"""Soft embedding -> token id -> codebook vector: nearest code, EMA codebook (section 2.2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from v2flow_cli.recipe.schema import Quantizer
+from v2flow_cli.runtime.device import without_autocast
+
+STATISTICS_RATE = 0.05  # of the running mean and standard deviation, per step
+
+
+@dataclass(frozen=True)
+class QuantizerOutput:
+    """``embeddings`` (B, N, D) with straight-through gradients; ``token_ids`` (B, N) int64; a scalar loss."""
+
+    embeddings: Tensor
+    token_ids: Tensor
+    commit_loss: Tensor
+
+
+class EMAQuantizer(nn.Module):
+    """A codebook (K, D) moved by exponential averages of the vectors that chose each code.
+
+    Vectors are first standardised by running statistics. Silent (S2): the paper does not say how; soft mixtures of
+    thousands of words all lie within a narrow cone, where a cosine hardly tells them apart and the decoder sees
+    little but their mean. One diagonal affine map keeps them in the vocabulary's space (``vectors`` undoes it).
+    With ``distance: cosine`` vectors and codes have unit length. For the first ``start_step`` steps nothing is
+    quantised, and the codebook is a ring of the newest real vectors, which ``kmeans_steps`` of k-means then
+    turn into means; from then on it is averaged. A codebook drawn while the encoder is still constant dies at once.
+    All arithmetic is float32, also under autocast.
+    """
+
+    codebook: Tensor
+    counts: Tensor
+    usage: Tensor
+    ring_position: Tensor
+    mean: Tensor
+    std: Tensor
+    averaged_buffers = ("mean", "std")  # with the weights that the vectors come from
+
+    def __init__(self, settings: Quantizer, code_size: int) -> None:
+        super().__init__()
+        self.settings = settings
+        self.register_buffer("codebook", F.normalize(torch.randn(settings.codebook_size, code_size), dim=-1))
+        self.register_buffer("counts", torch.ones(settings.codebook_size))  # running vectors per step
+        if settings.usage_decay:
+            self.register_buffer("usage", torch.ones(settings.codebook_size))  # as counts, forgotten sooner
+        self.register_buffer("ring_position", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("mean", torch.zeros(code_size))
+        self.register_buffer("std", torch.ones(code_size))
+        # A standardised vector has length sqrt(D) on average; the cosine codebook keeps its direction alone. What
+        # leaves the quantiser is at the standard scale again: unit vectors would drown in the decoder's residuals.
+        self.length = code_size**0.5 if settings.distance == "cosine" else 1.0
+
+    def forward(self, vectors: Tensor, step: int | None = None) -> QuantizerOutput:
+        """Quantise (B, N, D). ``step`` is the training step, which also updates the codebook; None freezes it."""
+        with without_autocast(vectors):
+            if step is not None:
+                self._follow(vectors.detach().float(), first=step == 0)
+            # Copies: the next batch moves the statistics in place, maybe before this one's gradient is taken.
+            vectors = self._prepare((vectors.float() - self.mean.clone()) / self.std.clone())
+            if step is not None and step < self.settings.start_step:
+                self._prepare_codebook(vectors.detach(), steps_left=self.settings.start_step - step)
+                ids = torch.zeros(vectors.shape[:-1], dtype=torch.int64, device=vectors.device)
+                return QuantizerOutput(self.length * vectors, ids, vectors.new_zeros(()))
+            ids = self.nearest(vectors.detach())
+            codes = self.codebook[ids]
+            if step is not None:
+                self._update(vectors.detach(), ids)
+            commit_loss = (vectors - codes).square().sum(-1).mean()
+            passed = turn_onto if self.settings.gradient == "rotation" else straight_through
+            return QuantizerOutput(self.length * passed(vectors, codes), ids, commit_loss)
+
+    @property
+    def vectors(self) -> Tensor:
+        """The codes (K, D) in the space that vectors come from: standardisation undone."""
+        return self.codebook * (self.length * self.std) + self.mean
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """Codes (B, N, D) of token ids (B, N), at the scale of ``QuantizerOutput.embeddings``."""
+        return self.length * self.codebook[token_ids]
+
+    def nearest(self, vectors: Tensor) -> Tensor:
+        """Ids of the nearest codes, the lowest id where two are equally near."""
+        flat = vectors.flatten(0, -2)
+        scores = flat @ self.codebook.T
+        if self.settings.distance == "euclidean":
+            scores = scores - 0.5 * self.codebook.square().sum(-1)
+        return scores.argmax(-1).view(vectors.shape[:-1])
+
+    def _prepare(self, vectors: Tensor) -> Tensor:
+        return F.normalize(vectors, dim=-1) if self.settings.distance == "cosine" else vectors
+
+    @torch.no_grad()
+    def _follow(self, vectors: Tensor, first: bool) -> None:
+        """Move the running mean and standard deviation of each dimension towards this batch's."""
+        flat = _gather_ranks(vectors.flatten(0, -2))
+        rate = 1.0 if first else STATISTICS_RATE
+        self.mean.lerp_(flat.mean(0), rate)
+        self.std.lerp_(flat.std(0).clamp_min(1e-6), rate)
+
+    def _prepare_codebook(self, vectors: Tensor, steps_left: int) -> None:
+        """Ring, k-means, running counts: what precedes quantisation, each harmless to repeat within a step.
+
+        Silent (S1): the start of the codebook.
+        """
+        kmeans_steps = self.settings.kmeans_steps
+        if not kmeans_steps or steps_left > kmeans_steps + 1:
+            self._fill_ring(vectors)
+        elif steps_left > 1:
+            self._step_kmeans(vectors)
+        if steps_left == 1:  # every code starts as an average one
+            self.counts.fill_(vectors[..., 0].numel() * _ranks() / len(self.codebook))
+            self._running().copy_(self.counts)
+
+    @torch.no_grad()
+    def _fill_ring(self, vectors: Tensor) -> None:
+        rows = _gather_ranks(vectors.flatten(0, -2))[-len(self.codebook) :]
+        places = (torch.arange(len(rows), device=rows.device) + self.ring_position) % len(self.codebook)
+        self.codebook[places] = rows
+        self.ring_position.add_(len(rows)).remainder_(len(self.codebook))
+
+    @torch.no_grad()
+    def _step_kmeans(self, vectors: Tensor) -> None:
+        """Mini-batch k-means (Sculley 2010): a code is the mean of the ring's vector and all that chose it since."""
+        # Until quantisation starts a count is the number of vectors in the mean; the ring's own is the first.
+        self._move(vectors, self.nearest(vectors), keep=1.0, rate=1.0)
+
+    @torch.no_grad()
+    def _update(self, vectors: Tensor, ids: Tensor) -> None:
+        """One EMA step, then revival of codes that (almost) nothing chose, with their EMA state. Silent (S3)."""
+        counts = self._move(vectors, ids, keep=self.settings.ema_decay, rate=1 - self.settings.ema_decay)
+        if self.settings.usage_decay:
+            self.usage.lerp_(counts, 1 - self.settings.usage_decay)
+        self._revive(_gather_ranks(vectors.flatten(0, -2)))
+
+    def _move(self, vectors: Tensor, ids: Tensor, keep: float, rate: float) -> Tensor:
+        """Weigh the codes' totals by ``keep`` and add their new vectors by ``rate``; how many chose each code (K,).
+
+        Only chosen codes move, so the sums are one row a vector of the batch, not one a code: at 16,384 codes of
+        width 4,096 that is what keeps a training step from taking a gigabyte.
+        """
+        size, ids = len(self.codebook), ids.flatten()
+        everyone = _gather_ranks(ids)
+        slots = torch.arange(len(everyone), device=ids.device)
+        # Each chosen code gets the slot of the first vector that chose it, the same on every rank.
+        slot_of = slots.new_full((size,), len(slots)).scatter_reduce_(0, everyone, slots, "amin")
+        counts = torch.zeros(size, device=ids.device).scatter_add_(0, everyone, torch.ones_like(everyone).float())
+        sums = vectors.new_zeros(len(slots), vectors.shape[-1])
+        sums.index_add_(0, slot_of[ids], vectors.flatten(0, -2))
+        _sum_ranks(sums)
+        # The running sum of a code is codebook * counts, so the code itself is its only state.
+        totals = self.codebook[everyone] * (keep * self.counts[everyone])[:, None] + rate * sums[slot_of[everyone]]
+        self.counts.mul_(keep).add_(counts, alpha=rate)
+        self.codebook[everyone] = self._prepare(totals / self.counts[everyone].clamp_min(1e-12)[:, None])
+        return counts
+
+    def _running(self) -> Tensor:
+        return self.usage if self.settings.usage_decay else self.counts
+
+    def _dead(self) -> Tensor:
+        """True (K,) for codes whose running use is below ``revive_after`` of the mean."""
+        return self._running() < self.settings.revive_after * self._running().mean()
+
+    def _revive(self, candidates: Tensor) -> None:
+        # At most an eighth of the batch a step: replacing every dead code from one batch copies that batch.
+        limit = min(len(self.codebook), max(1, len(candidates) // 8))
+        picks = torch.randperm(len(candidates), device=candidates.device)[:limit]
+        lots = torch.rand(len(self.codebook), device=candidates.device)
+        _broadcast(picks)
+        _broadcast(lots)
+        drawn, places = torch.where(self._dead(), lots, -1.0).topk(limit)
+        born = drawn >= 0
+        self.codebook[places] = torch.where(born[:, None], candidates[picks], self.codebook[places])
+        states = (self.counts, self.usage) if self.settings.usage_decay else (self.counts,)
+        for state in states:
+            state[places] = torch.where(born, state.mean(), state[places])
+
+    def statistics(self) -> dict[str, float]:
+        """Usage and perplexity of the running counts, and the number of codes near revival."""
+        share = self.counts / self.counts.sum()
+        entropy = -(share * (share + 1e-12).log()).sum()
+        dead = self._dead().float()
+        return {
+            "codebook_usage": 1 - dead.mean().item(),
+            "perplexity": entropy.exp().item(),
+            "dead_codes": dead.sum().item(),
+        }
+
+
+def straight_through(vectors: Tensor, codes: Tensor) -> Tensor:
+    """The codes (..., D); the gradient is copied to the vectors (..., D)."""
+    return vectors + (codes - vectors).detach()
+
+
+def turn_onto(vectors: Tensor, codes: Tensor) -> Tensor:
+    """The codes (..., D) as the vectors (..., D), rotated and scaled by a constant; the gradient turns back with them.
+
+    Silent (S10): how gradients pass. Copied, all vectors of a cell get the same one; turned, those far from the
+    code are pushed apart or together as the loss asks. Source: arXiv 2410.06424, section 4.
+    """
+    start, end = F.normalize(vectors.detach(), dim=-1), F.normalize(codes, dim=-1)
+    middle = F.normalize(start + end, dim=-1)
+    reflected = vectors - 2 * (vectors * middle).sum(-1, keepdim=True) * middle
+    turned = reflected + 2 * (vectors * start).sum(-1, keepdim=True) * end
+    scale = codes.norm(dim=-1, keepdim=True) / vectors.detach().norm(dim=-1, keepdim=True).clamp_min(1e-6)
+    return scale * turned
+
+
+def _ranks() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _gather_ranks(rows: Tensor) -> Tensor:
+    if _ranks() == 1:
+        return rows
+    parts = [torch.empty_like(rows) for _ in range(_ranks())]
+    dist.all_gather(parts, rows.contiguous())
+    return torch.cat(parts)
+
+
+def _sum_ranks(tensor: Tensor) -> None:
+    if _ranks() > 1:
+        dist.all_reduce(tensor)
+
+
+def _broadcast(tensor: Tensor) -> None:
+    if _ranks() > 1:
+        dist.broadcast(tensor, 0)

@@ -1,0 +1,83 @@
+"""Memory of one training image, from shapes alone: the pass runs on tensors that have no data."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from v2flow_cli.training.muon import copies_kept
+from v2flow_cli.training.objectives.autoencoder import AutoencoderObjective
+from v2flow_cli.training.objectives.tokenizer import TokenizerObjective
+from v2flow_cli.training.optimizer import build_optimizer
+
+
+def training_bytes(objective: AutoencoderObjective | TokenizerObjective, size: int, step: int) -> dict[str, int]:
+    """Bytes in float32 of what training holds, and of the most that one image of ``size`` pixels adds at any time.
+
+    Args:    objective, on the meta device; it is left with gradients.
+    """
+    weights = sum(_bytes(x) for x in (*objective.parameters(), *objective.buffers()))
+    trained = [p for p in objective.parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.grad = torch.empty_like(parameter)
+    images = torch.empty(1, 3, size, size, device="meta")
+    objective.train()
+    with LiveBytes() as live, _FusedAttention():
+        objective(images, step)["loss"].backward()
+    gradients = sum(map(_bytes, trained))
+    optimizer, _ = build_optimizer(objective, objective.recipe.optimizer)
+    kept = gradients  # the average of the weights
+    for group in optimizer.param_groups:
+        kept += copies_kept(optimizer, group) * sum(map(_bytes, group["params"]))
+    parts = {"weights": weights, "gradients": gradients, "optimizer": kept}
+    return {**parts, "one_image": live.peak, "peak_with_one_image": sum(parts.values()) + live.peak}
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all tensors made within it that are still alive (``now``), and the most so far (``peak``)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._alive: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        results = func(*args, **(kwargs or {}))
+        for result in tree_leaves(results):
+            if isinstance(result, Tensor):
+                self._add(result.untyped_storage(), given)
+        return results
+
+    def _add(self, storage: torch.UntypedStorage, given: set[int]) -> None:
+        key = storage._cdata
+        if key in self._alive or key in given:  # a view, or a result in place
+            return
+        self._alive.add(key)
+        self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._remove, key, storage.nbytes())
+
+    def _remove(self, key: int, size: int) -> None:
+        self._alive.discard(key)
+        self.now -= size
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Without data torch would take its plainest attention, which no device that trains uses."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args, **(kwargs or {}))[0]
+        return func(*args, **(kwargs or {}))
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * 4

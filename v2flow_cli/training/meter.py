@@ -1,0 +1,83 @@
+"""The log of a training: means of every loss term, as a line and as JSON; a resumed run writes the same one."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from v2flow_cli.errors import ModelError
+from v2flow_cli.store.files import write_bytes
+from v2flow_cli.training.state import TrainState
+
+
+class Meter:
+    """Means of every loss term between two log lines; JSONL in the output folder, a short line in the log."""
+
+    def __init__(self, path: Path, log: Callable[[str], None], enabled: bool) -> None:
+        self.path, self.log, self.enabled = path, log, enabled
+        self.last: dict[str, float] = {}
+        self._reset()
+
+    def _reset(self) -> None:
+        self.sums: dict[str, float] = {}
+        self.counts: dict[str, int] = {}
+        self.images, self.waited, self.start = 0, 0.0, time.monotonic()
+
+    def as_json(self) -> dict[str, Any]:
+        """What is not logged yet, for a checkpoint."""
+        names = ("last", "sums", "counts", "images", "waited")
+        return {**{name: getattr(self, name) for name in names}, "elapsed": time.monotonic() - self.start}
+
+    def resume(self, saved: dict[str, Any], step: int) -> None:
+        """Go on from ``as_json``, and take back the lines after ``step``."""
+        for name in ("last", "sums", "counts", "images", "waited"):
+            setattr(self, name, saved[name])
+        self.start = time.monotonic() - saved["elapsed"]
+        self.rewind(step)
+
+    def rewind(self, step: int) -> None:
+        """Drop the lines after ``step``, and half of one that a killed run left."""
+        if not self.enabled or not self.path.is_file():
+            return
+        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        if kept != lines:
+            write_bytes(self.path, "".join(kept).encode())
+
+    def add(self, terms: dict[str, Any], images: int, waited: float) -> None:
+        for name, value in terms.items():
+            self.sums[name] = self.sums.get(name, 0.0) + float(value)
+            self.counts[name] = self.counts.get(name, 0) + 1
+        self.images += images
+        self.waited += waited
+
+    def write(self, state: TrainState, learning_rate: float) -> dict[str, float]:
+        """Log the means since the last line, and return them.  Raises: ModelError where they cannot be written."""
+        elapsed = max(time.monotonic() - self.start, 1e-9)
+        self.last = {f"train/{name}": self.sums[name] / self.counts[name] for name in self.sums}
+        record = {
+            "step": state.step,
+            "images_seen": state.images_seen,
+            **self.last,
+            "learning_rate": learning_rate,
+            "images_per_second": self.images / elapsed,
+            "data_wait_share": self.waited / elapsed,
+            "seconds": round(state.seconds, 1),
+        }
+        if torch.cuda.is_available():
+            record["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        if self.enabled:
+            try:
+                with self.path.open("a", encoding="utf-8") as stream:
+                    stream.write(json.dumps(record) + "\n")
+            except OSError as error:
+                raise ModelError(f"{self.path}: cannot be written ({error.strerror}). Make room and resume.") from None
+            shown = "  ".join(f"{k.removeprefix('train/')} {v:.4g}" for k, v in self.last.items())
+            self.log(f"step {state.step}  {shown}  {record['images_per_second']:.1f} img/s")
+        self._reset()
+        return record

@@ -1,0 +1,72 @@
+"""What an autoencoder minimises: the error of its reconstructions, with noise on the latents."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from v2flow_cli.recipe.schema import AutoencoderRecipe
+from v2flow_cli.runtime.device import DTYPES
+from v2flow_cli.tokenizer.autoencoder import V2FlowAutoencoder, V2FlowAutoencoderConfig
+
+
+class AutoencoderObjective(nn.Module):
+    """Weighted pixel losses, and a running estimate of the latents' mean and standard deviation."""
+
+    latent_mean: Tensor
+    latent_square: Tensor
+
+    def __init__(self, recipe: AutoencoderRecipe) -> None:
+        super().__init__()
+        self.recipe = recipe
+        model = recipe.model
+        self.model = V2FlowAutoencoder(
+            V2FlowAutoencoderConfig(
+                latent_channels=model.latent_channels,
+                encoder_width=model.encoder_width,
+                encoder_depth=model.encoder_depth,
+                decoder_width=model.decoder_width,
+                decoder_depth=model.decoder_depth,
+                latent_noise=model.latent_noise,
+            )
+        ).to(memory_format=torch.channels_last)
+        self.register_buffer("latent_mean", torch.zeros(()))
+        self.register_buffer("latent_square", torch.ones(()))
+
+    def forward(self, images: Tensor, step: int) -> dict[str, Tensor]:
+        """Loss terms of a batch (B, 3, S, S); ``loss`` is what is minimised."""
+        reconstruction, latents = self.model(images)
+        reconstruction = reconstruction.float()
+        mse, l1 = F.mse_loss(reconstruction, images), F.l1_loss(reconstruction, images)
+        with torch.no_grad():
+            rate = max(0.01, 1 / (step + 1))
+            self.latent_mean.lerp_(latents.float().mean(), rate)
+            self.latent_square.lerp_(latents.float().square().mean(), rate)
+        weights = self.recipe.loss
+        return {
+            "loss": weights.mse * mse + weights.l1 * l1,
+            "mse": mse.detach(),
+            "psnr_db": -10 * torch.log10(mse.detach() / 4),  # images span 2, so the peak power is 4
+            "latent_std": (self.latent_square - self.latent_mean**2).sqrt(),
+        }
+
+    def reconstruct(self, images: Tensor) -> Tensor:
+        """Images (B, 3, S, S) through the model and back."""
+        return self.model(images)[0]
+
+    def no_decay(self) -> tuple[str, ...]:
+        return ()
+
+    def after_step(self, step: int) -> dict[str, Any]:
+        return {}
+
+    def export(self, folder: Path) -> None:
+        """Save the model with the latents' statistics as its scale (applied by ``tokenizer/latents.py``)."""
+        std = (self.latent_square - self.latent_mean**2).sqrt().item()
+        self.model.config.shift_factor = self.latent_mean.item()
+        self.model.config.scaling_factor = 1.0 / max(std, 1e-6)
+        self.model.to(DTYPES[self.recipe.train.save_dtype]).save_pretrained(folder)

@@ -1,0 +1,342 @@
+"""Teach a causal LM the visual tokens (section 2.4): load, extend the vocabulary, train, save a plain folder.
+
+The loop is transformers' Trainer, under plain Python, ``accelerate launch`` or torchrun alike. What is ours: the
+loss on the answer alone, with text and visual parts logged apart, and what is trained:
+
+    full    every weight (the paper)
+    lora    adapters on every linear layer and the new rows (peft), merged into the folder that is saved
+    rows    the new rows alone
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import io
+import itertools
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, set_seed
+
+from v2flow_cli.errors import DataError, ModelError
+from v2flow_cli.llm.caption_contrast import gist_loss, middle_layer
+from v2flow_cli.llm.load import context_length, load_llm, loading
+from v2flow_cli.llm.loss import IGNORE, labelled_losses
+from v2flow_cli.llm.pairs import Part, Samples, check_data, count_tokens
+from v2flow_cli.llm.sequences import collate, prompt_frame
+from v2flow_cli.llm.vocabulary import VisualVocabulary, add_visual_tokens, extend_tables
+from v2flow_cli.recipe.load import dump_recipe
+from v2flow_cli.recipe.schema import FinetuneRecipe, Lora
+from v2flow_cli.runtime.device import describe_hardware
+from v2flow_cli.tokenizer import V2FlowTokenizer
+from v2flow_cli.training.llm_trainer import (
+    LMTrainer,
+    Log,
+    RunClock,
+    TrainingReport,
+    check_output,
+    estimate,
+    optimizer_class,
+    run,
+    save_folder,
+    training_arguments,
+)
+from v2flow_cli.training.sample_pictures import SamplePictures
+
+HELD_OUT_MAX = 512  # images that the held-out loss is taken on
+TOKEN_COUNTS = "token_counts.npy"  # (K,): how often each code was trained on, beside the weights
+
+
+class DrawingTrainer(LMTrainer):
+    """Cross-entropy of the labelled positions, z-loss and gist loss; text, visual and gist losses are logged apart.
+
+    The loss of a step is the mean over its labels in all micro-batches and processes, however they are split. The
+    gist is learned against the other pictures of the same micro-batch.
+    """
+
+    def __init__(
+        self, *args: Any, vocabulary: VisualVocabulary, z_loss: float = 0.0, gist: float = 0.0, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.vocabulary, self.z_loss, self.gist = vocabulary, z_loss, gist
+        self.middle = middle_layer(self.model) if gist else None
+        self.model_accepts_loss_kwargs = True  # compute_loss divides by all labels of the step, so Trainer must not
+        self.head = self.model.get_output_embeddings()
+        self.router_weight = getattr(self.model.config, "router_aux_loss_coef", 0.0)
+        self.sums = torch.zeros(3, 2)  # losses and labels of text, of visual tokens, of gists, since the last log line
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Every process reads its own batches of the one order, from where a resumed run goes on."""
+        batch = self._train_batch_size
+        self.train_dataset.part = Part(self.first_sample, batch, self.args.process_index, self.args.world_size)
+        # With a generator of its own the loader draws nothing from the one that a resume restores.
+        own = torch.Generator()
+        return DataLoader(self.train_dataset, batch_size=batch, collate_fn=self.data_collator, generator=own)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Tensor]:
+        """The micro-batches of a step, and how many labels it has over all processes."""
+        batches, _ = super().get_batch_samples(*args, **kwargs)
+        self.keys = [key for batch in batches for key in batch["keys"]]
+        count = torch.tensor(sum(int((batch["labels"][:, 1:] != IGNORE).sum()) for batch in batches))
+        return batches, self.accelerator.reduce(count.to(self.args.device))
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        asked = (inputs["pictures"] >= 0).any(1)
+        early = None
+        if self.middle is not None and model.training and asked.any():
+            early = self.middle, asked[:, None] & (inputs["input_ids"] == self.vocabulary.begin_image_id)
+        found = labelled_losses(model, self.head, inputs["input_ids"], inputs["labels"], early)
+        losses = found.losses
+        if model.training:
+            visual = self.vocabulary.is_visual(found.targets)
+            self._count(0, losses[~visual])
+            self._count(1, losses[visual])
+        if self.z_loss:
+            losses = losses + self.z_loss * found.logits.logsumexp(-1).square()
+        if num_items_in_batch is None:
+            loss = losses.mean()
+        else:  # gradients are averaged over processes, so the sum over them is asked for
+            loss = losses.sum() * self.accelerator.num_processes / num_items_in_batch
+        if early is not None:
+            first = self.vocabulary.visual_token_offset
+            codes = found.early[:, first : first + self.vocabulary.codebook_size]
+            gist = gist_loss(codes, inputs["pictures"][asked])
+            self._count(2, gist[None])
+            loss = loss + self.gist * gist / self.args.gradient_accumulation_steps
+        if self.router_weight and getattr(found.outputs, "aux_loss", None) is not None:
+            loss = loss + self.router_weight * found.outputs.aux_loss / self.args.gradient_accumulation_steps
+        return (loss, found.outputs) if return_outputs else loss
+
+    def _count(self, row: int, losses: Tensor) -> None:
+        self.sums[row] += torch.tensor([float(losses.detach().sum()), float(len(losses))])
+
+    def unlogged(self) -> dict[str, Tensor]:
+        return {**super().unlogged(), "sums": self.sums.clone()}
+
+    def restore_unlogged(self, sums: dict[str, Tensor]) -> None:
+        super().restore_unlogged(sums)
+        self.sums = sums["sums"].clone()
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:
+            sums = self.accelerator.reduce(self.sums.to(self.args.device)).tolist()
+            answers = sums[:2]  # what Trainer took the mean of has the other losses in it
+            logs["loss"] = sum(total for total, _ in answers) / max(1, sum(count for _, count in answers))
+            for name, (total, count) in zip(("text", "visual", "gist"), sums):
+                if count:
+                    logs[f"{name}_loss"] = total / count
+            self.sums.zero_()
+        super().log(logs, *args, **kwargs)
+
+
+def finetune(recipe: FinetuneRecipe, *, log: Log, resume: bool = False, approximate: bool = False) -> TrainingReport:
+    """Fine-tune ``recipe.llm`` on the recipe's token sets and save a model that draws to ``recipe.output``.
+
+    Raises:  ModelError for an LLM or tokenizer that cannot be loaded or extended, an output that already holds a model
+             (without ``resume``), sequences longer than the LLM's context, and a loss that is not finite;
+             TokenFileError and DataError for token sets that are missing, damaged or of another tokenizer.
+    """
+    check_output(recipe.output, resume)
+    image_tokenizer = V2FlowTokenizer.from_pretrained(recipe.tokenizer)
+    length, images = check_data(recipe.data, image_tokenizer)
+    arguments = training_arguments(recipe.optimizer, recipe.train, recipe.output, ignore_data_skip=True)
+    # Adapters leave the LLM's weights alone, so those may stay in bf16; what is trained is kept in float32.
+    dtype = torch.bfloat16 if recipe.mode == "lora" and arguments.bf16 else torch.float32
+    model, text_tokenizer = load_llm(recipe.llm, dtype)
+    codebook = image_tokenizer.codebook if recipe.new_rows == "codebook" else None
+    codebook_size = image_tokenizer.config.codebook_size
+    captions = recipe.data.image_to_text_share > 0
+    if recipe.new_rows == "kept":
+        vocabulary = _kept_vocabulary(model.config, recipe, image_tokenizer)
+        vocabulary = dataclasses.replace(vocabulary, captions=captions or vocabulary.captions)
+    else:
+        offset = model.get_input_embeddings().weight.shape[0]
+        log(extend_tables(model, len(text_tokenizer), codebook_size, codebook, recipe.train.seed))
+        prefix, suffix = prompt_frame(text_tokenizer)
+        vocabulary = VisualVocabulary(
+            visual_token_offset=offset,
+            codebook_size=codebook_size,
+            begin_image_id=offset + codebook_size,
+            end_image_id=offset + codebook_size + 1,
+            tokens_per_image=length,
+            tokenizer_digest=image_tokenizer.token_digest,
+            prompt_prefix=prefix,
+            prompt_suffix=suffix,
+            eos_id=text_tokenizer.eos_token_id,
+            flexible=image_tokenizer.flexible,
+            captions=captions,
+        )
+        text_tokenizer = add_visual_tokens(text_tokenizer, offset, codebook_size)
+    model.config.v2flow = vocabulary.record()
+    check_context(model.config, vocabulary, recipe.data.max_caption_tokens)
+    set_seed(recipe.train.seed)  # adapters start from random numbers
+    model = choose_trained(model, recipe.mode, recipe.lora, vocabulary.visual_token_offset)
+    if recipe.train.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+        model.enable_input_require_grads()
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    log(f"{images:,} images of {length} tokens; {model.num_parameters():,} parameters, {trained:,} of them trained")
+
+    samples = functools.partial(Samples, recipe.data, text_tokenizer, vocabulary, recipe.train.seed)
+    samples = functools.partial(samples, image_tokenizer=image_tokenizer.to(arguments.device))
+    held_out = list(itertools.islice(samples(held_out=True), HELD_OUT_MAX))
+    if recipe.train.eval_every and not held_out:
+        raise DataError("train.eval_every asks for held-out losses, but data.held_out_share leaves no image for them.")
+    pad_id = text_tokenizer.pad_token_id or text_tokenizer.eos_token_id or 0
+    clock = RunClock(recipe.train, dump_recipe(recipe), log)
+    trainer = DrawingTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=samples(),
+        eval_dataset=held_out,
+        data_collator=functools.partial(collate, pad_id=pad_id),
+        optimizer_cls_and_kwargs=optimizer_class(recipe.optimizer),
+        vocabulary=vocabulary,
+        z_loss=recipe.z_loss,
+        gist=recipe.gist_loss,
+    )
+    if recipe.sample_every:
+        prompts, place = recipe.sample_prompts, recipe.output
+        trainer.add_callback(
+            SamplePictures(prompts, recipe.sample_every, place, image_tokenizer, text_tokenizer, vocabulary, log)
+        )
+    run(trainer, clock, recipe.output, resume, log, approximate)
+    report = TrainingReport(
+        output=recipe.output,
+        parameters=model.num_parameters(),
+        processes=trainer.args.world_size,
+        steps=trainer.state.global_step,
+        minutes=clock.seconds / 60,
+        sequences_per_second=clock.sequences_per_second(trainer.state.global_step),
+        train_loss=clock.last_loss,
+        eval_loss=trainer.evaluate()["eval_loss"] if held_out else None,
+    )
+    plain = trainer.model.merge_and_unload() if recipe.mode == "lora" else trainer.model
+    card = _card(recipe, report, images, len(held_out), vocabulary)
+    files: dict[str, str | bytes] = {"README.md": card, "recipe.yaml": dump_recipe(recipe)}
+    if recipe.data.token_sets and trainer.is_world_process_zero():
+        files[TOKEN_COUNTS] = _npy(count_tokens(recipe.data, codebook_size))
+    save_folder(trainer, plain, text_tokenizer, recipe.output, recipe.train.save_dtype, files)
+    return report
+
+
+def plan(recipe: FinetuneRecipe) -> dict[str, int | float]:
+    """Sizes and rough estimates of a run, from configs alone.  Raises: as ``finetune`` for inputs that do not fit."""
+    image_tokenizer = V2FlowTokenizer.from_pretrained(recipe.tokenizer)
+    length, images = check_data(recipe.data, image_tokenizer)
+    with loading(recipe.llm):
+        config, text_tokenizer = AutoConfig.from_pretrained(recipe.llm), AutoTokenizer.from_pretrained(recipe.llm)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    if recipe.new_rows == "kept":
+        offset = _kept_vocabulary(config, recipe, image_tokenizer).visual_token_offset
+    else:
+        offset = model.get_input_embeddings().weight.shape[0]
+        model.resize_token_embeddings(offset + image_tokenizer.config.codebook_size + 2, mean_resizing=False)
+    vocab_size = model.get_input_embeddings().weight.shape[0]
+    parameters = model.num_parameters()
+    model = choose_trained(model, recipe.mode, recipe.lora, offset)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if recipe.mode == "rows":
+        trained -= offset * model.config.hidden_size * (1 if model.config.tie_word_embeddings else 2)
+    sequence = sum(map(len, prompt_frame(text_tokenizer))) + 3 + recipe.data.max_caption_tokens + length
+    return {"images": images, "tokens_per_image": length} | estimate(
+        recipe.train, parameters, trained, sequence, vocab_size, config
+    )
+
+
+def _kept_vocabulary(config: Any, recipe: FinetuneRecipe, image_tokenizer: V2FlowTokenizer) -> VisualVocabulary:
+    """That of an LLM that draws already.  Raises: ModelError if it does not, or draws another tokenizer's tokens."""
+    vocabulary = VisualVocabulary.of(config, recipe.llm)
+    vocabulary.check_tokenizer(image_tokenizer.token_digest, recipe.llm, "--set tokenizer=FOLDER")
+    return vocabulary
+
+
+def check_context(config: Any, vocabulary: VisualVocabulary, caption_tokens: int) -> None:
+    """Raises: ModelError where the longest sample does not fit the LLM's positions."""
+    frame = len(vocabulary.prompt_prefix) + len(vocabulary.prompt_suffix) + 3  # the two marks and EOS
+    longest, limit = frame + caption_tokens + vocabulary.tokens_per_image, context_length(config)
+    if longest > limit:
+        raise ModelError(
+            f"a sample takes up to {longest} tokens ({caption_tokens} of caption, {vocabulary.tokens_per_image} of "
+            f"image), but the LLM's context is {limit}. Lower data.max_caption_tokens, or take another LLM."
+        )
+
+
+def choose_trained(model: PreTrainedModel, mode: str, lora: Lora | None, offset: int) -> Any:
+    """``model`` with the weights of ``mode`` set to train; for lora, the peft model around it."""
+    if mode == "full":
+        return model
+    embed, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = embed.weight is head.weight
+    if mode == "rows":
+        model.requires_grad_(False)
+        for weight in {id(w): w for w in (embed.weight, head.weight)}.values():
+            weight.requires_grad_(True)
+            weight.register_hook(functools.partial(_only_new_rows, offset=offset))
+        return model
+    assert lora is not None
+    names = {id(module): name.rpartition(".")[2] for name, module in model.named_modules()}
+    rows = list(range(offset, embed.weight.shape[0]))
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules="all-linear",
+        trainable_token_indices={names[id(module)]: rows for module in ([embed] if tied else [embed, head])},
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, config)
+
+
+def _npy(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    return buffer.getvalue()
+
+
+def _only_new_rows(gradient: Tensor, offset: int) -> Tensor:
+    gradient = gradient.clone()
+    gradient[:offset] = 0
+    return gradient
+
+
+def _card(
+    recipe: FinetuneRecipe, report: TrainingReport, images: int, held_out: int, vocabulary: VisualVocabulary
+) -> str:
+    speed, size = report.sequences_per_second, recipe.train.batch_size
+    hardware = f"{report.processes} process(es) on {describe_hardware()}"
+    loss = "none held out" if report.eval_loss is None else f"{report.eval_loss:.3f} nats on {held_out} images"
+    return f"""---
+library_name: transformers
+pipeline_tag: text-to-image
+tags: [v2flow]
+---
+
+# A language model that draws
+
+`{recipe.llm}` taught {vocabulary.codebook_size:,} visual tokens by `v2flow finetune-llm`: given a caption, it writes
+the {vocabulary.tokens_per_image} tokens of a picture, which `v2flow decode` turns into pixels. A plain Hugging Face
+causal LM; the ids of the visual tokens and of the prompt stand in `config.json` under `v2flow`.
+
+    v2flow generate "a red fox" --model FOLDER
+
+| | |
+|---|---|
+| data | {", ".join(recipe.data.token_sets or recipe.data.photos)} ({images:,} images) |
+| image tokenizer | digest {vocabulary.tokenizer_digest} |
+| parameters | {report.parameters:,} |
+| trained | mode {recipe.mode}, {report.steps:,} steps of {size} samples |
+| hardware, wall time | {hardware}, {report.minutes:.1f} minutes, {speed:.2f} samples/s |
+| training loss at the end | {report.train_loss:.3f} nats an answer token |
+| held-out loss | {loss}; ln K is {math.log(vocabulary.codebook_size):.3f} |
+| made by | `v2flow finetune-llm` with `recipe.yaml` in this folder |
+"""

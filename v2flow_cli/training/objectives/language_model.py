@@ -1,0 +1,234 @@
+"""A small Llama-architecture LM from plain text, so that its vocabulary table means something.
+
+Its byte-level BPE tokenizer is trained by the ``tokenizers`` library; the text is packed into blocks that the
+Trainer draws in a seeded order. Of the blocks, 1% (at most 256) are held out and give the loss on the model card.
+"""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import math
+from array import array
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers.trainers import BpeTrainer
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from v2flow_cli.errors import DataError
+from v2flow_cli.recipe.load import dump_recipe
+from v2flow_cli.recipe.schema import LMModel, LMRecipe
+from v2flow_cli.runtime.device import describe_hardware
+from v2flow_cli.training.llm_trainer import (
+    LMTrainer,
+    Log,
+    RunClock,
+    TrainingReport,
+    check_output,
+    estimate,
+    optimizer_class,
+    run,
+    save_folder,
+    training_arguments,
+)
+
+BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
+# A single turn: the instruction on a line of its own after one BOS, then the answer and EOS.
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{{ message['content'] }}"
+    "{{ eos_token if message['role'] == 'assistant' else '\\n' }}{% endfor %}"
+)
+HELD_OUT_SHARE, HELD_OUT_MAX = 0.01, 256  # of the blocks
+
+
+class Blocks(torch.utils.data.Dataset):
+    """Rows of one (N, block_size) table of token ids as Trainer samples."""
+
+    def __init__(self, table: np.ndarray) -> None:
+        self.table = table
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        ids = torch.from_numpy(self.table[index].astype(np.int64))  # (block_size,)
+        return {"input_ids": ids, "labels": ids}
+
+
+def pretrain(recipe: LMRecipe, *, log: Log, resume: bool = False, approximate: bool = False) -> TrainingReport:
+    """Train the tokenizer and the LM of ``recipe`` and save them to ``recipe.output``.
+
+    Raises:  DataError for text that is missing, unreadable or too short; ModelError for an output that already
+             holds a model (without ``resume``) and for a loss that is not finite.
+    """
+    check_output(recipe.output, resume)
+    paths = find_text(recipe.text)
+    tokenizer = train_tokenizer(read_documents(paths), recipe.model.vocab_size)
+    table = pack(read_documents(paths), tokenizer, recipe.block_size)
+    held_out = min(HELD_OUT_MAX, math.ceil(HELD_OUT_SHARE * len(table)))
+    if len(table) - held_out < recipe.train.batch_size:
+        raise DataError(
+            f"text: {table.size} tokens in {len(paths)} file(s), fewer than one batch of {recipe.train.batch_size} "
+            f"blocks of {recipe.block_size} beside the held-out ones. Give more text, or a smaller train.batch_size."
+        )
+    order = np.random.default_rng(recipe.train.seed).permutation(len(table))
+    model = build_model(recipe.model, tokenizer, recipe.train.seed)
+    log(
+        f"{len(paths)} text file(s), {table.size:,} tokens, {len(table):,} blocks of {recipe.block_size} "
+        f"({held_out} held out); LM of {model.num_parameters():,} parameters over {len(tokenizer):,} words"
+    )
+    if recipe.train.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    clock = RunClock(recipe.train, dump_recipe(recipe), log)
+    trainer = LMTrainer(
+        model=model,
+        args=training_arguments(recipe.optimizer, recipe.train, recipe.output),
+        train_dataset=Blocks(table[order[held_out:]]),
+        eval_dataset=Blocks(table[order[:held_out]]),
+        optimizer_cls_and_kwargs=optimizer_class(recipe.optimizer),
+    )
+    run(trainer, clock, recipe.output, resume, log, approximate)
+    minutes = clock.seconds / 60
+    report = TrainingReport(
+        output=recipe.output,
+        parameters=model.num_parameters(),
+        processes=trainer.args.world_size,
+        steps=trainer.state.global_step,
+        minutes=minutes,
+        sequences_per_second=clock.sequences_per_second(trainer.state.global_step),
+        train_loss=clock.last_loss,
+        eval_loss=trainer.evaluate()["eval_loss"],
+    )
+    files = {"README.md": _card(recipe, report, table.size), "recipe.yaml": dump_recipe(recipe)}
+    save_folder(trainer, trainer.model, tokenizer, recipe.output, recipe.train.save_dtype, files)
+    return report
+
+
+def plan(recipe: LMRecipe) -> dict[str, int | float]:
+    """Sizes and rough estimates of a run, without running it.  Raises: DataError for text that is missing."""
+    files = find_text(recipe.text)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(llama_config(recipe.model, recipe.model.vocab_size))
+    size, vocab_size = model.num_parameters(), recipe.model.vocab_size
+    return {"text_files": len(files)} | estimate(recipe.train, size, size, recipe.block_size, vocab_size, model.config)
+
+
+def find_text(patterns: Iterable[str]) -> list[Path]:
+    """The files that ``patterns`` name, sorted within each. Raises DataError for a pattern without a file."""
+    paths: list[Path] = []
+    for pattern in patterns:
+        found = sorted(Path(p) for p in glob.glob(pattern, recursive=True) if Path(p).is_file())
+        if not found:
+            raise DataError(f"text: {pattern} matches no file. Give .txt or .gz files: --set 'text=[PATH, ...]'.")
+        paths.extend(found)
+    return paths
+
+
+def read_documents(paths: Iterable[Path]) -> Iterator[str]:
+    """Documents of text files: paragraphs (line breaks folded) in a file that has blank lines, else lines."""
+    for path in paths:
+        opener = gzip.open if path.suffix == ".gz" else open
+        try:
+            with opener(path, "rt", encoding="utf-8-sig") as file:
+                text = file.read().strip()
+        except (OSError, EOFError, UnicodeDecodeError) as error:
+            raise DataError(f"{path}: not readable as UTF-8 text ({error}). Give .txt or .gz files.") from None
+        paragraphs = text.split("\n\n")
+        for document in paragraphs if len(paragraphs) > 1 else text.split("\n"):
+            if document := " ".join(document.split()):
+                yield document
+
+
+def train_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE of ``vocab_size`` words (fewer if the text holds no more), with a chat template."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[BOS, EOS, PAD],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(documents, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token=BOS, eos_token=EOS, pad_token=PAD, clean_up_tokenization_spaces=False
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def pack(documents: Iterable[str], tokenizer: PreTrainedTokenizerFast, block_size: int) -> np.ndarray:
+    """The documents, each between BOS and EOS, cut into blocks (N, block_size); an incomplete last one is dropped."""
+    ids = array("H" if len(tokenizer) <= 65_536 else "I")
+    batch: list[str] = []
+
+    def flush() -> None:
+        for row in tokenizer(batch, add_special_tokens=False, split_special_tokens=True)["input_ids"]:
+            ids.append(tokenizer.bos_token_id)
+            ids.extend(row)
+            ids.append(tokenizer.eos_token_id)
+        batch.clear()
+
+    for document in documents:
+        batch.append(document)
+        if len(batch) == 1024:
+            flush()
+    if batch:
+        flush()
+    count = len(ids) // block_size
+    return np.array(ids, dtype=ids.typecode)[: count * block_size].reshape(count, block_size)
+
+
+def build_model(spec: LMModel, tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
+    """A randomly initialised Llama of the recipe's shape, the same for the same seed."""
+    config = llama_config(spec, len(tokenizer))
+    config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    config.pad_token_id = tokenizer.pad_token_id
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config)
+
+
+def llama_config(spec: LMModel, vocab_size: int) -> LlamaConfig:
+    """The recipe's shape as transformers knows it."""
+    return LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=spec.hidden_size,
+        intermediate_size=spec.intermediate_size,
+        num_hidden_layers=spec.num_layers,
+        num_attention_heads=spec.num_heads,
+        num_key_value_heads=spec.num_kv_heads,
+        max_position_embeddings=spec.max_positions,
+        tie_word_embeddings=spec.tie_embeddings,
+    )
+
+
+def _card(recipe: LMRecipe, report: TrainingReport, tokens: int) -> str:
+    speed = report.sequences_per_second * recipe.block_size
+    seen = report.steps * recipe.train.batch_size * recipe.block_size
+    hardware = f"{report.processes} process(es) on {describe_hardware()}"
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+---
+
+# A small language model for v2flow
+
+A Llama-architecture LM of {report.parameters:,} parameters over {recipe.model.vocab_size:,} byte-level BPE words.
+It is the text side of a v2flow model: its vocabulary table is what the image tokenizer's soft vocabulary mixes, and
+`v2flow finetune-llm` teaches it to draw. It is far too small to be of use as a chatbot.
+
+| | |
+|---|---|
+| text | {", ".join(recipe.text)} ({tokens:,} tokens) |
+| seen | {report.steps:,} steps of {recipe.train.batch_size} x {recipe.block_size} tokens ({seen:,} tokens) |
+| hardware, wall time | {hardware}, {report.minutes:.1f} minutes, {speed:,.0f} tokens/s |
+| training loss at the end | {report.train_loss:.3f} nats a token |
+| loss on held-out blocks | {report.eval_loss:.3f} nats a token |
+| made by | `v2flow finetune-llm` with `recipe.yaml` in this folder |
+"""

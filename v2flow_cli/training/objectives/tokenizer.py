@@ -1,0 +1,257 @@
+"""What a tokenizer minimises: the flow loss of Eq. 3, with commitment, regression and word-entropy terms."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from v2flow_cli.errors import ModelError, V2FlowError
+from v2flow_cli.recipe.schema import TokenizerRecipe, Vocabulary
+from v2flow_cli.runtime.device import DTYPES
+from v2flow_cli.store.llm_table import load_vocab_embeddings
+from v2flow_cli.tokenizer.latents import load_autoencoder_spec
+from v2flow_cli.tokenizer.v2flow import DECODER, SECTIONS, V2FlowConfig, V2FlowTokenizer
+
+# What ``save_dtype`` may round. The rest decides ids: vectors are mixtures of thousands of words and differ by less
+# than a hundredth of what they are made of, so that in bf16 every second patch would choose another code.
+ROUNDED = (*DECODER, "latents", "quantizer.codebook")
+
+FLOOR_GRACE_STEPS = 1000  # after the codebook starts, before the usage floor counts
+
+
+class TokenizerObjective(nn.Module):
+    """The tokenizer of a recipe, with its frozen autoencoder and vocabulary loaded, unless ``model`` is given."""
+
+    def __init__(self, recipe: TokenizerRecipe, model: V2FlowTokenizer | None = None) -> None:
+        super().__init__()
+        self.recipe = recipe
+        if model is None:
+            model = _continue(recipe) if recipe.init_from else _build(recipe)
+        self.model = model
+        if recipe.freeze_tokens:
+            for name, part in model.named_children():
+                if name not in DECODER:
+                    part.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> TokenizerObjective:
+        super().train(mode)
+        self.model.latents.eval()
+        if self.recipe.freeze_tokens:
+            self.model.quantizer.eval()  # its codebook stands still
+        return self
+
+    def forward(self, images: Tensor | None = None, step: int = 0, latents: Tensor | None = None) -> dict[str, Tensor]:
+        """Loss terms of images (B, 3, S, S), or of their scaled latents; ``loss`` is what is minimised."""
+        if latents is None:
+            assert images is not None, "images or latents"
+            latents = self.model.latents.encode(images)
+        words, weights = self.recipe.vocabulary, self.recipe.loss
+        ramp = min(1.0, step / words.gumbel_ramp_steps) if words.gumbel_ramp_steps else 1.0
+        noise, temperature = ramp * words.gumbel_noise, temperature_at(step, words)
+        out = self.model(latents, step=step, noise_scale=noise, loss=weights, temperature=temperature)
+        log_mse, ssim = self._in_pixels(images, out.latents)
+        fading = max(0.0, 1 - step / weights.isometry_steps) if weights.isometry_steps else 1.0
+        quantised = step - self.recipe.quantizer.start_step  # steps so far; before, there is nothing to commit to
+        rising = min(1.0, quantised / weights.commit_ramp_steps) if weights.commit_ramp_steps else 1.0
+        loss = (
+            weights.flow * out.flow_loss
+            + weights.regression * out.regression_loss
+            + weights.commit * rising * out.commit_loss
+            + weights.isometry * fading * out.isometry_loss
+            + weights.pixels * log_mse
+            + weights.ssim * (1 - ssim)
+            - weights.batch_entropy * out.batch_entropy
+        )
+        drawn = {}
+        if weights.pixels or weights.ssim:
+            drawn["psnr_db"] = -10 / math.log(10) * log_mse.detach()
+        if weights.ssim:
+            drawn["ssim"] = ssim.detach()
+        return {
+            "loss": loss,
+            **drawn,
+            "flow_loss": out.flow_loss.detach(),
+            "regression_loss": out.regression_loss.detach(),
+            "commit_loss": out.commit_loss.detach(),
+            "isometry_loss": out.isometry_loss.detach(),
+            "word_entropy": out.word_entropy.detach(),
+            "batch_word_entropy": out.batch_entropy.detach(),
+        }
+
+    def _in_pixels(self, images: Tensor | None, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """(log of the squared error, SSIM) of the last images of a batch as the decoder foretells them.
+
+        Pixels span 1 in both. Images that saw the dummy D come first, so a small share never has them.
+        """
+        weights = self.recipe.loss
+        zero = latents.new_zeros(())
+        if images is None or not (weights.pixels or weights.ssim):
+            return zero, zero
+        from torchmetrics.functional.image import structural_similarity_index_measure
+
+        count = max(1, round(weights.pixel_share * len(images)))
+        wanted = images[-count:].float() / 2 + 0.5
+        drawn = self.model.latents.draw(latents[-count:].to(images.dtype)).float() / 2 + 0.5
+        log_mse = (drawn - wanted).square().mean((1, 2, 3)).log().mean()
+        if not weights.ssim:
+            return log_mse, zero
+        ssim = structural_similarity_index_measure(drawn, wanted, data_range=1.0)
+        assert isinstance(ssim, Tensor)
+        return log_mse, ssim
+
+    def reconstruct(self, images: Tensor) -> Tensor:
+        """Images (B, 3, S, S) to tokens and back, at the recipe's own sampling; image i has seed i."""
+        size = images.shape[-2:]
+        return self.model.decode(self.model.encode(images), height=size[0], width=size[1])
+
+    def no_decay(self) -> tuple[str, ...]:
+        """Parameters without weight decay: the flow head, as in the official training."""
+        return ("model.flow.",)
+
+    def after_step(self, step: int) -> dict[str, float]:
+        """Codebook statistics for the log. Raises V2FlowError when usage stays under the recipe's floor."""
+        settings = self.recipe.quantizer
+        if step <= settings.start_step:
+            return {}
+        figures = self.model.quantizer.statistics()
+        grace = settings.start_step + FLOOR_GRACE_STEPS
+        if step > grace and figures["codebook_usage"] < settings.usage_floor:
+            raise V2FlowError(
+                f"step {step}: only {figures['codebook_usage']:.1%} of the codebook is in use; the recipe's floor is "
+                f"quantizer.usage_floor = {settings.usage_floor:.1%}. Lower vocabulary.logit_scale or gumbel_noise, or "
+                "raise quantizer.revive_after."
+            )
+        return figures
+
+    def export(self, folder: Path) -> None:
+        """Save the model folder that ``V2FlowTokenizer.from_pretrained`` loads.
+
+        ``save_dtype`` is that of ``ROUNDED``; what vectors are made by stays float32.
+        """
+        dtype = DTYPES[self.recipe.train.save_dtype]
+        for name, tensor in itertools.chain(self.model.named_parameters(), self.model.named_buffers()):
+            if tensor.is_floating_point() and name.startswith(ROUNDED):
+                tensor.data = tensor.data.to(dtype)
+        self.model.save_pretrained(folder)
+
+
+def temperature_at(step: int, words: Vocabulary) -> float:
+    """Of the Gumbel-softmax at a step: from ``temperature_start`` to ``temperature`` by equal factors."""
+    if not words.temperature_steps:
+        return words.temperature
+    left = max(0.0, 1 - step / words.temperature_steps)
+    return words.temperature * (words.temperature_start / words.temperature) ** left
+
+
+def build_config(recipe: TokenizerRecipe, autoencoder: dict, vocab_shape: tuple[int, int]) -> V2FlowConfig:
+    """The model config of a recipe, given its autoencoder's spec and the shape of its vocabulary."""
+    parts = {name: getattr(recipe, name) for name in SECTIONS}
+    sections = {name: None if part is None else dataclasses.asdict(part) for name, part in parts.items()}
+    return V2FlowConfig(
+        image_size=recipe.image_size,
+        patch_size=recipe.latents.patch_size,
+        autoencoder=autoencoder,
+        vocab_shape=vocab_shape,
+        **sections,
+    )
+
+
+def _build(recipe: TokenizerRecipe) -> V2FlowTokenizer:
+    spec, weights = load_autoencoder_spec(recipe.latents.autoencoder)
+    table = None if recipe.vocabulary.llm == "none" else load_vocab_embeddings(recipe.vocabulary.llm)
+    shape = (0, 0) if table is None else (table.shape[0], table.shape[1])
+    model = V2FlowTokenizer(build_config(recipe, spec, shape))
+    if weights:
+        model.latents.autoencoder.load_state_dict(weights)
+    if table is not None and model.vocabulary is not None:
+        model.vocabulary.set_table(table)
+    return model
+
+
+def _continue(recipe: TokenizerRecipe) -> V2FlowTokenizer:
+    """The weights of ``init_from`` under the settings of the recipe: another stage, not the old one resumed.
+
+    A deeper decoder starts as the given one: the blocks that it has more pass everything through unchanged at first
+    (arXiv 1511.05641).
+    """
+    start = V2FlowTokenizer.from_pretrained(recipe.init_from)
+    _check_same_shapes(start.config, recipe)
+    vocab_size, code_size = start.config.vocab_shape
+    config = build_config(recipe, start.config.autoencoder or {}, (vocab_size, code_size))
+    if recipe.freeze_tokens:
+        _keep_encoder_settings(config, start.config, recipe.init_from)
+    model = V2FlowTokenizer(config)
+    weights = start.state_dict() | _new_blocks(model, start.config)
+    other = sorted(set(weights) ^ set(model.state_dict()))
+    if other:
+        raise ModelError(f"{recipe.init_from}: its weights are not those of the recipe; {other[0]} is in one alone.")
+    model.load_state_dict(weights)
+    return model
+
+
+def _new_blocks(model: V2FlowTokenizer, given: V2FlowConfig) -> dict[str, Tensor]:
+    """Weights of the decoder's blocks that the given config does not have, adding nothing to what they are given."""
+    if model.config.context is None:
+        return {}
+    before, weights = given.section("context"), dict[str, Tensor]()
+    for part, depth in (("encoder", before.encoder_depth), ("decoder", before.decoder_depth)):
+        for number, block in enumerate(getattr(model.context, part)):
+            if number < depth:
+                continue
+            for last in (block.out, block.mlp[-1]):
+                nn.init.zeros_(last.weight)
+                nn.init.zeros_(last.bias)
+            weights |= {f"context.{part}.{number}.{name}": value for name, value in block.state_dict().items()}
+    return weights
+
+
+def _keep_encoder_settings(config: V2FlowConfig, given: V2FlowConfig, where: str) -> None:
+    """Take the encoder's sections as they stand in the given config, so that the tokens' digest stays the same."""
+    for name in SECTIONS:
+        if name in (*DECODER, "sampling"):
+            continue
+        ours, theirs = config.section(name), given.section(name)
+        if ours != theirs:
+            key = next(
+                f.name for f in dataclasses.fields(ours) if getattr(ours, f.name) != getattr(theirs, f.name, None)
+            )
+            raise ModelError(
+                f"{where}: {name}.{key} is {getattr(theirs, key, None)}, but the recipe says {getattr(ours, key)}, and "
+                "freeze_tokens keeps the encoder as it is. Use the value of the model."
+            )
+        setattr(config, name, getattr(given, name))
+
+
+def _check_same_shapes(config: V2FlowConfig, recipe: TokenizerRecipe) -> None:
+    for name in ("resampler", "quantizer", "context", "flow"):
+        ours, theirs = getattr(recipe, name), config.section(name)
+        for key in SHAPES:
+            found, wanted = getattr(theirs, key, None), getattr(ours, key, None)
+            deeper = name == "context" and key in DEPTHS and (wanted or 0) > (found or 0) > 0
+            if found != wanted and not deeper:
+                raise ModelError(
+                    f"{recipe.init_from}: {name}.{key} is {found}, but the recipe says {wanted}. "
+                    "Use the recipe saved beside that model, or drop init_from."
+                )
+
+
+DEPTHS = ("encoder_depth", "decoder_depth")  # of the context, which may grow
+
+# Keys of a section that decide the shapes of its weights.
+SHAPES = (
+    "kind",
+    "hidden_size",
+    "depth",
+    "codebook_size",
+    "levels",
+    "encoder_depth",
+    "decoder_depth",
+    "token_depth",
+    "tokens_per_256px",
+    "max_tokens",
+    "patch_size",
+)

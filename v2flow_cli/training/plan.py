@@ -1,0 +1,82 @@
+"""What a recipe would build, before anything is trained: sizes, tokens and memory, for ``train --dry-run``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from v2flow_cli.errors import ModelError
+from v2flow_cli.recipe import AutoencoderRecipe, TokenizerRecipe
+from v2flow_cli.store.known_models import AUTOENCODERS, VOCABULARIES
+from v2flow_cli.store.llm_table import vocab_shape
+from v2flow_cli.tokenizer.latents import PIXELS, load_autoencoder_spec
+from v2flow_cli.tokenizer.v2flow import V2FlowTokenizer
+from v2flow_cli.training.memory import training_bytes
+from v2flow_cli.training.objectives.autoencoder import AutoencoderObjective
+from v2flow_cli.training.objectives.tokenizer import TokenizerObjective, build_config
+
+
+def plan(recipe: AutoencoderRecipe | TokenizerRecipe) -> dict[str, Any]:
+    """Parameters, tokens an image, bits a pixel, memory, and passes over the data of ``recipe``; makes no weights.
+
+    Memory is that of float32 with one training crop on one device. What the recipe names and is not there (earlier
+    stages that have not run, hub models that cannot be reached) is said under ``missing``.
+    """
+    loop = recipe.train
+    report: dict[str, Any] = {"kind": recipe.kind, "output": recipe.output}
+    missing: list[str] = []
+    if isinstance(recipe, AutoencoderRecipe):
+        with torch.device("meta"):
+            objective: AutoencoderObjective | TokenizerObjective = AutoencoderObjective(recipe)
+        report["parameters"] = _count(objective.model)
+        report["encoder_parameters"] = _count(objective.model.encoder)
+        step = 0
+    else:
+        spec, shape, missing = named_models(recipe)
+        with torch.device("meta"):
+            model = V2FlowTokenizer(build_config(recipe, spec, shape))
+            objective = TokenizerObjective(recipe, model)
+        report.update({f"{name}_parameters": _count(part) for name, part in model.named_children()})
+        report["trained_parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        report["vocabulary"] = "none" if recipe.vocabulary.llm == "none" else f"{shape[0]} x {shape[1]}"
+        size = recipe.image_size
+        report["tokens_per_image"] = tokens = model.num_tokens(size, size)
+        bits = tokens * (recipe.quantizer.codebook_size - 1).bit_length()
+        report["bits_per_pixel"] = round(bits / size**2, 4)
+        report["vocabulary_table_bytes"] = 0 if model.vocabulary is None else 4 * model.vocabulary.table.numel()
+        step = recipe.quantizer.start_step  # quantised from here on
+    memory = training_bytes(objective, recipe.data.crop_size, step)
+    report.update({f"{name}_bytes": size for name, size in memory.items()})
+    report["steps"], report["images"] = loop.steps, loop.steps * loop.batch_size
+    if missing:
+        report["missing"] = missing
+    return report
+
+
+def named_models(recipe: TokenizerRecipe) -> tuple[dict[str, Any], tuple[int, int], list[str]]:
+    """(autoencoder spec, shape of the vocabulary, what is missing) of the models that ``recipe`` names.
+
+    Well-known hub ids are answered from a table, without a network. For what is missing plain pixels and a table of
+    32,000 words stand in.
+    """
+    missing: list[str] = []
+    spec, shape = AUTOENCODERS.get(recipe.latents.autoencoder), VOCABULARIES.get(recipe.vocabulary.llm)
+    if spec is None:
+        try:
+            spec, _ = load_autoencoder_spec(recipe.latents.autoencoder)
+        except ModelError as error:
+            missing.append(str(error))
+            spec = {"class": PIXELS}
+    if shape is None:
+        shape = (32_000, recipe.quantizer.code_size)
+        if recipe.vocabulary.llm != "none":
+            try:
+                shape = vocab_shape(recipe.vocabulary.llm)
+            except ModelError as error:
+                missing.append(str(error))
+    return spec, shape, missing
+
+
+def _count(module: torch.nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())

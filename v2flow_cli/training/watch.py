@@ -1,0 +1,112 @@
+"""What a run is watched by beside its log: accelerate's trackers, and grids of the same crops at the same seeds."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import io
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
+from PIL import Image
+from torch import Tensor
+
+from v2flow_cli.errors import V2FlowError
+from v2flow_cli.recipe.schema import ImageData
+from v2flow_cli.store.files import write_bytes
+from v2flow_cli.tokenizer.preprocess import to_uint8
+from v2flow_cli.training.crops import crop_loader
+from v2flow_cli.training.guard import raise_everywhere
+
+GRID_IMAGES = 8
+PROJECT = "v2flow"
+
+
+class Reconstructs(Protocol):
+    """A training objective: images (B, 3, S, S) in [-1, 1] through the model and back."""
+
+    def reconstruct(self, images: Tensor) -> Tensor: ...
+
+    def train(self, mode: bool = True) -> Any: ...
+
+
+def tracker_options(tracker: str, folder: Path) -> dict[str, Any]:
+    """Keyword arguments of ``Accelerator`` for the recipe's ``train.tracker``.
+
+    Raises:  V2FlowError for a tracker that was asked for by name and is not installed.
+    """
+    have = {
+        "tensorboard": any(importlib.util.find_spec(name) for name in ("tensorboard", "tensorboardX")),
+        "wandb": importlib.util.find_spec("wandb") is not None,
+    }
+    if tracker == "none":
+        return {}
+    if tracker == "auto":  # W&B sends figures away, so that it is installed is not enough
+        wanted = {"tensorboard": True, "wandb": bool({"WANDB_API_KEY", "WANDB_MODE"} & os.environ.keys())}
+        names = [name for name in have if have[name] and wanted[name]]
+    elif have[tracker]:
+        names = [tracker]
+    else:
+        raise V2FlowError(
+            f"train.tracker is {tracker}, which is not installed: pip install {tracker}, or set it to none."
+        )
+    if not names:
+        return {}
+    return {"log_with": names, "project_config": ProjectConfiguration(str(folder), str(folder / "trackers"))}
+
+
+class Watch:
+    """Trackers and picture grids of one run; does nothing but in the first process."""
+
+    def __init__(self, accelerator: Accelerator, folder: Path, recipe_text: str, data: ImageData, seed: int) -> None:
+        self._accelerator, self._folder = accelerator, folder
+        self._data, self._seed = data, seed
+        self._images: Tensor | None = None  # read when the first grid is drawn
+        if accelerator.log_with:
+            accelerator.init_trackers(PROJECT, config={"recipe": recipe_text})
+
+    def figures(self, record: Mapping[str, float]) -> None:
+        """Hand one line of metrics.jsonl to the trackers."""
+        values = {name: value for name, value in record.items() if name != "step"}
+        self._accelerator.log(values, step=int(record["step"]))
+
+    def grid(self, objective: Reconstructs, step: int) -> None:
+        """Write ``grids/step-NNNNNNNN.png``: crops above what the model makes of them now (not the average)."""
+        problem = ""
+        if self._accelerator.is_main_process:
+            try:
+                self._draw(objective, step)
+            except V2FlowError as error:
+                problem = str(error)
+        raise_everywhere(self._accelerator, problem)
+
+    def _draw(self, objective: Reconstructs, step: int) -> None:
+        images = self._crops()
+        objective.train(False)
+        with torch.no_grad(), self._accelerator.autocast():
+            made = objective.reconstruct(images.to(self._accelerator.device))
+        objective.train(True)
+        rows = [np.concatenate(list(to_uint8(part).numpy()), axis=1) for part in (images, made)]
+        pixels = np.concatenate(rows, axis=0)  # (2 S, 8 S, 3)
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, "PNG")
+        write_bytes(self._folder / "grids" / f"step-{step:08d}.png", file.getvalue())
+        for tracker in self._accelerator.trackers:
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({"crops above reconstructions": pixels[None]}, step=step, **layout)
+
+    def _crops(self) -> Tensor:
+        """The first crops of the run's data (8, 3, S, S), whatever step it is at."""
+        if self._images is None:
+            data = dataclasses.replace(self._data, workers=0)
+            batch = next(iter(crop_loader(data, GRID_IMAGES, seed=self._seed, start=0, rank=0, world_size=1)))
+            if isinstance(batch, V2FlowError):
+                raise batch
+            self._images = batch.images
+        return self._images
