@@ -31,7 +31,7 @@ def test_the_first_k_tokens_are_kept_and_the_rest_become_the_mask_token():
 
 def test_a_short_row_is_the_long_one_cut():
     made, codes = embedding(), torch.randn(2, 5, 3)
-    assert torch.equal(made(codes[:, :2]), made(codes, torch.tensor([2, 2])))
+    assert torch.allclose(made(codes[:, :2]), made(codes, torch.tensor([2, 2])))  # products round by their row count
 
 
 def test_without_an_order_it_is_a_plain_linear_map():

@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 from v2flow_cli.recipe import load_recipe
 from v2flow_cli.recipe.schema import Quantizer, Vocabulary
 from v2flow_cli.tokenizer.quantizer_ema import EMAQuantizer
-from v2flow_cli.tokenizer.resampler_grid import VocabularyProjection
+from v2flow_cli.tokenizer.vocabulary import VocabularyProjection
 from v2flow_cli.training.memory import LiveBytes
 from v2flow_cli.training.plan import plan
 
@@ -44,8 +44,8 @@ def most_held(run) -> int:
 
 @pytest.mark.parametrize("top_k", [0, 16])
 def test_a_pass_takes_what_is_stated_and_no_logits_of_all_words(top_k, monkeypatch):
-    monkeypatch.setattr("v2flow_cli.tokenizer.resampler_grid.LOGITS_AT_ONCE", 2**20)
-    monkeypatch.setattr("v2flow_cli.tokenizer.resampler_grid.VOCAB_CHUNK", 2048)
+    monkeypatch.setattr("v2flow_cli.tokenizer.vocabulary.LOGITS_AT_ONCE", 2**20)
+    monkeypatch.setattr("v2flow_cli.tokenizer.vocabulary.VOCAB_CHUNK", 2048)
     _, stated_run = to_code(6_000, 128, top_k, "meta", codes=256)
     with LiveBytes() as stated:
         stated_run()

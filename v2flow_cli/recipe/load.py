@@ -13,6 +13,7 @@ from typing import Any, Literal, cast
 import yaml
 
 from v2flow_cli.errors import RecipeError
+from v2flow_cli.recipe.rules import broken_rules
 from v2flow_cli.recipe.schema import KINDS, Recipe
 
 
@@ -50,7 +51,7 @@ def parse_recipe(tree: Mapping[str, Any], where: str, kinds: Iterable[str] = tup
     problems: list[str] = []
     recipe = _build(KINDS[kind], tree, "", problems)
     if not problems:
-        problems.extend(cast(Any, recipe).problems())
+        problems.extend(broken_rules(recipe))
     if problems:
         raise RecipeError(f"{where}: {len(problems)} problem(s):\n" + "\n".join(f"  - {p}" for p in problems))
     return cast(Recipe, recipe)

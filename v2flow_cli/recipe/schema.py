@@ -8,7 +8,6 @@ default and must stand in the YAML; defaults are for plumbing.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -91,11 +90,6 @@ class AutoencoderRecipe:
     optimizer: Optimizer
     train: TrainLoop
     output: str  # folder of the trained model
-
-    def problems(self) -> Iterator[str]:
-        if self.data.crop_size % 8:
-            yield f"data.crop_size is {self.data.crop_size}; the autoencoder needs a multiple of 8"
-        yield from _loop_problems(self.train)
 
 
 @dataclass(frozen=True)
@@ -292,66 +286,6 @@ class TokenizerRecipe:
     init_from: str = ""  # a tokenizer folder to start from, of the same shapes; the context may be deeper
     freeze_tokens: bool = False  # train the decoder alone; every id keeps its meaning
 
-    def problems(self) -> Iterator[str]:
-        whole = isinstance(self.flow, FlowTransformer)
-        if whole != (self.context is None):
-            yield (
-                f"flow.kind is {self.flow.kind} and context is {'null' if self.context is None else 'a section'}; "
-                "kind: mlp needs the context section, kind: transformer needs context: null"
-            )
-        if whole and self.sampling.num_mask_steps != 1:
-            yield f"sampling.num_mask_steps is {self.sampling.num_mask_steps}; a flow transformer has 1 round"
-        transformers = {"context": self.context, "resampler": self.resampler, "flow": self.flow}
-        for name, part in transformers.items():
-            if isinstance(part, Context | Registers | FlowTransformer) and part.hidden_size % (4 * part.num_heads):
-                yield (
-                    f"{name}.hidden_size is {part.hidden_size}; with {part.num_heads} heads it must be "
-                    "a multiple of 4 x num_heads (2D rotary positions)"
-                )
-        if self.context is not None and not 0 <= self.context.mask_ratio_min <= 1:
-            yield f"context.mask_ratio_min is {self.context.mask_ratio_min}; expected a share in [0, 1]"
-        if not 0 <= self.flow.share <= 1:
-            yield f"flow.share is {self.flow.share}; expected a share in [0, 1]"
-        if not 0 < self.data.min_scale <= self.data.max_scale <= 1:
-            yield (
-                f"data.min_scale is {self.data.min_scale} and data.max_scale {self.data.max_scale}; expected "
-                "0 < min_scale <= max_scale <= 1"
-            )
-        if min(self.vocabulary.temperature, self.vocabulary.temperature_start) <= 0:
-            yield (
-                f"vocabulary.temperature is {self.vocabulary.temperature} and temperature_start "
-                f"{self.vocabulary.temperature_start}; expected numbers above 0"
-            )
-        if isinstance(self.resampler, Resampler) and self.resampler.tokens_per_256px not in (64, 128, 256):
-            yield f"resampler.tokens_per_256px is {self.resampler.tokens_per_256px}; expected 64, 128 or 256"
-        ema = self.quantizer if isinstance(self.quantizer, Quantizer) else None
-        if ema and ema.kmeans_steps and not 0 < ema.kmeans_steps <= ema.start_step - 2:
-            yield (
-                f"quantizer.kmeans_steps is {ema.kmeans_steps}; expected 0 or at most start_step - 2 "
-                f"({ema.start_step} - 2): k-means needs vectors to start from"
-            )
-        if self.loss.isometry and not isinstance(self.resampler, Resampler):
-            yield f"loss.isometry is {self.loss.isometry}; registers have no cells, so it needs resampler.kind: grid"
-        if (self.loss.pixels or self.loss.ssim) and not 0 < self.loss.pixel_share <= 1:
-            yield f"loss.pixel_share is {self.loss.pixel_share}; expected a share above 0, at most 1"
-        if (self.loss.pixels or self.loss.ssim) and self.latents.cache:
-            yield "loss.pixels and loss.ssim compare with the photos, which latents.cache does not keep; set one to 0"
-        if self.freeze_tokens and not self.init_from:
-            yield "freeze_tokens is true, but init_from names no tokenizer whose tokens to keep"
-        if self.latents.cache_crops < 1:
-            yield f"latents.cache_crops is {self.latents.cache_crops}; expected at least 1"
-        if ema and not 0 <= ema.usage_decay < 1:
-            yield f"quantizer.usage_decay is {ema.usage_decay}; expected a number in [0, 1)"
-        if isinstance(self.resampler, Registers) and self.resampler.max_tokens < 1:
-            yield f"resampler.max_tokens is {self.resampler.max_tokens}; expected at least 1"
-        if isinstance(self.quantizer, FSQ) and (not self.quantizer.levels or min(self.quantizer.levels) < 2):
-            yield f"quantizer.levels is {list(self.quantizer.levels)}; expected numbers of at least 2"
-        if self.sampling.solver == "ddim" and self.flow.formulation != "ddim":
-            yield "sampling.solver is ddim, but flow.formulation is rectified_flow; use euler, heun or dpm++"
-        if self.flow.formulation == "ddim" and self.sampling.solver != "ddim":
-            yield f"flow.formulation is ddim, but sampling.solver is {self.sampling.solver}; use solver: ddim"
-        yield from _loop_problems(self.train)
-
 
 @dataclass(frozen=True)
 class LMTrainLoop:
@@ -397,18 +331,6 @@ class LMRecipe:
     optimizer: Optimizer
     train: LMTrainLoop
     output: str  # folder of the trained model
-
-    def problems(self) -> Iterator[str]:
-        model = self.model
-        if model.vocab_size < 259:
-            yield f"model.vocab_size is {model.vocab_size}; expected at least 259: bytes and special tokens"
-        if model.hidden_size % (2 * model.num_heads):
-            yield f"model.hidden_size is {model.hidden_size}; expected a multiple of {2 * model.num_heads} (2 x heads)"
-        if model.num_heads % model.num_kv_heads:
-            yield f"model.num_heads is {model.num_heads}; expected a multiple of {model.num_kv_heads} (num_kv_heads)"
-        if not 1 < self.block_size <= model.max_positions:
-            yield f"block_size is {self.block_size}; expected 2 to model.max_positions {model.max_positions}"
-        yield from _lm_loop_problems(self.train)
 
 
 @dataclass(frozen=True)
@@ -456,23 +378,6 @@ class FinetuneRecipe:
     sample_every: int = 0  # steps between sample pictures in OUTPUT/samples; 0 draws none
     sample_prompts: tuple[str, ...] = ("a red fox", "a boat on the sea")  # what they show
 
-    def problems(self) -> Iterator[str]:
-        data = self.data
-        if (self.mode == "lora") != (self.lora is not None):
-            yield f"mode is {self.mode} and lora is {self.lora}; expected a lora section for mode lora, and only there"
-        if bool(data.token_sets) == bool(data.photos):
-            yield "data.token_sets and data.photos: expected one of them, the other empty"
-        for name in ("caption_dropout", "held_out_share", "image_to_text_share"):
-            if not 0 <= getattr(data, name) < 1:
-                yield f"data.{name} is {getattr(data, name)}; expected a share in [0, 1)"
-        if not 0 <= data.token_noise <= 1 or not 0 < data.label_share <= 1:
-            yield "data.token_noise must be a share in [0, 1], and data.label_share one in (0, 1]"
-        if data.max_caption_tokens < 1 or data.shuffle_window < 1 or min(data.lengths, default=1) < 1:
-            yield "data.max_caption_tokens, data.shuffle_window and data.lengths must be at least 1"
-        if self.sample_every < 0 or (self.sample_every and not any(p.strip() for p in self.sample_prompts)):
-            yield "sample_every must be 0 or more, and sample_prompts not empty where pictures are drawn"
-        yield from _lm_loop_problems(self.train)
-
 
 Recipe = AutoencoderRecipe | TokenizerRecipe | LMRecipe | FinetuneRecipe
 KINDS: dict[str, type] = {
@@ -481,17 +386,3 @@ KINDS: dict[str, type] = {
     "lm": LMRecipe,
     "finetune": FinetuneRecipe,
 }
-
-
-def _loop_problems(train: TrainLoop) -> Iterator[str]:
-    if train.batch_size % train.accumulate:
-        yield f"train.batch_size is {train.batch_size}; expected a multiple of train.accumulate ({train.accumulate})"
-    if not 0 <= train.ema_decay < 1:
-        yield f"train.ema_decay is {train.ema_decay}; expected a number in [0, 1)"
-
-
-def _lm_loop_problems(train: LMTrainLoop) -> Iterator[str]:
-    if train.accumulate < 1 or train.batch_size < 1 or train.batch_size % train.accumulate:
-        yield f"train.batch_size is {train.batch_size}; expected a multiple of accumulate ({train.accumulate})"
-    if train.steps < 1:
-        yield f"train.steps is {train.steps}; expected at least 1"

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from v2flow_cli.errors import ModelError
 from v2flow_cli.recipe.schema import FlowTransformer, Sampling, TokenizerLoss
 from v2flow_cli.tokenizer.context import Block, RotaryPositions, nearby, sines
-from v2flow_cli.tokenizer.decoder import DecoderLosses, count_dropped
-from v2flow_cli.tokenizer.decoder_masked import Places
+from v2flow_cli.tokenizer.decoder import DecoderLosses, Places, count_dropped
 from v2flow_cli.tokenizer.flow import TIME_FEATURES, Path, sample_times, solve, time_features
 from v2flow_cli.tokenizer.guidance import Guided
 from v2flow_cli.tokenizer.prefix import TokenEmbedding

@@ -22,8 +22,8 @@ from v2flow_cli.runtime.batch_invariant import on_single_threads
 from v2flow_cli.runtime.device import without_autocast
 from v2flow_cli.runtime.digest import model_digest
 from v2flow_cli.tokenizer.context import MaskedTransformer, grid_coordinates
-from v2flow_cli.tokenizer.decoder import Decoder, MaskedDecoder
-from v2flow_cli.tokenizer.decoder_masked import Places
+from v2flow_cli.tokenizer.decoder import Decoder, Places
+from v2flow_cli.tokenizer.decoder_masked import MaskedDecoder
 from v2flow_cli.tokenizer.decoder_transformer import VelocityTransformer
 from v2flow_cli.tokenizer.flow import VelocityNetwork
 from v2flow_cli.tokenizer.isometry import isometry_loss
@@ -32,8 +32,9 @@ from v2flow_cli.tokenizer.prefix import sample_lengths
 from v2flow_cli.tokenizer.preprocess import V2FlowImageProcessor
 from v2flow_cli.tokenizer.quantizer_ema import EMAQuantizer
 from v2flow_cli.tokenizer.quantizer_fsq import FSQQuantizer
-from v2flow_cli.tokenizer.resampler_grid import GridResampler, VocabularyProjection
+from v2flow_cli.tokenizer.resampler_grid import GridResampler
 from v2flow_cli.tokenizer.resampler_registers import RegisterResampler
+from v2flow_cli.tokenizer.vocabulary import VocabularyProjection
 
 EMBEDDED_MODEL = Path(__file__).resolve().parents[1] / "assets" / "default" / "tokenizer"
 SECTIONS = ("vocabulary", "resampler", "quantizer", "context", "flow", "sampling")  # of the recipe

@@ -1,0 +1,147 @@
+"""Every rule that ties fields of a recipe together; ``schema.py`` checks names and types alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from v2flow_cli.recipe.schema import (
+    FSQ,
+    AutoencoderRecipe,
+    Context,
+    FinetuneRecipe,
+    FlowTransformer,
+    LMRecipe,
+    LMTrainLoop,
+    Quantizer,
+    Recipe,
+    Registers,
+    Resampler,
+    TokenizerRecipe,
+    TrainLoop,
+)
+
+
+def broken_rules(recipe: Recipe) -> Iterator[str]:
+    """One sentence for each rule that ``recipe`` breaks: the field, what it is, what was expected."""
+    yield from _RULES[type(recipe)](recipe)
+
+
+def _autoencoder(recipe: AutoencoderRecipe) -> Iterator[str]:
+    if recipe.data.crop_size % 8:
+        yield f"data.crop_size is {recipe.data.crop_size}; the autoencoder needs a multiple of 8"
+    yield from _loop_problems(recipe.train)
+
+
+def _tokenizer(recipe: TokenizerRecipe) -> Iterator[str]:
+    whole = isinstance(recipe.flow, FlowTransformer)
+    if whole != (recipe.context is None):
+        yield (
+            f"flow.kind is {recipe.flow.kind} and context is {'null' if recipe.context is None else 'a section'}; "
+            "kind: mlp needs the context section, kind: transformer needs context: null"
+        )
+    if whole and recipe.sampling.num_mask_steps != 1:
+        yield f"sampling.num_mask_steps is {recipe.sampling.num_mask_steps}; a flow transformer has 1 round"
+    transformers = {"context": recipe.context, "resampler": recipe.resampler, "flow": recipe.flow}
+    for name, part in transformers.items():
+        if isinstance(part, Context | Registers | FlowTransformer) and part.hidden_size % (4 * part.num_heads):
+            yield (
+                f"{name}.hidden_size is {part.hidden_size}; with {part.num_heads} heads it must be "
+                "a multiple of 4 x num_heads (2D rotary positions)"
+            )
+    if recipe.context is not None and not 0 <= recipe.context.mask_ratio_min <= 1:
+        yield f"context.mask_ratio_min is {recipe.context.mask_ratio_min}; expected a share in [0, 1]"
+    if not 0 <= recipe.flow.share <= 1:
+        yield f"flow.share is {recipe.flow.share}; expected a share in [0, 1]"
+    if not 0 < recipe.data.min_scale <= recipe.data.max_scale <= 1:
+        yield (
+            f"data.min_scale is {recipe.data.min_scale} and data.max_scale {recipe.data.max_scale}; expected "
+            "0 < min_scale <= max_scale <= 1"
+        )
+    if min(recipe.vocabulary.temperature, recipe.vocabulary.temperature_start) <= 0:
+        yield (
+            f"vocabulary.temperature is {recipe.vocabulary.temperature} and temperature_start "
+            f"{recipe.vocabulary.temperature_start}; expected numbers above 0"
+        )
+    if isinstance(recipe.resampler, Resampler) and recipe.resampler.tokens_per_256px not in (64, 128, 256):
+        yield f"resampler.tokens_per_256px is {recipe.resampler.tokens_per_256px}; expected 64, 128 or 256"
+    ema = recipe.quantizer if isinstance(recipe.quantizer, Quantizer) else None
+    if ema and ema.kmeans_steps and not 0 < ema.kmeans_steps <= ema.start_step - 2:
+        yield (
+            f"quantizer.kmeans_steps is {ema.kmeans_steps}; expected 0 or at most start_step - 2 "
+            f"({ema.start_step} - 2): k-means needs vectors to start from"
+        )
+    if recipe.loss.isometry and not isinstance(recipe.resampler, Resampler):
+        yield f"loss.isometry is {recipe.loss.isometry}; registers have no cells, so it needs resampler.kind: grid"
+    if (recipe.loss.pixels or recipe.loss.ssim) and not 0 < recipe.loss.pixel_share <= 1:
+        yield f"loss.pixel_share is {recipe.loss.pixel_share}; expected a share above 0, at most 1"
+    if (recipe.loss.pixels or recipe.loss.ssim) and recipe.latents.cache:
+        yield "loss.pixels and loss.ssim compare with the photos, which latents.cache does not keep; set one to 0"
+    if recipe.freeze_tokens and not recipe.init_from:
+        yield "freeze_tokens is true, but init_from names no tokenizer whose tokens to keep"
+    if recipe.latents.cache_crops < 1:
+        yield f"latents.cache_crops is {recipe.latents.cache_crops}; expected at least 1"
+    if ema and not 0 <= ema.usage_decay < 1:
+        yield f"quantizer.usage_decay is {ema.usage_decay}; expected a number in [0, 1)"
+    if isinstance(recipe.resampler, Registers) and recipe.resampler.max_tokens < 1:
+        yield f"resampler.max_tokens is {recipe.resampler.max_tokens}; expected at least 1"
+    if isinstance(recipe.quantizer, FSQ) and (not recipe.quantizer.levels or min(recipe.quantizer.levels) < 2):
+        yield f"quantizer.levels is {list(recipe.quantizer.levels)}; expected numbers of at least 2"
+    if recipe.sampling.solver == "ddim" and recipe.flow.formulation != "ddim":
+        yield "sampling.solver is ddim, but flow.formulation is rectified_flow; use euler, heun or dpm++"
+    if recipe.flow.formulation == "ddim" and recipe.sampling.solver != "ddim":
+        yield f"flow.formulation is ddim, but sampling.solver is {recipe.sampling.solver}; use solver: ddim"
+    yield from _loop_problems(recipe.train)
+
+
+def _language_model(recipe: LMRecipe) -> Iterator[str]:
+    model = recipe.model
+    if model.vocab_size < 259:
+        yield f"model.vocab_size is {model.vocab_size}; expected at least 259: bytes and special tokens"
+    if model.hidden_size % (2 * model.num_heads):
+        yield f"model.hidden_size is {model.hidden_size}; expected a multiple of {2 * model.num_heads} (2 x heads)"
+    if model.num_heads % model.num_kv_heads:
+        yield f"model.num_heads is {model.num_heads}; expected a multiple of {model.num_kv_heads} (num_kv_heads)"
+    if not 1 < recipe.block_size <= model.max_positions:
+        yield f"block_size is {recipe.block_size}; expected 2 to model.max_positions {model.max_positions}"
+    yield from _lm_loop_problems(recipe.train)
+
+
+def _drawing(recipe: FinetuneRecipe) -> Iterator[str]:
+    data = recipe.data
+    if (recipe.mode == "lora") != (recipe.lora is not None):
+        yield f"mode is {recipe.mode} and lora is {recipe.lora}; expected a lora section for mode lora, and only there"
+    if bool(data.token_sets) == bool(data.photos):
+        yield "data.token_sets and data.photos: expected one of them, the other empty"
+    for name in ("caption_dropout", "held_out_share", "image_to_text_share"):
+        if not 0 <= getattr(data, name) < 1:
+            yield f"data.{name} is {getattr(data, name)}; expected a share in [0, 1)"
+    if not 0 <= data.token_noise <= 1 or not 0 < data.label_share <= 1:
+        yield "data.token_noise must be a share in [0, 1], and data.label_share one in (0, 1]"
+    if data.max_caption_tokens < 1 or data.shuffle_window < 1 or min(data.lengths, default=1) < 1:
+        yield "data.max_caption_tokens, data.shuffle_window and data.lengths must be at least 1"
+    if recipe.sample_every < 0 or (recipe.sample_every and not any(p.strip() for p in recipe.sample_prompts)):
+        yield "sample_every must be 0 or more, and sample_prompts not empty where pictures are drawn"
+    yield from _lm_loop_problems(recipe.train)
+
+
+def _loop_problems(train: TrainLoop) -> Iterator[str]:
+    if train.batch_size % train.accumulate:
+        yield f"train.batch_size is {train.batch_size}; expected a multiple of train.accumulate ({train.accumulate})"
+    if not 0 <= train.ema_decay < 1:
+        yield f"train.ema_decay is {train.ema_decay}; expected a number in [0, 1)"
+
+
+def _lm_loop_problems(train: LMTrainLoop) -> Iterator[str]:
+    if train.accumulate < 1 or train.batch_size < 1 or train.batch_size % train.accumulate:
+        yield f"train.batch_size is {train.batch_size}; expected a multiple of accumulate ({train.accumulate})"
+    if train.steps < 1:
+        yield f"train.steps is {train.steps}; expected at least 1"
+
+
+_RULES: dict[type, Callable[[Any], Iterator[str]]] = {
+    AutoencoderRecipe: _autoencoder,
+    TokenizerRecipe: _tokenizer,
+    LMRecipe: _language_model,
+    FinetuneRecipe: _drawing,
+}
