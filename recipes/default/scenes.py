@@ -1,0 +1,332 @@
+"""Scenes of cut-out drawings with captions, as WebDataset tars: what the embedded model learns to draw from.
+
+    python recipes/default/scenes.py --drawings ../shared/data/drawings/drawings-000.tar \
+        --photos ../shared/data/photos --out runs/default/scenes --count 30000
+
+Each drawing is an RGBA picture with a title (`docs/data/drawings.md` says where they come from). A scene shows one to
+three of them on a plain, graded or photographic ground. The same arguments give the same bytes: scene ``i`` depends on
+the seed, ``i`` and the drawings alone, so a longer set begins with the shorter one.
+
+``--layout centred`` writes every drawing once, centred at one size on white; it is what the language model reads first.
+``--held-out`` writes, in the same layout, the drawings that the other layouts leave out: one style of some titles.
+"""
+
+from __future__ import annotations
+
+import argparse
+import colorsys
+import hashlib
+import io
+import json
+import random
+import re
+import tarfile
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageFilter
+
+SIZE = 256  # pixels, side of a scene
+CENTRED_SHARE = 0.8  # of the side, that the longest side of a centred drawing covers
+SHARD_IMAGES = 4000
+HELD_OUT_TITLES = 0.25  # share of the titles with at least three drawings that lose one of them to judging
+
+#: Hue in degrees, saturation and value of the colours that a drawing can be given, and RGB of a plain ground.
+COLOURS = {
+    "red": (2, 0.85, 0.85),
+    "orange": (28, 0.9, 0.95),
+    "yellow": (50, 0.85, 0.97),
+    "green": (125, 0.65, 0.65),
+    "turquoise": (178, 0.7, 0.8),
+    "blue": (215, 0.8, 0.85),
+    "purple": (278, 0.6, 0.75),
+    "pink": (335, 0.45, 0.97),
+    "brown": (22, 0.65, 0.5),
+    "grey": (0, 0.0, 0.55),
+    "black": (0, 0.0, 0.12),
+    "white": (0, 0.0, 1.0),
+}
+NUMBERS = {2: "two", 3: "three"}
+#: Words before which a title takes no article.
+UNCOUNTED = (
+    "spaghetti",
+    "rice",
+    "bread",
+    "water",
+    "fire",
+    "snow",
+    "rain",
+    "money",
+    "hair",
+    "cheese",
+    "butter",
+    "sushi",
+)
+NO_ARTICLE = ("the ", "a ", "an ", "two ", "three ", "four ", "five ")
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """One cut-out: its key, the bytes of an RGBA picture, its title, the title with its colour, and its colours."""
+
+    key: str
+    content: bytes
+    title: str
+    colour_title: str | None
+    colours: tuple[str, ...]
+
+    def open(self) -> Image.Image:
+        """RGBA, cropped to what is not transparent."""
+        image = Image.open(io.BytesIO(self.content)).convert("RGBA")
+        box = image.getchannel("A").point(lambda a: 255 if a > 8 else 0).getbbox()
+        return image.crop(box) if box else image
+
+
+def read_drawings(path: Path) -> list[Drawing]:
+    """The drawings of a tar of ``KEY.webp`` and ``KEY.json``, by key."""
+    pictures: dict[str, bytes] = {}
+    facts: dict[str, dict] = {}
+    with tarfile.open(path) as tar:
+        for member in tar:
+            file = tar.extractfile(member)
+            if file is None:
+                continue
+            key, _, suffix = member.name.partition(".")
+            if suffix == "json":
+                facts[key] = json.loads(file.read())
+            else:
+                pictures[key] = file.read()
+    return [
+        Drawing(key, pictures[key], fact["title"], fact.get("colour_title"), tuple(fact["colours"]))
+        for key, fact in sorted(facts.items())
+        if key in pictures
+    ]
+
+
+def split_held_out(drawings: list[Drawing]) -> tuple[list[Drawing], list[Drawing]]:
+    """(to learn from, to judge by): one drawing of a quarter of the titles that have three or more, chosen by hash."""
+    of_title: dict[str, list[Drawing]] = defaultdict(list)
+    for drawing in drawings:
+        of_title[drawing.title].append(drawing)
+    held = {
+        min(group, key=lambda d: _hash(d.key)).key
+        for title, group in of_title.items()
+        if len(group) >= 3 and _hash(title) < HELD_OUT_TITLES * 2**64
+    }
+    return [d for d in drawings if d.key not in held], [d for d in drawings if d.key in held]
+
+
+def centred(drawing: Drawing) -> tuple[Image.Image, list[str]]:
+    """The drawing in the middle of a white ground, and captions that name it."""
+    scene = Image.new("RGB", (SIZE, SIZE), "white")
+    image = _fit(drawing.open(), round(CENTRED_SHARE * SIZE))
+    scene.paste(image, ((SIZE - image.width) // 2, (SIZE - image.height) // 2), image)
+    titles = [t for t in (drawing.title, drawing.colour_title) if t]
+    return scene, [
+        phrase for title in titles for phrase in (title, with_article(title), f"a drawing of {with_article(title)}")
+    ]
+
+
+def draw_scene(index: int, seed: int, drawings: list[Drawing], photos: list[Path]) -> tuple[Image.Image, list[str]]:
+    """Scene ``index``: one to three drawings on a ground, and three captions."""
+    rng = random.Random(f"{seed}/{index}")
+    ground, ground_name = _ground(rng, photos)
+    kind = rng.choices(("one", "count", "relation"), (0.7, 0.12, 0.18))[0]
+    if kind == "one":
+        image, name = _coloured(rng.choice(drawings), rng)
+        size = rng.uniform(0.55, 0.92) * SIZE
+        image = _fit(image, round(size))
+        _paste(ground, image, 0.5, 0.5, rng, jitter=1.0)
+        subject = with_article(_sized(name, size, rng))
+    elif kind == "count":
+        number = rng.choice((2, 2, 3))
+        image, name = _coloured(rng.choice(drawings), rng)
+        image = _fit(image, round(SIZE * 0.9 / number))
+        for k in range(number):
+            _paste(ground, image, (k + 0.5) / number, rng.uniform(0.42, 0.58), rng, jitter=0.0)
+        subject = f"{NUMBERS[number]} {plural(name)}"
+    else:
+        relation = rng.choice(("left of", "right of", "above", "below"))
+        (first, first_name), (second, second_name) = (_coloured(d, rng) for d in rng.sample(drawings, 2))
+        across = relation in ("left of", "right of")
+        near, far = (0.26, 0.74) if relation in ("left of", "above") else (0.74, 0.26)
+        for image, place in ((first, near), (second, far)):
+            image = _fit(image, round(SIZE * 0.46))
+            _paste(ground, image, *((place, 0.5) if across else (0.5, place)), rng, jitter=0.15)
+        subject = f"{with_article(first_name)} {relation} {with_article(second_name)}"
+    captions = [subject]
+    if ground_name:
+        captions.append(f"{subject} on {ground_name}")
+    captions.append(f"a drawing of {subject}")
+    return ground, captions
+
+
+def with_article(title: str) -> str:
+    """``title`` with "a" or "an", unless it is plural or has one."""
+    lower = title.lower()
+    plural_noun = lower.endswith("s") and not lower.endswith(("ss", "us"))
+    if lower.startswith(NO_ARTICLE) or plural_noun or lower.endswith(UNCOUNTED):
+        return title
+    return f"{'an' if lower[0] in 'aeiou' else 'a'} {title}"
+
+
+def plural(title: str) -> str:
+    """The plural of a noun phrase: of its last word, or of the word before "of", "with" or "in"."""
+    head, joint, rest = next((p for p in map(title.partition, (" of ", " with ", " in ")) if p[1]), (title, "", ""))
+    return _plural_noun(head) + joint + rest
+
+
+def _plural_noun(title: str) -> str:
+    if re.search(r"(s|x|z|ch|sh)$", title):
+        return f"{title}es" if not title.endswith("s") else title
+    if re.search(r"[^aeiou]y$", title):
+        return f"{title[:-1]}ies"
+    return f"{title}s"
+
+
+def _coloured(drawing: Drawing, rng: random.Random) -> tuple[Image.Image, str]:
+    """The drawing as it is, named with or without its colour, or in another colour, which its name then has."""
+    image = drawing.open()
+    plain = drawing.title
+    for colour in COLOURS:
+        plain = plain.removeprefix(f"{colour} ")
+    if rng.random() < 0.25 and plain:
+        colour = rng.choice([c for c in COLOURS if c not in ("white", "black", "grey")])
+        return _recolour(image, colour), f"{colour} {plain}"
+    if drawing.colour_title and rng.random() < 0.5:
+        return image, drawing.colour_title
+    return image, drawing.title
+
+
+def _recolour(image: Image.Image, colour: str) -> Image.Image:
+    """Hue of ``colour`` for every pixel that has one, and part of its saturation; light and shade stay."""
+    hue, saturation, value = COLOURS[colour]
+    pixels = np.asarray(image).astype(np.float32) / 255
+    rgb, alpha = pixels[..., :3], pixels[..., 3:]
+    light = rgb.max(-1)
+    chroma = np.where(light > 0, (light - rgb.min(-1)) / np.maximum(light, 1e-6), 0)
+    weight = np.clip(chroma * 3, 0, 1)[..., None]  # greys, outlines and whites keep what they are
+    target = np.asarray(colorsys.hsv_to_rgb(hue / 360, saturation, 1.0), np.float32)
+    bright = (0.35 + 0.65 * light) * value / max(float((light * alpha[..., 0]).max()), 0.3)
+    painted = np.clip(bright[..., None] * target, 0, 1)
+    result = np.concatenate([weight * painted + (1 - weight) * rgb, alpha], -1)
+    return Image.fromarray((result * 255).round().astype(np.uint8), "RGBA")
+
+
+def _ground(rng: random.Random, photos: list[Path]) -> tuple[Image.Image, str | None]:
+    """A ground of SIZE x SIZE, and what captions call it: None for white."""
+    kind = rng.choices(("white", "plain", "graded", "photo"), (0.3, 0.4, 0.18, 0.12 if photos else 0.0))[0]
+    if kind == "white":
+        return Image.new("RGB", (SIZE, SIZE), "white"), None
+    if kind == "photo":
+        with Image.open(rng.choice(photos)) as photo:
+            image = photo.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+        return image.filter(ImageFilter.GaussianBlur(rng.uniform(6, 14))), "a blurred photo"
+    name = rng.choice(list(COLOURS))
+    tone, title = _tone(name, rng), with_article(f"{name} background")
+    if kind == "plain":
+        return Image.new("RGB", (SIZE, SIZE), tone), title
+    other = _tone(name, rng, lighter=0.55)
+    ramp = np.linspace(0, 1, SIZE, dtype=np.float32)[:, None, None]
+    ends = np.asarray([tone, other] if rng.random() < 0.5 else [other, tone], np.float32)
+    rows = (1 - ramp) * ends[0] + ramp * ends[1]
+    pixels = np.broadcast_to(rows, (SIZE, SIZE, 3)).round().astype(np.uint8)
+    return Image.fromarray(pixels if rng.random() < 0.7 else pixels.transpose(1, 0, 2).copy()), title
+
+
+def _tone(name: str, rng: random.Random, lighter: float = 0.0) -> tuple[int, int, int]:
+    hue, saturation, value = COLOURS[name]
+    saturation *= rng.uniform(0.6, 1.0) * (1 - lighter)
+    value = min(1.0, value * rng.uniform(0.9, 1.1)) * (1 - lighter) + lighter
+    red, green, blue = colorsys.hsv_to_rgb((hue + rng.uniform(-6, 6)) % 360 / 360, saturation, value)
+    return round(255 * red), round(255 * green), round(255 * blue)
+
+
+def _fit(image: Image.Image, side: int) -> Image.Image:
+    """``image`` with its longest side at ``side`` pixels."""
+    scale = side / max(image.size)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    return image.resize(size, Image.Resampling.LANCZOS)
+
+
+def _paste(ground: Image.Image, image: Image.Image, x: float, y: float, rng: random.Random, jitter: float) -> None:
+    """Paste ``image`` with its middle at shares (x, y) of the ground, moved by ``jitter`` of the room left."""
+    left, top = x * SIZE - image.width / 2, y * SIZE - image.height / 2
+    room_x, room_y = (SIZE - image.width) / 2 * jitter, (SIZE - image.height) / 2 * jitter
+    left += rng.uniform(-room_x, room_x)
+    top += rng.uniform(-room_y, room_y)
+    ground.paste(image, (round(left), round(top)), image)
+
+
+def _sized(name: str, size: float, rng: random.Random) -> str:
+    """``name`` with "small" or "big" where the drawing is, in half of the cases."""
+    if rng.random() < 0.5 or 0.62 * SIZE < size < 0.85 * SIZE:
+        return name
+    return f"{'small' if size <= 0.62 * SIZE else 'big'} {name}"
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--drawings", type=Path, required=True, help="tar of KEY.webp and KEY.json")
+    parser.add_argument("--photos", type=Path, help="folder of photos, or of tars, whose blurred pictures are grounds")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--layout", choices=("scenes", "centred"), default="scenes")
+    parser.add_argument("--held-out", action="store_true", help="the drawings kept for judging, centred")
+    parser.add_argument("--count", type=int, default=30_000, help="scenes to write")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    learn, judge = split_held_out(read_drawings(options.drawings))
+    options.out.mkdir(parents=True, exist_ok=True)
+    chosen = judge if options.held_out else learn
+    plain = options.held_out or options.layout == "centred"
+    photos = [] if plain or options.photos is None else _grounds(options.photos, options.out)
+    total = len(chosen) if plain else options.count
+    for first in range(0, total, SHARD_IMAGES):
+        path = options.out / f"scenes-{first // SHARD_IMAGES:03d}.tar"
+        partial = path.with_suffix(".partial")
+        with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:
+            for index in range(first, min(total, first + SHARD_IMAGES)):
+                scene, captions = centred(chosen[index]) if plain else draw_scene(index, options.seed, learn, photos)
+                content = io.BytesIO()
+                scene.save(content, "WEBP", quality=90, method=2)
+                key = chosen[index].key if plain else f"scene-{index:06d}"
+                _add(tar, f"{key}.webp", content.getvalue())
+                _add(tar, f"{key}.txt", "\n".join(captions).encode())
+        partial.rename(path)
+        print(f"{path}: {min(total, first + SHARD_IMAGES) - first} pictures")
+
+
+def _grounds(photos: Path, out: Path, count: int = 400) -> list[Path]:
+    """Small copies of the first ``count`` photos, kept beside the scenes; photos may lie in tars."""
+    folder = out / ".grounds"  # hidden, so that a folder of tars stays one
+    folder.mkdir(exist_ok=True)
+    found = sorted(folder.glob("*.jpg"))
+    if len(found) >= count:
+        return found[:count]
+    contents: list[bytes] = [p.read_bytes() for p in sorted(photos.glob("*.jpg"))[:count]]
+    for path in sorted(photos.glob("*.tar")):
+        with tarfile.open(path) as tar:
+            for member in tar:
+                if len(contents) < count and member.name.endswith(".jpg"):
+                    file = tar.extractfile(member)
+                    assert file is not None
+                    contents.append(file.read())
+    for number, content in enumerate(contents):
+        Image.open(io.BytesIO(content)).convert("RGB").resize((128, 128)).save(folder / f"{number:04d}.jpg")
+    return sorted(folder.glob("*.jpg"))[:count]
+
+
+def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    tar.addfile(member, io.BytesIO(content))
+
+
+if __name__ == "__main__":
+    main()
