@@ -27,12 +27,12 @@ class Batch:
     images: Tensor
     reference: Tensor
     seeds: tuple[int, ...]
-    codes: dict[str, Tensor] = field(default_factory=dict)  # ids (B, L) by model, each encoded once
+    codes: dict[str, Tensor] = field(default_factory=dict)  # ids (B, L) by source, each encoded once
 
     def token_ids(self, coder: Coder) -> Tensor:
-        if coder.model not in self.codes:
-            self.codes[coder.model] = coder.encode(self.images.to(coder.device)).cpu()
-        return self.codes[coder.model][:, : coder.tokens]
+        if coder.source not in self.codes:
+            self.codes[coder.source] = coder.encode(self.images.to(coder.device)).cpu()
+        return self.codes[coder.source][:, : coder.tokens]
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from v2flow_cli.tokenizer import V2FlowTokenizer
 class Coder:
     """encode: images (B, 3, S, S) to ids (B, L); decode: ids, one seed each, and S, to images; both in [-1, 1].
 
-    Coders of one ``model`` share their ids: a batch is encoded once for all of them.
+    Coders of one ``source`` share their ids: a batch is encoded once for all of them.
     """
 
     name: str
@@ -45,14 +45,22 @@ class Coder:
     tokens: int | None = None  # decode only the first so many ids
     weights_digest: str | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    length: int | None = None  # what ``encode`` is asked for: one of several lengths, not a prefix
+
+    @property
+    def source(self) -> str:
+        """Names the ids: the model, and the length where it has several that are no prefixes of each other."""
+        return self.model if self.length is None else f"{self.model} at {self.length} tokens"
 
 
 def v2flow_coder(model: str, tokenizer: V2FlowTokenizer, setting: Setting, dtype: torch.dtype = torch.float32) -> Coder:
     """A tokenizer of ours, its products in ``dtype``, as the commands encode and decode."""
 
+    length = None if tokenizer.flexible else setting.tokens
+
     def encode(images: Tensor) -> Tensor:
         with inference(tokenizer, dtype):
-            return tokenizer.encode(images)
+            return tokenizer.encode(images, length)
 
     def decode(ids: Tensor, seeds: Sequence[int], size: int) -> Tensor:
         with inference(tokenizer, dtype):
@@ -69,6 +77,7 @@ def v2flow_coder(model: str, tokenizer: V2FlowTokenizer, setting: Setting, dtype
         setting.tokens,
         tokenizer.digest,
         tokenizer.device,
+        length,
     )
 
 

@@ -102,21 +102,22 @@ def settings_of_models(
 ) -> list[tuple[str, Setting]]:
     """(model, setting) of everything to measure at ``size`` pixels.
 
-    A flexible tokenizer decodes any prefix. One of fixed length takes part where a swept length is its own, so
-    that several of them make the rows of one sweep; a length that no model has is an error.
+    A flexible tokenizer decodes any prefix. Another takes part where a swept length is one of its own, so that several of them make the rows of one
+    sweep; a length that no model has is an error.
     Raises:  DataError, also for a size that does not fit a model.
     """
     chosen: list[tuple[str, Setting]] = []
     lengths: dict[str, str] = {}
     for name, tokenizer in models.items():
         try:
-            whole = tokenizer.num_tokens(size, size)
+            whole, *others = tokenizer.lengths(size, size)
         except ValueError as error:
             raise DataError(f"--res {size}: {name}: {error}.") from None
-        lengths[name] = f"{name} has 1 to {whole:,}" if tokenizer.flexible else f"{name} always has {whole:,}"
+        fixed = " or ".join(f"{length:,}" for length in sorted((whole, *others)))
+        lengths[name] = f"{name} has 1 to {whole:,}" if tokenizer.flexible else f"{name} always has {fixed}"
         for setting in settings:
             wanted = setting.tokens or whole
-            if wanted == whole or (tokenizer.flexible and wanted < whole):
+            if wanted in (whole, *others) or (tokenizer.flexible and wanted < whole):
                 chosen.append((name, setting))
     wanted_lengths = dict.fromkeys(setting.tokens for setting in settings if setting.tokens)
     had = {setting.tokens for _, setting in chosen}

@@ -69,14 +69,14 @@ class SetEncoder:
         self.tokenizer, self.batch_size, self.workers, self.dtype = tokenizer, batch_size, workers, dtype
         self.image_size = image_size or tokenizer.config.image_size
         try:
-            length = tokenizer.num_tokens(self.image_size, self.image_size)
+            longest = prefixes.longest(tokenizer, self.image_size, self.image_size)
         except ValueError as error:
             raise DataError(f"--res {self.image_size}: {error}") from error
         self.empty_manifest = TokenManifest(
             tokenizer.token_digest,
             (self.image_size, self.image_size),
             tokenizer.config.codebook_size,
-            prefixes.longest(tokenizer, length),
+            longest,
             variable_length=prefixes.min_psnr_db is not None,
             min_psnr_db=prefixes.min_psnr_db,
         )

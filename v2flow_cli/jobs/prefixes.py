@@ -1,4 +1,4 @@
-"""How many tokens of an image are kept: all, the first K, or the fewest whose picture is close enough."""
+"""How many tokens an image gets: all, K of them, or the fewest whose picture is close enough."""
 
 from __future__ import annotations
 
@@ -17,23 +17,28 @@ from v2flow_cli.tokenizer.preprocess import psnr, to_uint8
 class Prefixes:
     """What ``encode --tokens`` and ``--max-error`` ask for; neither keeps every token.
 
-    tokens: keep the first so many; min_psnr_db: keep the fewest of them that reach this PSNR.
+    tokens: keep the first so many, or encode at that length where the tokenizer has several; min_psnr_db: keep the
+    fewest that reach this PSNR.
     """
 
     tokens: int | None = None
     min_psnr_db: float | None = None
 
-    def longest(self, tokenizer: V2FlowTokenizer, whole: int) -> int:
-        """The longest sequence that is written, where an image has ``whole`` tokens.
+    def longest(self, tokenizer: V2FlowTokenizer, height: int, width: int) -> int:
+        """The longest sequence that is written of an image of ``height`` x ``width`` pixels.
 
         Raises:  DataError for a tokenizer without prefixes, or without that many tokens.
         """
+        whole, *others = tokenizer.lengths(height, width)
         if self.tokens is None and self.min_psnr_db is None:
             return whole
         if not tokenizer.flexible:
-            option = "--tokens" if self.tokens is not None else "--max-error"
+            if self.tokens in (whole, *others) and self.min_psnr_db is None:
+                return self.tokens
+            option = "--max-error" if self.tokens is None else f"--tokens {self.tokens}"
+            possible = " or ".join(str(length) for length in sorted((whole, *others)))
             raise DataError(
-                f"{option}: this tokenizer always writes {whole} tokens an image. Prefixes need one of flexible "
+                f"{option}: this tokenizer writes {possible} tokens an image. Prefixes need one of flexible "
                 "length, such as recipes/flextok/small.yaml trains."
             )
         if self.tokens is not None and not 1 <= self.tokens <= whole:

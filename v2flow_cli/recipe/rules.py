@@ -63,8 +63,8 @@ def _tokenizer(recipe: TokenizerRecipe) -> Iterator[str]:
             f"vocabulary.temperature is {recipe.vocabulary.temperature} and temperature_start "
             f"{recipe.vocabulary.temperature_start}; expected numbers above 0"
         )
-    if isinstance(recipe.resampler, Resampler) and recipe.resampler.tokens_per_256px not in (64, 128, 256):
-        yield f"resampler.tokens_per_256px is {recipe.resampler.tokens_per_256px}; expected 64, 128 or 256"
+    if isinstance(recipe.resampler, Resampler):
+        yield from _length_problems(recipe.resampler, whole)
     ema = recipe.quantizer if isinstance(recipe.quantizer, Quantizer) else None
     if ema and ema.kmeans_steps and not 0 < ema.kmeans_steps <= ema.start_step - 2:
         yield (
@@ -123,6 +123,22 @@ def _drawing(recipe: FinetuneRecipe) -> Iterator[str]:
     if recipe.sample_every < 0 or (recipe.sample_every and not any(p.strip() for p in recipe.sample_prompts)):
         yield "sample_every must be 0 or more, and sample_prompts not empty where pictures are drawn"
     yield from _lm_loop_problems(recipe.train)
+
+
+def _length_problems(resampler: Resampler, whole: bool) -> Iterator[str]:
+    """``whole``: the decoder gives all patches at once, and has one length."""
+    first, others = resampler.tokens_per_256px, resampler.other_tokens_per_256px
+    if first not in (64, 128, 256):
+        yield f"resampler.tokens_per_256px is {first}; expected 64, 128 or 256"
+    elif others and (len({first, *others}) <= len(others) or not {64, 128}.issuperset(others) or max(others) > first):
+        yield (
+            f"resampler.other_tokens_per_256px is {list(others)}; expected 64, 128 or both, each below "
+            f"tokens_per_256px ({first})"
+        )
+    if others and whole:
+        yield "resampler.other_tokens_per_256px needs flow.kind: mlp; a flow transformer decodes one length"
+    if not 0 <= resampler.other_share < 1:
+        yield f"resampler.other_share is {resampler.other_share}; expected a share in [0, 1)"
 
 
 def _loop_problems(train: TrainLoop) -> Iterator[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -86,10 +88,17 @@ class MaskedTransformer(nn.Module):
     """Encoder over quantised tokens and visible patches; decoder that also answers the mask tokens.
 
     Args:    token_size, width of a codebook vector; patch_size, numbers in a latent patch; max_tokens, of an
-             ordered sequence, 0 for a grid.
+             ordered sequence, 0 for a grid; other_parts, patches a token at each rate of the resampler but the first.
     """
 
-    def __init__(self, settings: Context, token_size: int, patch_size: int, max_tokens: int = 0) -> None:
+    def __init__(
+        self,
+        settings: Context,
+        token_size: int,
+        patch_size: int,
+        max_tokens: int = 0,
+        other_parts: Sequence[int] = (),
+    ) -> None:
         super().__init__()
         width = settings.hidden_size
         self.embed_token = TokenEmbedding(token_size, width, max_tokens)
@@ -97,6 +106,12 @@ class MaskedTransformer(nn.Module):
         self.mask_token = nn.Parameter(0.02 * torch.randn(width))
         self.dummy_token = nn.Parameter(0.02 * torch.randn(width))  # D of Eq. 7; Departs (D10): one token
         self.positions = RotaryPositions(width // settings.num_heads)
+        if other_parts:
+            self.rate_embedding = nn.Parameter(torch.zeros(len(other_parts), width))
+            self.split = nn.ModuleList(nn.Linear(width, parts * width) for parts in other_parts)
+            for linear in self.split:
+                nn.init.zeros_(linear.weight)
+                nn.init.zeros_(linear.bias)
         self.encoder = nn.ModuleList(Block(settings) for _ in range(settings.encoder_depth))
         self.decoder = nn.ModuleList(Block(settings) for _ in range(settings.decoder_depth))
         self.norm_encoder, self.norm_out = nn.LayerNorm(width), nn.LayerNorm(width)
@@ -110,13 +125,16 @@ class MaskedTransformer(nn.Module):
         hidden_coordinates: Tensor,
         hidden_cells: Tensor,
         lengths: Tensor | None = None,
+        hidden_parts: Tensor | None = None,
+        rate: int = 0,
     ) -> Tensor:
         """Context (B, M, W) of M hidden positions.
 
         Args:    tokens (B, n, D), or None for the dummy D; token_coordinates (B, n, 2), in patches;
                  patches (B, v, P), the visible ones; their coordinates (B, v, 2); hidden_coordinates (B, M, 2);
                  hidden_cells (B, M), the index of the token in whose cell each hidden position lies;
-                 lengths (B,), how many tokens of an ordered sequence each image keeps (default: all n).
+                 lengths (B,), how many tokens of an ordered sequence each image keeps (default: all n);
+                 hidden_parts (B, M), which of its token's patches each hidden one is; rate, the resampler's.
         """
         batch = len(hidden_coordinates)
         if tokens is None or token_coordinates is None:
@@ -124,6 +142,8 @@ class MaskedTransformer(nn.Module):
             start_coordinates = hidden_coordinates.float().mean(1, keepdim=True)
         else:
             start, start_coordinates = self.embed_token(tokens, lengths), token_coordinates
+            if rate:
+                start = start + self.rate_embedding[rate - 1].to(start.dtype)
         known = torch.cat([start, self.embed_patch(patches)], dim=1)
         coordinates = torch.cat([start_coordinates.float(), patch_coordinates.float()], dim=1)
         angles = self.positions(coordinates)
@@ -135,6 +155,12 @@ class MaskedTransformer(nn.Module):
         # learn first to look where it stands. Under the dummy D that is D itself.
         cells = hidden_cells if tokens is not None else torch.zeros_like(hidden_cells)
         own = known.gather(1, cells[..., None].expand(-1, -1, known.shape[-1]))
+        if rate and tokens is not None and hidden_parts is not None:
+            # A token of several patches says something else to each of them.
+            shares = self.split[rate - 1](known[:, : tokens.shape[1]])  # (B, n, parts * W)
+            parts = shares.shape[-1] // known.shape[-1]
+            index = cells * parts + hidden_parts
+            own = own + shares.unflatten(-1, (parts, -1)).flatten(1, 2).gather(1, index[..., None].expand_as(own))
         x = torch.cat([known, own + self.mask_token.to(known.dtype)], dim=1)
         angles = torch.cat([angles, self.positions(hidden_coordinates)], dim=2)
         for block in self.decoder[:-1]:
@@ -159,6 +185,14 @@ def grid_cells(rows: int, columns: int, height: int, width: int, device: torch.d
     y = torch.arange(height, device=device) * rows // height
     x = torch.arange(width, device=device) * columns // width
     return (y[:, None] * columns + x).flatten()
+
+
+def grid_parts(rows: int, columns: int, height: int, width: int, device: torch.device) -> Tensor:
+    """For each of ``height`` x ``width`` patches its number (height * width,) among those of its grid cell."""
+    tall, wide = height // rows, width // columns
+    y = torch.arange(height, device=device) % max(1, tall)
+    x = torch.arange(width, device=device) % max(1, wide)
+    return (y[:, None] * max(1, wide) + x).flatten()
 
 
 def grid_coordinates(rows: int, columns: int, height: float, width: float, device: torch.device) -> Tensor:

@@ -14,11 +14,16 @@ from v2flow_cli.recipe.schema import Sampling, TokenizerLoss
 
 @dataclass(frozen=True)
 class Places:
-    """Where everything is: coordinates of tokens (B, n, 2) and patches (B, N, 2), and each patch's token (B, N)."""
+    """Where everything is: coordinates of tokens (B, n, 2) and patches (B, N, 2), and each patch's token (B, N).
+
+    ``parts`` (B, N) numbers the patches of one token; ``rate`` is the resampler's.
+    """
 
     tokens: Tensor
     patches: Tensor
     cells: Tensor
+    parts: Tensor
+    rate: int = 0
 
 
 class DecoderLosses(NamedTuple):

@@ -33,6 +33,7 @@ class MaskedDecoder:
         hidden, seen = order[:, :hidden_count], order[:, hidden_count:]
         visible, visible_at = gather(patches, seen), gather(places.patches, seen)
         hidden_at, hidden_cells = gather(places.patches, hidden), places.cells.gather(1, hidden)
+        parts = places.parts.gather(1, hidden)
         # D is one token, not n copies, so the images that see it form a batch of their own.
         dropped = count_dropped(loss.guidance_dropout, batch)
         contexts = []
@@ -41,7 +42,7 @@ class MaskedDecoder:
                 given = (tokens[part], places.tokens[part]) if known else (None, None)
                 rest = (visible, visible_at, hidden_at, hidden_cells)
                 kept = None if lengths is None else lengths[part]
-                contexts.append(self.context(*given, *(x[part] for x in rest), kept))
+                contexts.append(self.context(*given, *(x[part] for x in rest), kept, parts[part], places.rate))
         # Losses in pixels judge what ``decode`` shows by default, so that they train the whole way to it.
         drawn = bool(loss.pixels or loss.ssim)
         asked = gather(patches, hidden)
@@ -88,7 +89,8 @@ def sample_patches(
         seen, now = orders[:, :done], orders[:, done : done + count]
         visible, visible_at = gather(patches, seen), gather(places.patches, seen)
         asked = (gather(places.patches, now), places.cells.gather(1, now))
-        given = flow.condition(context(tokens, places.tokens, visible, visible_at, *asked, lengths))
+        parts = places.parts.gather(1, now)
+        given = flow.condition(context(tokens, places.tokens, visible, visible_at, *asked, lengths, parts, places.rate))
         dummy = None
         if settings.guidance_scale != 1:  # at 1 the dummy branch is not computed at all
             dummy = flow.condition(context(None, None, visible, visible_at, *asked))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import torch
 import torch.nn.functional as F
 from timm.layers import LayerNorm2d
@@ -9,7 +11,7 @@ from timm.models.regnet import RegStage
 from torch import Tensor, nn
 
 from v2flow_cli.recipe.schema import Resampler
-from v2flow_cli.tokenizer.context import grid_cells, grid_coordinates
+from v2flow_cli.tokenizer.context import grid_cells, grid_coordinates, grid_parts
 
 REFERENCE_PX = 256  # token counts are given for images of this side
 REFERENCE_GRIDS = {64: (8, 8), 128: (8, 16), 256: (16, 16)}
@@ -21,50 +23,76 @@ class GridResampler(nn.Module):
     Scaled latents (B, C, h, w) become tokens (B, n, d_v), flattened row by row. Where latents are coarser than the
     token grid (f32 latents, 256 tokens at 256 px), a transposed convolution splits each into its tokens.
 
+    ``rate`` chooses among several lengths (Table 2 of the paper, from one model): 0 is ``tokens_per_256px``, 1 and up
+    are ``other_tokens_per_256px``. Each has its own downsampler; everything else is shared.
+
     Raises:  ValueError where neither grid is a whole multiple of the other.
     """
 
     def __init__(self, settings: Resampler, in_channels: int, pixels_per_latent: int) -> None:
         super().__init__()
         width = settings.hidden_size
-        self.tokens_per_256px = settings.tokens_per_256px
+        self.lengths = (settings.tokens_per_256px, *settings.other_tokens_per_256px)  # at 256 x 256 pixels, by rate
+        self.other_share = settings.other_share
         self.size_multiple = REFERENCE_PX // min(REFERENCE_GRIDS[settings.tokens_per_256px])  # pixels
         self.stem = nn.Conv2d(in_channels, width, 3, padding=1)
         self.before = _reg_stage(settings.depth[0], width)
-        rows, columns = REFERENCE_GRIDS[settings.tokens_per_256px]
-        side = REFERENCE_PX // pixels_per_latent
-        merge, split = (side // rows, side // columns), (rows // side, columns // side)
-        # Silent (S8): its kind. A strided convolution, as in latent diffusion: averaging neighbours would hide which
-        # of them had what.
-        if (merge[0] * rows, merge[1] * columns) == (side, side):
-            self.downsample: nn.Module = nn.Conv2d(width, width, merge, stride=merge)
-        elif (split[0] * side, split[1] * side) == (rows, columns):
-            self.downsample = nn.ConvTranspose2d(width, width, split, stride=split)
-        else:
-            raise ValueError(f"{side} x {side} latents do not divide into {rows} x {columns} tokens at 256 px")
+        self.downsample, *others = (_downsampler(width, n, REFERENCE_PX // pixels_per_latent) for n in self.lengths)
+        if others:
+            self.other_downsample = nn.ModuleList(others)
         self.after = _reg_stage(settings.depth[1], width)
         self.readout = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
 
-    def token_grid(self, height: int, width: int) -> tuple[int, int]:
+    def token_grid(self, height: int, width: int, rate: int = 0) -> tuple[int, int]:
         """(rows, columns) of tokens for an image of ``height`` x ``width`` pixels."""
-        rows, columns = REFERENCE_GRIDS[self.tokens_per_256px]
+        rows, columns = REFERENCE_GRIDS[self.lengths[rate]]
         return height * rows // REFERENCE_PX, width * columns // REFERENCE_PX
 
-    def num_tokens(self, height: int, width: int) -> int:
+    def num_tokens(self, height: int, width: int, rate: int = 0) -> int:
         """Tokens of an image of ``height`` x ``width`` pixels."""
-        rows, columns = self.token_grid(height, width)
+        rows, columns = self.token_grid(height, width, rate)
         return rows * columns
 
-    def places(self, height: int, width: int, rows: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Where an image's tokens are, (n, 2) in its ``rows`` x ``columns`` patches, and each patch's token (N,)."""
-        grid = self.token_grid(height, width)
-        return grid_coordinates(*grid, rows, columns, device), grid_cells(*grid, rows, columns, device)
+    def fits(self, height: int, width: int, rate: int) -> bool:
+        """True if an image of ``height`` x ``width`` pixels divides into whole tokens at ``rate``."""
+        multiples = (REFERENCE_PX // side for side in REFERENCE_GRIDS[self.lengths[rate]])
+        return not any(side % multiple for side, multiple in zip((height, width), multiples))
 
-    def forward(self, latents: Tensor) -> Tensor:
+    def rate_at(self, step: int) -> int:
+        """The rate that training step ``step`` trains, the same on every rank and after a resume."""
+        draw = random.Random(step)
+        others = len(self.lengths) - 1
+        return draw.randint(1, others) if others and draw.random() < self.other_share else 0
+
+    def places(
+        self, height: int, width: int, rows: int, columns: int, device: torch.device, rate: int = 0
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Where an image's tokens are, (n, 2) in its ``rows`` x ``columns`` patches, each patch's token (N,), and which
+        of that token's patches it is (N,).
+        """
+        grid = self.token_grid(height, width, rate)
+        tokens, cells = grid_coordinates(*grid, rows, columns, device), grid_cells(*grid, rows, columns, device)
+        return tokens, cells, grid_parts(*grid, rows, columns, device)
+
+    def forward(self, latents: Tensor, rate: int = 0) -> Tensor:
         x = self.stem(latents.contiguous(memory_format=torch.channels_last))
-        x = F.silu(self.downsample(self.before(x)))
+        downsample = self.other_downsample[rate - 1] if rate else self.downsample
+        x = F.silu(downsample(self.before(x)))
         x = self.after(x)
         return self.readout(x.flatten(2).transpose(1, 2))
+
+
+def _downsampler(width: int, tokens: int, side: int) -> nn.Module:
+    """From ``side`` x ``side`` latents to the grid of ``tokens``, for an image of 256 x 256 pixels."""
+    rows, columns = REFERENCE_GRIDS[tokens]
+    merge, split = (side // rows, side // columns), (rows // side, columns // side)
+    # Silent (S8): its kind. A strided convolution, as in latent diffusion: averaging neighbours would hide which
+    # of them had what.
+    if (merge[0] * rows, merge[1] * columns) == (side, side):
+        return nn.Conv2d(width, width, merge, stride=merge)
+    if (split[0] * side, split[1] * side) == (rows, columns):
+        return nn.ConvTranspose2d(width, width, split, stride=split)
+    raise ValueError(f"{side} x {side} latents do not divide into {rows} x {columns} tokens at 256 px")
 
 
 def _reg_stage(depth: int, width: int) -> nn.Module:

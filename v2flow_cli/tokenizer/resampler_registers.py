@@ -39,20 +39,23 @@ class RegisterResampler(nn.Module):
         """Tokens of an image of ``height`` x ``width`` pixels: as many as there are registers, whatever the size."""
         return self.settings.max_tokens
 
-    def places(self, height: int, width: int, rows: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Where an image's tokens are, (n, 2) in its ``rows`` x ``columns`` patches, and each patch's token (N,)."""
+    def places(
+        self, height: int, width: int, rows: int, columns: int, device: torch.device, rate: int = 0
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As ``GridResampler.places``; no patch is a part of a token, and there is one rate."""
         tokens = self._shares(device) * torch.tensor([rows, columns], device=device) - 0.5
+        parts = torch.zeros(rows * columns, dtype=torch.int64, device=device)
         if self.settings.places == "centre":  # no token owns a place; the first, which every prefix has, stands for all
-            return tokens, torch.zeros(rows * columns, dtype=torch.int64, device=device)
+            return tokens, parts, parts
         patches = grid_coordinates(rows, columns, rows, columns, device)
-        return tokens, torch.cdist(patches, tokens).argmin(-1)
+        return tokens, torch.cdist(patches, tokens).argmin(-1), parts
 
     def _shares(self, device: torch.device) -> Tensor:
         """Places of the registers as shares of height and width, (max_tokens, 2) in [0, 1)."""
         count = torch.arange(self.settings.max_tokens, device=device) * (self.settings.places == "spread")
         return ((0.5 + count[:, None] * torch.tensor(SPREAD, device=device, dtype=torch.float64)) % 1).float()
 
-    def forward(self, latents: Tensor) -> Tensor:
+    def forward(self, latents: Tensor, rate: int = 0) -> Tensor:
         p, device = self.settings.patch_size, latents.device
         rows, columns = latents.shape[-2] // p, latents.shape[-1] // p
         patches = rearrange(latents, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Sequence
@@ -32,7 +33,7 @@ from v2flow_cli.tokenizer.prefix import sample_lengths
 from v2flow_cli.tokenizer.preprocess import V2FlowImageProcessor
 from v2flow_cli.tokenizer.quantizer_ema import EMAQuantizer
 from v2flow_cli.tokenizer.quantizer_fsq import FSQQuantizer
-from v2flow_cli.tokenizer.resampler_grid import GridResampler
+from v2flow_cli.tokenizer.resampler_grid import REFERENCE_PX, GridResampler
 from v2flow_cli.tokenizer.resampler_registers import RegisterResampler
 from v2flow_cli.tokenizer.vocabulary import VocabularyProjection
 
@@ -141,8 +142,15 @@ class V2FlowTokenizer(PreTrainedModel):
                 flow, code_size, patch_numbers, ordered
             )
         else:
-            self.context = MaskedTransformer(context, code_size, patch_numbers, ordered)
+            self.context = MaskedTransformer(context, code_size, patch_numbers, ordered, self._other_parts())
             self.flow = VelocityNetwork(flow, context.hidden_size, patch_numbers)
+
+    def _other_parts(self) -> list[int]:
+        """Patches a token at each of the resampler's rates but the first."""
+        if not isinstance(self.resampler, GridResampler):
+            return []
+        rows, columns = self._patch_grid(REFERENCE_PX, REFERENCE_PX)
+        return [rows * columns // length for length in self.resampler.lengths[1:]]
 
     @property
     def decoder(self) -> Decoder:
@@ -178,6 +186,24 @@ class V2FlowTokenizer(PreTrainedModel):
         settings = self.resampler_settings
         return isinstance(settings, Registers) and settings.nested_dropout != "none"
 
+    def lengths(self, height: int, width: int) -> tuple[int, ...]:
+        """The numbers of tokens that an image of ``height`` x ``width`` pixels can have, the default first.
+
+        A tokenizer of flexible length has 1 to the one given here. Raises: ValueError as ``num_tokens``.
+        """
+        whole = self.num_tokens(height, width)
+        if not isinstance(self.resampler, GridResampler):
+            return (whole,)
+        others = [r for r in range(1, len(self.resampler.lengths)) if self.resampler.fits(height, width, r)]
+        return (whole, *(self.resampler.num_tokens(height, width, r) for r in others))
+
+    def _rate(self, length: int, height: int, width: int) -> int:
+        """The resampler's rate at which an image of ``height`` x ``width`` pixels has ``length`` tokens."""
+        if not isinstance(self.resampler, GridResampler):
+            return 0
+        rates = range(len(self.resampler.lengths))
+        return next(r for r in rates if self.resampler.num_tokens(height, width, r) == length)
+
     @property
     def max_tokens(self) -> int:
         """Tokens of an image of the config's size; a flexible tokenizer takes 1 to this many, at any size."""
@@ -186,11 +212,15 @@ class V2FlowTokenizer(PreTrainedModel):
     def grid_of(self, num_tokens: int) -> tuple[int, int]:
         """(height, width) in pixels of the square image that has ``num_tokens`` tokens; ValueError if none has.
 
-        An ordered sequence says nothing of the size: it is the config's.
+        An image of the config's size where it can have that many, else one of another size at the first rate. An
+        ordered sequence says nothing of the size: it is the config's.
         """
         if isinstance(self.resampler_settings, Registers):
             size = self.config.image_size
             self.check_length(num_tokens, size, size)
+            return size, size
+        size = self.config.image_size
+        if num_tokens in self.lengths(size, size):
             return size, size
         side = round(math.sqrt(num_tokens / self.num_tokens(256, 256)) * 256) if num_tokens > 0 else 0
         if side <= 0 or side % self.size_multiple or self.num_tokens(side, side) != num_tokens:
@@ -204,8 +234,9 @@ class V2FlowTokenizer(PreTrainedModel):
         whole = self.num_tokens(height, width)
         if self.flexible and not 1 <= length <= whole:
             raise ValueError(f"{length} tokens; this tokenizer takes 1 to {whole}")
-        if not self.flexible and length != whole:
-            raise ValueError(f"{length} tokens, but {height} x {width} pixels take {whole}")
+        possible = self.lengths(height, width)
+        if not self.flexible and length not in possible:
+            raise ValueError(f"{length} tokens, but {height} x {width} pixels take {' or '.join(map(str, possible))}")
 
     @property
     def digest(self) -> str:
@@ -240,7 +271,7 @@ class V2FlowTokenizer(PreTrainedModel):
     def encode(self, images: Tensor, num_tokens: int | None = None) -> Tensor:
         """Token ids (B, L) int64 of images (B, 3, H, W) in [-1, 1]; deterministic.
 
-        ``num_tokens``: only the first so many, where the length is flexible.
+        ``num_tokens``: one of ``lengths``, or only the first so many, where the length is flexible.
 
         On a CPU each image has one thread to itself: an id on the border of two codes must not depend on the company
         that the image came in, nor on the number of threads.
@@ -250,27 +281,34 @@ class V2FlowTokenizer(PreTrainedModel):
         height, width = images.shape[-2:]
         whole = self.num_tokens(height, width)
         self.check_length(whole if num_tokens is None else num_tokens, height, width)
+        rate = 0 if self.flexible or num_tokens is None else self._rate(num_tokens, height, width)
+        nearest = functools.partial(self._nearest_ids, rate=rate)
         if self.device.type == "cpu" and len(images):
-            token_ids = torch.cat(on_single_threads(self._nearest_ids, images))
+            token_ids = torch.cat(on_single_threads(nearest, images))
         else:
-            token_ids = self._nearest_ids(images)
+            token_ids = nearest(images)
         return token_ids[:, :num_tokens]
 
-    def _nearest_ids(self, images: Tensor) -> Tensor:
+    def _nearest_ids(self, images: Tensor, rate: int = 0) -> Tensor:
         latents = self.latents.encode(images)
         # Vectors differ by less than a hundredth of what they are made of, and bf16 rounds to not much less.
         with without_autocast(latents):
-            vectors, _, _ = self.embed(latents.to(self.dtype), noise_scale=0.0, entropies=False)
+            vectors, _, _ = self.embed(latents.to(self.dtype), noise_scale=0.0, entropies=False, rate=rate)
         return self.quantizer(vectors).token_ids
 
     def embed(
-        self, latents: Tensor, noise_scale: float, temperature: float | None = None, entropies: bool = True
+        self,
+        latents: Tensor,
+        noise_scale: float,
+        temperature: float | None = None,
+        entropies: bool = True,
+        rate: int = 0,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(v (B, n, D), word entropy, batch entropy) of scaled latents: Eq. 4, not yet quantised.
 
         Without ``entropies``, or without a vocabulary, both are 0.
         """
-        tokens = self.resampler(latents)
+        tokens = self.resampler(latents, rate)
         if self.vocabulary is None:
             zero = tokens.new_zeros(())
             return self.to_code(tokens), zero, zero
@@ -315,7 +353,8 @@ class V2FlowTokenizer(PreTrainedModel):
         kept = torch.tensor(counts, device=self.device) if self.flexible else None
         rows, columns = self._patch_grid(height, width)
         noise = settings.noise_temperature * self._seeded_noise(seeds, rows * columns)
-        places = self._places(height, width, len(tokens))
+        rate = 0 if self.flexible else self._rate(token_ids.shape[1], height, width)
+        places = self._places(height, width, len(tokens), rate)
         patches = self.decoder.sample(tokens, kept, places, noise, seeds, settings)
         return self.latents.decode(self._unpatchify(patches, rows, columns))
 
@@ -332,7 +371,8 @@ class V2FlowTokenizer(PreTrainedModel):
         ordered sequence each image keeps a prefix of random length (nested dropout, FlexTok).
         """
         height, width = (side * self.latents.downsampling for side in latents.shape[-2:])
-        vectors, word_entropy, batch_entropy = self.embed(latents, noise_scale, temperature)
+        rate = self.resampler.rate_at(step) if isinstance(self.resampler, GridResampler) else 0
+        vectors, word_entropy, batch_entropy = self.embed(latents, noise_scale, temperature, rate=rate)
         quantized = self.quantizer(vectors, step if self.quantizer.training else None)
         lengths = None
         if isinstance(self.resampler_settings, Registers):
@@ -340,8 +380,8 @@ class V2FlowTokenizer(PreTrainedModel):
             lengths = sample_lengths(settings.nested_dropout, len(latents), settings.max_tokens, latents.device)
         isometry = latents.new_zeros(())
         if loss.isometry and isinstance(self.resampler, GridResampler):
-            isometry = isometry_loss(vectors, latents, self.resampler.token_grid(height, width))
-        places = self._places(height, width, len(latents))
+            isometry = isometry_loss(vectors, latents, self.resampler.token_grid(height, width, rate))
+        places = self._places(height, width, len(latents), rate)
         tokens = quantized.embeddings.to(latents.dtype)
         decoded = self.decoder.losses(self._patchify(latents), tokens, lengths, places, loss)
         predicted = self._unpatchify(decoded.patches, *self._patch_grid(height, width))
@@ -362,11 +402,12 @@ class V2FlowTokenizer(PreTrainedModel):
         side = self.latents.downsampling * self.patch_size
         return height // side, width // side
 
-    def _places(self, height: int, width: int, batch: int) -> Places:
+    def _places(self, height: int, width: int, batch: int, rate: int = 0) -> Places:
         rows, columns = self._patch_grid(height, width)
         patches = grid_coordinates(rows, columns, rows, columns, self.device)
-        tokens, cells = self.resampler.places(height, width, rows, columns, self.device)
-        return Places(tokens.expand(batch, -1, -1), patches.expand(batch, -1, -1), cells.expand(batch, -1))
+        tokens, *numbers = self.resampler.places(height, width, rows, columns, self.device, rate)
+        cells, parts = (number.expand(batch, -1) for number in numbers)
+        return Places(tokens.expand(batch, -1, -1), patches.expand(batch, -1, -1), cells, parts, rate)
 
     def _patchify(self, latents: Tensor) -> Tensor:
         p = self.patch_size

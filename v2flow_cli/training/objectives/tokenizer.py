@@ -252,6 +252,7 @@ SHAPES = (
     "decoder_depth",
     "token_depth",
     "tokens_per_256px",
+    "other_tokens_per_256px",
     "max_tokens",
     "patch_size",
 )
