@@ -102,8 +102,8 @@ def settings_of_models(
 ) -> list[tuple[str, Setting]]:
     """(model, setting) of everything to measure at ``size`` pixels.
 
-    A flexible tokenizer decodes any prefix. Another takes part where a swept length is one of its own, so that several of them make the rows of one
-    sweep; a length that no model has is an error.
+    A flexible tokenizer decodes any prefix. Another takes part where a swept length is one of its own, so that several
+    of them make the rows of one sweep; a length that no model has is an error.
     Raises:  DataError, also for a size that does not fit a model.
     """
     chosen: list[tuple[str, Setting]] = []
