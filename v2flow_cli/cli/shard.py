@@ -75,16 +75,17 @@ def shard(
     from v2flow_cli.jobs import shard_sources
     from v2flow_cli.jobs.shard import ShardReport, write_shards
     from v2flow_cli.store.failures import over_budget
-    from v2flow_cli.store.images import expand_input
+    from v2flow_cli.store.images import SUFFIXES, expand_input
+    from v2flow_cli.store.paths import check_apart
 
     report = ShardReport()
-    tars = (
-        source.suffix.lower() == ".tar"
-        if source.is_file()
-        else source.is_dir() and any(p.suffix.lower() == ".tar" for p in expand_input(str(source))[1])
-    )
+    check_apart(out, [source])
+    suffixes = {p.suffix.lower() for p in expand_input(str(source))[1]} if source.exists() else set()
+    tars = ".tar" in suffixes
     if not source.is_dir() and not tars:
         raise DataError(f"{source}: not a folder or a tar. Give a folder of images, or of tars.")
+    if tars and suffixes & SUFFIXES:
+        raise DataError(f"{source}: holds both images and tars. Pack them one kind at a time.")
     if tars and captions != "sidecars":
         raise typer.BadParameter(
             f"{captions}: {source} holds tars, which bring their captions", param_hint="--captions"

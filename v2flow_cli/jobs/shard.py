@@ -7,13 +7,11 @@ members carry no time, user or group of this machine. ``shard_sources.py`` lists
 from __future__ import annotations
 
 import contextlib
-import glob
 import hashlib
 import io
 import itertools
-import json
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,40 +20,14 @@ from webdataset import TarWriter
 
 from v2flow_cli.errors import DataError
 from v2flow_cli.jobs.shard_sources import Source
-from v2flow_cli.store.failures import Failure
+from v2flow_cli.jobs.shard_staging import ShardReport, StagedSet, check_folder, check_free, shards_of_prefix
 from v2flow_cli.store.files import map_ahead, remove_partials, replacing, sha256_of, write_bytes
 from v2flow_cli.store.images import open_image
-from v2flow_cli.store.shard_index import (
-    MANIFEST,
-    Member,
-    SampleIndex,
-    ShardInfo,
-    digest_of,
-    index_lines,
-    index_path,
-    save_manifest,
-)
+from v2flow_cli.store.paths import check_apart
+from v2flow_cli.store.shard_index import Member, SampleIndex, ShardInfo, digest_of, index_lines, index_path
 from v2flow_cli.store.shards import index_shard, read_member, safe_key
 
 _BATCH_AHEAD = 4  # images waiting per worker
-
-
-@dataclass
-class ShardReport:
-    """The shards of a set, and each image that was left out."""
-
-    shards: list[ShardInfo] = field(default_factory=list)
-    captions: int = 0
-    failures: list[Failure] = field(default_factory=list)
-    kept_shards: int = 0  # finished by an earlier run
-
-    @property
-    def samples(self) -> int:
-        return sum(shard.samples for shard in self.shards)
-
-    @property
-    def bytes(self) -> int:
-        return sum(shard.bytes for shard in self.shards)
 
 
 def write_shards(
@@ -72,35 +44,38 @@ def write_shards(
 ) -> ShardReport:
     """Write ``PREFIX-000000.tar``, ... of about ``shard_bytes`` at most, an index each, and ``manifest.json``.
 
+    They are written aside and take their place, and that of an older set, when the last one is whole.
     JPEG, PNG and WebP files are stored as they are, others as PNG; with ``short_side`` (pixels), those whose
     shorter side is longer are made smaller and stored as JPEG. A run that was stopped goes on after its last whole
     shard when it is repeated.
     Returns: a report that lists bad images as failures; where all are bad, nothing is written or replaced.
-    Raises:  DataError if ``out`` holds shards (unless ``force``), cannot be written, or holds a stopped run of other
-             images or options.
+    Raises:  DataError if ``out`` holds shards (unless ``force``), cannot be written, holds a stopped run of other
+             images or options, the manifest of something else, or the images that are to be read.
     """
     report = report or ShardReport()
-    journal = _Journal(out / f".{prefix}.progress.jsonl", {"shard_bytes": shard_bytes, "short_side": short_side})
-    samples = _Samples(sources, short_side, workers, report, tick)
-    if force:
-        journal.remove()
-    elif journal.exists:
-        journal.resume(report, samples)
-    old = sorted(out.glob(f"{glob.escape(prefix)}-*.tar"))
-    if not force and not journal.exists and (old or (out / MANIFEST).exists()):
-        raise DataError(f"{old[0] if old else out / MANIFEST}: exists already. Use --force, or another -o.")
+    staged = StagedSet(out, prefix, {"shard_bytes": shard_bytes, "short_side": short_side})
+    samples = _Samples(sources, out, short_side, workers, report, tick)
+    check_folder(out, prefix)
+    staged.finish_moving()
+    if staged.exists and not force:
+        count, seen = staged.resume(report)
+        if count:
+            listed = len(report.failures)
+            if samples.skip(count, {failure.name for failure in report.failures}) != seen:
+                raise staged.others()
+            del report.failures[listed:]  # what the listing of those sources has said again
+    elif not force:
+        check_free(out, shards_of_prefix(out, prefix))
     stream = iter(samples)
     sample = next(stream, None)
     if sample is None and not report.shards:
         return report
     if not report.shards:
-        journal.begin()
-        # No mixture of two sets, however this run ends.
-        _remove([out / MANIFEST, *old, *map(index_path, old)])
+        staged.begin()
     remove_partials(out)
     with contextlib.closing(stream):  # type: ignore[type-var]  # a generator
         while sample is not None:
-            path, size, captions = out / f"{prefix}-{len(report.shards):06d}.tar", 0, 0
+            path, size, captions = staged.folder / f"{prefix}-{len(report.shards):06d}.tar", 0, 0
             first = sample
             with replacing(path) as file, _tar_writer(file) as tar:
                 while sample is not None and (sample is first or size + sample.tar_bytes <= shard_bytes):
@@ -110,12 +85,9 @@ def write_shards(
                     last, sample = sample, next(stream, None)
             report.shards.append(_finish(path))
             report.captions += captions
-            journal.add(report, last)
-    extra = [path for path in old if path.name not in {shard.name for shard in report.shards}]
-    _remove([*extra, *map(index_path, extra)])
+            staged.add(report, last.ordinal + 1, last.seen, last.failures)
     report.failures[:] = dict.fromkeys(report.failures)  # a resumed listing says some twice
-    save_manifest(out, report.shards, report.captions)
-    journal.remove()
+    staged.publish(report)
     return report
 
 
@@ -165,14 +137,17 @@ class _Samples:
     def __init__(
         self,
         sources: Iterable[Source],
+        out: Path,
         short_side: int | None,
         workers: int,
         report: ShardReport,
         tick: Callable[[int], None],
     ) -> None:
         self.sources, self.short_side, self.workers = enumerate(sources), short_side, workers
+        self.out = out
         self.report, self.tick = report, tick
         self.taken: set[str] = set()
+        self.folder: Path | None = None  # that the last image lay in
         self.seen = hashlib.sha256()
 
     def skip(self, count: int, left_out: set[str]) -> str:
@@ -199,7 +174,10 @@ class _Samples:
             yield _Sample(members, len(captions), ordinal, self.seen.hexdigest(), len(self.report.failures))
 
     def _see(self, source: Source) -> None:
-        self.seen.update(json.dumps([source.image.key, source.captions]).encode())
+        if source.image.path.parent != self.folder:  # once for each folder, not for each image
+            self.folder = source.image.path.parent
+            check_apart(self.out, [self.folder])
+        self.seen.update(source.identity.encode())
 
     def _key(self, source: Source) -> str:
         # Keys out of a tar are unique in it and carry its name: remembering every one would take a set's memory.
@@ -213,73 +191,6 @@ class _Samples:
             return item, (*_stored_form(content, item[1].name, self.short_side), captions)
         except DataError as error:
             return item, error
-
-
-class _Journal:
-    """What a run that is not finished has written: its options, then one line for each whole shard."""
-
-    def __init__(self, path: Path, options: dict[str, Any]) -> None:
-        self.path, self.options = path, options
-        self.failures = 0  # listed so far
-
-    @property
-    def exists(self) -> bool:
-        return self.path.is_file()
-
-    def begin(self) -> None:
-        """From here on a repeated run knows the shards as its own."""
-        write_bytes(self.path, (json.dumps(self.options) + "\n").encode())
-
-    def add(self, report: ShardReport, last: _Sample) -> None:
-        """A shard more, whose last sample is ``last``."""
-        record = {
-            "shard": asdict(report.shards[-1]),
-            "captions": report.captions,
-            "sources": last.ordinal + 1,
-            "seen": last.seen,
-            "failures": [f.as_json() for f in report.failures[self.failures : last.failures]],
-        }
-        self.failures = last.failures
-        try:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
-        except OSError as error:
-            raise DataError(f"{self.path}: cannot be written ({error.strerror}).") from error
-
-    def resume(self, report: ShardReport, samples: _Samples) -> None:
-        """Take up the shards that are written and whole.  Raises: DataError where they are of another run."""
-        again = "Repeat the same command on the same images, or start anew with --force."
-        options, *lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-        # The last line may be half of one. A shard that had to be written again has two.
-        records = {r["shard"]["name"]: r for r in (json.loads(line) for line in lines if line.endswith("\n"))}
-        if json.loads(options) != self.options:
-            raise DataError(f"{self.path}: a stopped run with the options {options.strip()}. {again}")
-        for record in records.values():
-            info = ShardInfo(**record["shard"])
-            path = self.path.with_name(info.name)
-            if not path.is_file() or path.stat().st_size != info.bytes or not index_path(path).is_file():
-                break  # this one and those after it are written again
-            report.shards.append(info)
-            report.failures += [Failure(f["shard"], f["reason"], f["key"], f["samples"]) for f in record["failures"]]
-            last = record
-        if report.shards:
-            report.kept_shards, report.captions = len(report.shards), last["captions"]
-            self.failures = len(report.failures)
-            left_out = {failure.name for failure in report.failures}
-            if samples.skip(last["sources"], left_out) != last["seen"]:
-                raise DataError(f"{self.path}: the images are not those that the stopped run began with. {again}")
-            del report.failures[self.failures :]  # what the listing of those sources has said again
-
-    def remove(self) -> None:
-        _remove([self.path])
-
-
-def _remove(paths: Iterable[Path]) -> None:
-    for path in paths:
-        try:
-            path.unlink(missing_ok=True)
-        except OSError as error:
-            raise DataError(f"{path}: cannot be replaced ({error.strerror}).") from error
 
 
 def _stored_form(content: bytes, name: str, short_side: int | None) -> tuple[str, bytes]:

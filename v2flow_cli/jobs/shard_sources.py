@@ -12,6 +12,7 @@ from typing import Any
 from v2flow_cli.errors import DataError
 from v2flow_cli.store.failures import Failure
 from v2flow_cli.store.images import FoundFile, find_images, read_bytes
+from v2flow_cli.store.paths import fingerprint
 from v2flow_cli.store.shards import (
     SampleIndex,
     captions_of,
@@ -38,6 +39,11 @@ class Source:
     def name(self) -> str:
         """What messages call it."""
         return str(self.image.path) if self.member is None else f"{self.image.path}/{self.member.key}"
+
+    @property
+    def identity(self) -> str:
+        """What tells, when a stopped run goes on, whether this is still the same image with the same captions."""
+        return json.dumps([self.image.key, self.captions, fingerprint(self.image.path)])
 
     def read(self) -> tuple[bytes, tuple[str, ...]]:
         """The image's bytes and its captions.  Raises: DataError if they cannot be read."""

@@ -25,7 +25,9 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
     Raises: DataError for a folder that cannot be written, or a disk that is full.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    # Of constant length: a name that the disk takes must not fail because its temporary one is longer.
+    digest = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]
+    partial = path.with_name(f".{digest}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "wb") as file:

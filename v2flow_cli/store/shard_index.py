@@ -23,6 +23,7 @@ from v2flow_cli.store.files import write_bytes
 from v2flow_cli.store.images import SUFFIXES
 
 FORMAT, FORMAT_VERSION, MANIFEST = "v2flow-shards", 1, "manifest.json"
+REPLACING = ".replacing"  # lies in a folder while a new set moves to the place of an old one
 SCHEMA = {
     "jpg, png, webp": "one of them: the image, as encoded bytes",
     "txt": "its captions where it has any, one a line, UTF-8",
@@ -97,14 +98,37 @@ def save_manifest(folder: Path, shards: Sequence[ShardInfo], captions: int) -> N
 def load_manifest(folder: Path) -> dict[str, ShardInfo]:
     """The shards that ``folder/manifest.json`` lists, by name; none where there is no manifest of shards.
 
-    Raises:  DataError for a manifest that is damaged, inconsistent, or of a newer format version.
+    Raises:  DataError for a manifest that is damaged, inconsistent, or of a newer format version, and for a set that
+             was being replaced when the process was killed.
     """
     path = folder / MANIFEST
+    if (folder / REPLACING).exists():
+        raise DataError(
+            f"{folder}: a new set of shards is being moved in, or that was interrupted. If no `v2flow shard` runs now, "
+            "repeat the command that wrote it; it finishes the move."
+        )
     try:
         stamp = path.stat().st_mtime_ns
     except (FileNotFoundError, NotADirectoryError):
         return {}
     return _load_manifest(path, stamp)
+
+
+def check_manifest_is_ours(folder: Path) -> None:
+    """Raises: DataError where ``folder/manifest.json`` is not of shards, so that it is never overwritten."""
+    path = folder / MANIFEST
+    if not path.exists():
+        return
+    try:
+        record = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        record = None
+    found = record.get("format") if isinstance(record, dict) else None
+    if found != FORMAT:
+        raise DataError(
+            f"{path}: exists, and is not the manifest of a set of shards (format {found!r}; expected {FORMAT!r}). "
+            "It would be overwritten. Use another -o, or move it away."
+        )
 
 
 @functools.lru_cache(maxsize=64)

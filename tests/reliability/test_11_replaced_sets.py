@@ -1,0 +1,104 @@
+"""11. A set of shards that --force replaces is lost at no moment: killed at every file operation, it is old or new."""
+
+import os
+import random
+import shutil
+import signal
+import sys
+from functools import partial
+
+import pytest
+from PIL import Image
+
+from tests.reliability.processes import fork, wait
+from v2flow_cli.errors import DataError
+from v2flow_cli.jobs.shard import write_shards
+from v2flow_cli.jobs.shard_sources import sources_from_sidecars
+from v2flow_cli.store.shard_index import REPLACING
+from v2flow_cli.store.shards import find_shards, index_shard, iterate_shard
+
+OLD, NEW = {"prefix": "s", "shard_bytes": 6_000}, {"prefix": "s", "shard_bytes": 14_000}
+EVENTS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir")
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    folders = []
+    for name, count in (("old", 8), ("new", 6)):
+        folder, rng = tmp_path_factory.mktemp(name), random.Random(name)
+        for i in range(count):
+            Image.frombytes("RGB", (16, 16), rng.randbytes(768)).save(folder / f"{name}{i}.png")
+        folders.append(folder)
+    return folders
+
+
+def killed_at(number, out, function):
+    """``function`` in a process that kills itself at its ``number``-th file operation in ``out``."""
+    seen = []
+
+    def hook(event, args):
+        if event in EVENTS and str(out) in str(args[0]):
+            seen.append(event)
+            if len(seen) == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+    function()
+
+
+def whole(out):
+    """The keys of a set that passes a full check."""
+    shards = find_shards([out])
+    assert not [f for path in shards for f in index_shard(path, "full").failures]
+    return {key for path in shards for key, _, _ in iterate_shard(path)}
+
+
+def content(folder):
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("every", [pytest.param(9, id="every-9th"), pytest.param(1, id="all", marks=pytest.mark.slow)])
+def test_killed_while_a_set_is_replaced(images, tmp_path, every):
+    old, new = images
+    write_shards(sources_from_sidecars(old), tmp_path / "old", **OLD)
+    write_shards(sources_from_sidecars(new), tmp_path / "new", **NEW)
+    before, after = content(tmp_path / "old"), content(tmp_path / "new")
+    states = set()
+    for number in range(1, 400, every):
+        out = tmp_path / "out"
+        shutil.copytree(tmp_path / "old", out)
+        replace = partial(write_shards, sources_from_sidecars(new), out, **NEW, force=True)
+        (code,) = wait([fork(partial(killed_at, number, out, replace))], 60)
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL
+        if (out / REPLACING).exists():  # readers refuse what is half old and half new
+            states.add("moving")
+            with pytest.raises(DataError, match="being moved in, or that was interrupted"):
+                find_shards([out])
+        else:
+            states.add("old" if {k: v for k, v in content(out).items() if "/" not in k} == before else "new")
+            assert whole(out) in ({f"old{i}" for i in range(8)}, {f"new{i}" for i in range(6)})
+        try:  # the repeated command, first as it was not forced: it goes on, or says that the old set is there
+            write_shards(sources_from_sidecars(new), out, **NEW)
+        except DataError as error:
+            assert "exists already" in str(error)
+            write_shards(sources_from_sidecars(new), out, **NEW, force=True)
+        assert content(out) == after
+        shutil.rmtree(out)
+    assert code == 0 and states >= {"old", "moving"}
+
+
+def test_a_replacement_that_was_interrupted_is_finished_before_another_one(images, tmp_path):
+    """Also where the next command is a different one: the set that it replaces is whole until then."""
+    old, new = images
+    for number in range(2, 400, 13):
+        out = tmp_path / str(number)
+        write_shards(sources_from_sidecars(old), out, **OLD)
+        replace = partial(write_shards, sources_from_sidecars(new), out, **NEW, force=True)
+        (code,) = wait([fork(partial(killed_at, number, out, replace))], 60)
+        if code == 0:
+            break
+        write_shards(sources_from_sidecars(old), out, **NEW, force=True)
+        assert whole(out) == {f"old{i}" for i in range(8)} and not list(out.glob(".*"))
+    assert code == 0
