@@ -1,7 +1,15 @@
 """The failures a user can fix. Everything else is a bug and keeps its traceback.
 
-A message says what failed, where, what was found, what was expected, and what to try.
+A message says what failed, where, what was found, what was expected, and what to try. ``foreign_errors`` is the one
+place where an exception of another library becomes such a message.
 """
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+REASON_CHARS = 300  # most characters of another library's message that are repeated
 
 
 class V2FlowError(Exception):
@@ -26,3 +34,35 @@ class ModelError(V2FlowError):
 
 class SharedError(V2FlowError):
     """What one process of a launch met with and told all others, who stop with the same message."""
+
+
+@contextmanager
+def foreign_errors(message: str, advice: str = "", kind: type[V2FlowError] = ModelError) -> Iterator[None]:
+    """Turns whatever other code raises in the block into ``kind``: "MESSAGE (REASON). ADVICE".
+
+    For code that we do not control, on input that we did not write: chat templates, models, tokenizers, csv, tar,
+    Pillow, the hub, safetensors, YAML. Such code raises exceptions of any class, so none is listed. Our own errors pass
+    unchanged, and so do interrupts.
+    """
+    try:
+        yield
+    except V2FlowError:
+        raise
+    except BaseException as error:
+        # What a Rust library calls a panic derives from BaseException (PyO3), as an interrupt does.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise kind(f"{message} ({reason_of(error)}).{advice and f' {advice}'}") from error
+
+
+def reason_of(error: BaseException) -> str:
+    """What ``error`` says, on one printable line of at most ``REASON_CHARS`` characters, without a full stop.
+
+    Its class is named where the text alone says nothing: an empty one, or a KeyError, whose text is the key alone.
+    """
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    if isinstance(error, KeyError) or not text.strip():
+        text = f"{type(error).__name__}: {text}" if text.strip() else type(error).__name__
+    line = " ".join(text.encode("utf-8", "backslashreplace").decode().split())
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+    return (line if len(line) <= REASON_CHARS else f"{line[: REASON_CHARS - 3]}...").rstrip(".")
