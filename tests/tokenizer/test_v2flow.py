@@ -187,15 +187,28 @@ def test_folder_round_trip(tiny_tokenizer, tmp_path):
 def test_digest_changes_with_the_weights_and_not_with_the_sampling(tiny_tokenizer):
     before, of_tokens = tiny_tokenizer.digest, tiny_tokenizer.token_digest
     tiny_tokenizer.config.sampling["num_flow_steps"] = 9
-    tiny_tokenizer._digests.clear()
     assert (tiny_tokenizer.digest, tiny_tokenizer.token_digest) == (before, of_tokens)
     with torch.no_grad():
         tiny_tokenizer.flow.regress.bias[0] += 1
-    tiny_tokenizer._digests.clear()
     assert tiny_tokenizer.digest != before and tiny_tokenizer.token_digest == of_tokens  # a decoder trained further
     tiny_tokenizer.quantizer.codebook[0] += 1
-    tiny_tokenizer._digests.clear()
     assert tiny_tokenizer.token_digest != of_tokens
+
+
+@pytest.mark.parametrize("way", ["in place", "behind autograd's back", "loaded", "another settings section"])
+def test_digests_follow_the_weights_however_they_change(tiny_tokenizer, way):
+    before, table = tiny_tokenizer.token_digest, tiny_tokenizer.vocabulary.table
+    if way == "in place":
+        with torch.no_grad():
+            table[0, 0] += 1
+    elif way == "behind autograd's back":  # which counts no version of the tensor
+        table.data[0, 0] += 1
+    elif way == "loaded":
+        weights = tiny_tokenizer.state_dict()
+        tiny_tokenizer.load_state_dict(weights | {"vocabulary.table": table + 1})
+    else:
+        tiny_tokenizer.config.vocabulary["top_k"] = 3
+    assert tiny_tokenizer.token_digest != before
 
 
 def test_folders_that_are_no_model_are_refused(tmp_path, tiny_tokenizer_folder):

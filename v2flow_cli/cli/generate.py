@@ -86,6 +86,7 @@ def generate(
         draw_pictures,
         figure,
         is_made,
+        model_digests,
         plan_pictures,
         write_png,
     )
@@ -113,7 +114,8 @@ def generate(
         solver.value if solver else None,
         guidance.value if guidance else None,
     )
-    records = {p.name: about(p, settings, llm, image_tokenizer) for p in pictures}
+    models = model_digests(llm, image_tokenizer)
+    records = {p.name: about(p, settings, models) for p in pictures}
     made = MadeList(out, [f"{p.name}.png" for p in pictures] if force else ()) if prompts else None
     kept = set()
     if made is not None and not force:  # a grid is drawn whole, since it is made of all its pictures

@@ -56,12 +56,12 @@ def open_token_files(
     Raises: TokenFileError if another tokenizer made the ids; DataError for a PNG that exists.
     """
     report = DecodeReport()
-    load = functools.cache(TokenManifest.load)
+    load, digest = functools.cache(TokenManifest.load), tokenizer.token_digest
     opened = []
     for file in files:
         manifest = find_manifest(file.path, load)
         if manifest is not None:
-            manifest.check_tokenizer(tokenizer.token_digest, file.path)
+            manifest.check_tokenizer(digest, file.path)
         try:
             opened.append(_open(tokenizer, file, manifest, out))
         except TokenFileError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -74,11 +74,19 @@ def check_pair(llm: DrawingLM, image_tokenizer: V2FlowTokenizer) -> None:
     llm.vocabulary.check_tokenizer(image_tokenizer.token_digest, llm.name, "--tokenizer FOLDER")
 
 
-def about(picture: Picture, settings: Settings, llm: DrawingLM, image_tokenizer: V2FlowTokenizer) -> dict[str, Any]:
-    """All that says how to make the picture again; it stands in the PNG's text and in the JSONL."""
-    record = {"prompt": picture.prompt, "seed": picture.seed, "temperature": picture.temperature}
+def model_digests(llm: DrawingLM, image_tokenizer: V2FlowTokenizer) -> dict[str, str]:
+    """Which weights draw a picture; computed once for all pictures, since it reads every weight."""
     models = {"tokenizer_digest": image_tokenizer.token_digest, "decoder_digest": image_tokenizer.digest}
-    return record | asdict(settings) | models | {"llm_digest": llm.digest}
+    return models | {"llm_digest": llm.digest}
+
+
+def about(picture: Picture, settings: Settings, models: Mapping[str, str]) -> dict[str, Any]:
+    """All that says how to make the picture again; it stands in the PNG's text and in the JSONL.
+
+    Args:  models, see ``model_digests``.
+    """
+    record = {"prompt": picture.prompt, "seed": picture.seed, "temperature": picture.temperature}
+    return record | asdict(settings) | dict(models)
 
 
 def draw_pictures(
@@ -94,7 +102,7 @@ def draw_pictures(
     tick: Callable[[int], None] = lambda advance: None,
 ) -> Iterator[tuple[Picture, Image.Image]]:
     """Draws and writes ``pictures`` as ``out``/NAME.png in batches, and yields each with its image."""
-    device = image_tokenizer.device
+    device, models = image_tokenizer.device, model_digests(llm, image_tokenizer)
     for first in range(0, len(pictures), batch_size):
         batch = pictures[first : first + batch_size]
         token_ids = llm.draw(
@@ -127,7 +135,7 @@ def draw_pictures(
             _save_tokens(out, rows_of, image_tokenizer, llm.vocabulary.tokens_per_image)
         for picture, drawn in zip(batch, images):
             assert drawn is not None
-            write_png(out / f"{picture.name}.png", drawn, about(picture, settings, llm, image_tokenizer))
+            write_png(out / f"{picture.name}.png", drawn, about(picture, settings, models))
             yield picture, drawn
         tick(len(batch))
 

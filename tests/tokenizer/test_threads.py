@@ -1,0 +1,67 @@
+"""Images on single threads: the process's own number of torch threads stays what it was, however calls overlap."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from v2flow_cli.tokenizer.threads import on_single_threads
+
+
+@pytest.fixture(autouse=True)
+def three_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+def in_a_new_thread(function):
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function).result()
+
+
+def test_calls_that_overlap_leave_every_thread_its_number():
+    """Each call starts while another is inside, and ends while a third one is: what one restored, another broke."""
+    steps = threading.Barrier(4)
+    seen = []
+
+    def compute(image):
+        seen.append(torch.get_num_threads())
+        steps.wait()  # images of both calls are under way at once
+        return image + 1
+
+    def call():
+        before = torch.get_num_threads()
+        rows = torch.cat(on_single_threads(compute, torch.arange(2.0)[:, None]))
+        return before, rows.flatten().tolist(), torch.get_num_threads()
+
+    with ThreadPoolExecutor(2) as pool:
+        done = [pool.submit(call) for _ in range(6)]
+        assert [future.result() for future in done] == [(3, [1.0, 2.0], 3)] * 6
+    assert set(seen) == {1} and len(seen) == 12
+    assert torch.get_num_threads() == 3 and in_a_new_thread(torch.get_num_threads) == 3
+
+
+def test_the_caller_keeps_its_number_while_it_waits():
+    others = []
+    on_single_threads(lambda image: others.append(in_a_new_thread(torch.get_num_threads)) or image, torch.ones(2, 1))
+    assert others == [3, 3]
+
+
+@pytest.mark.parametrize("images", [1, 2, 5])
+def test_a_failing_image_leaves_the_number_too(images):
+    def fail(image):
+        raise ValueError("too much")
+
+    with pytest.raises(ValueError, match="too much"):
+        on_single_threads(fail, torch.ones(images, 1))
+    assert torch.get_num_threads() == 3 and in_a_new_thread(torch.get_num_threads) == 3
+
+
+def test_one_thread_needs_no_other():
+    torch.set_num_threads(1)
+    ran_in = []
+    on_single_threads(lambda image: ran_in.append(threading.get_ident()) or image, torch.ones(3, 1))
+    assert set(ran_in) == {threading.get_ident()} and torch.get_num_threads() == 1
