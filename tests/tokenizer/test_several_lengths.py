@@ -8,6 +8,7 @@ from v2flow_cli.tokenizer import V2FlowConfig, V2FlowTokenizer
 from v2flow_cli.tokenizer.context import grid_cells, grid_parts
 
 LENGTHS = (256, 64, 128)
+SHARES = (0.4, 0.3)  # of the steps, of the second and the third
 
 
 def build(others: tuple[int, ...] = LENGTHS[1:]) -> V2FlowTokenizer:
@@ -32,7 +33,12 @@ def build(others: tuple[int, ...] = LENGTHS[1:]) -> V2FlowTokenizer:
             "gumbel_ramp_steps": 0,
             "top_k": 0,
         },
-        resampler={**GRID, "tokens_per_256px": 256, "other_tokens_per_256px": list(others)},
+        resampler={
+            **GRID,
+            "tokens_per_256px": 256,
+            "other_tokens_per_256px": list(others),
+            "other_shares": SHARES[: len(others)],
+        },
         quantizer=EMA,
         sampling={
             "num_mask_steps": 2,

@@ -137,8 +137,12 @@ def _length_problems(resampler: Resampler, whole: bool) -> Iterator[str]:
         )
     if others and whole:
         yield "resampler.other_tokens_per_256px needs flow.kind: mlp; a flow transformer decodes one length"
-    if not 0 <= resampler.other_share < 1:
-        yield f"resampler.other_share is {resampler.other_share}; expected a share in [0, 1)"
+    shares = resampler.other_shares
+    if len(shares) != len(others) or min(shares, default=0.0) < 0 or sum(shares) >= 1:
+        yield (
+            f"resampler.other_shares is {list(shares)}; expected one share of the steps for each of "
+            f"other_tokens_per_256px ({list(others)}), together below 1"
+        )
 
 
 def _loop_problems(train: TrainLoop) -> Iterator[str]:

@@ -126,7 +126,7 @@ class Resampler:
     depth: tuple[int, int]  # RegStage blocks before and after the downsampler
     tokens_per_256px: int  # n for a 256 x 256 image: 64, 128 or 256; other sizes in proportion
     other_tokens_per_256px: tuple[int, ...] = ()  # lengths that the same codebook and decoder offer beside n
-    other_share: float = 0.5  # of the training steps, that train one of the other lengths
+    other_shares: tuple[float, ...] = ()  # of the training steps, for each of them; the remaining steps train n
     kind: Literal["grid"] = "grid"
 
 

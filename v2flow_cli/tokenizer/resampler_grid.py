@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import torch
@@ -33,7 +34,7 @@ class GridResampler(nn.Module):
         super().__init__()
         width = settings.hidden_size
         self.lengths = (settings.tokens_per_256px, *settings.other_tokens_per_256px)  # at 256 x 256 pixels, by rate
-        self.other_share = settings.other_share
+        self.other_shares = settings.other_shares
         self.size_multiple = REFERENCE_PX // min(REFERENCE_GRIDS[settings.tokens_per_256px])  # pixels
         self.stem = nn.Conv2d(in_channels, width, 3, padding=1)
         self.before = _reg_stage(settings.depth[0], width)
@@ -60,9 +61,9 @@ class GridResampler(nn.Module):
 
     def rate_at(self, step: int) -> int:
         """The rate that training step ``step`` trains, the same on every rank and after a resume."""
-        draw = random.Random(step)
-        others = len(self.lengths) - 1
-        return draw.randint(1, others) if others and draw.random() < self.other_share else 0
+        draw = random.Random(step).random()
+        ends = itertools.accumulate(self.other_shares)
+        return next((rate for rate, end in enumerate(ends, start=1) if draw < end), 0)
 
     def places(
         self, height: int, width: int, rows: int, columns: int, device: torch.device, rate: int = 0
