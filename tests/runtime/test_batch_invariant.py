@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from v2flow_cli.tokenizer.threads import on_single_threads
+from v2flow_cli.runtime.batch_invariant import on_single_threads
 
 
 @pytest.fixture(autouse=True)
