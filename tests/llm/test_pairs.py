@@ -1,5 +1,6 @@
 import itertools
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -67,8 +68,13 @@ class ImageTokenizer:
 
     token_digest = DIGEST
 
-    def __init__(self, flexible=False, max_tokens=4):
-        self.flexible, self.max_tokens = flexible, max_tokens
+    config = SimpleNamespace(image_size=256)
+
+    def __init__(self, flexible=False, max_tokens=4, others=()):
+        self.flexible, self.possible = flexible, (max_tokens, *others)
+
+    def lengths(self, height, width):
+        return self.possible
 
 
 def test_token_sets_must_belong_together(tmp_path, token_set):
@@ -90,6 +96,15 @@ def test_token_sets_must_belong_together(tmp_path, token_set):
         check("a", tokenizer=ImageTokenizer(flexible=True), lengths=(1, 9))
     with pytest.raises(DataError, match="has exactly 4 an image"):
         check("a", lengths=(2,))
+    assert check("a", lengths=(4,)) == (4, 12)
+
+
+def test_photos_are_encoded_at_one_of_the_lengths_of_a_tokenizer(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    photos = pairs("", token_sets=(), photos=(str(tmp_path),), lengths=(2,))
+    assert check_data(photos, ImageTokenizer(others=(2,))) == (2, 1)
+    with pytest.raises(DataError, match=r"data\.lengths is \[2\], but the image tokenizer has exactly 3 or 4 an image"):
+        check_data(photos, ImageTokenizer(others=(3,)))
 
 
 def test_processes_share_one_order(text_tokenizer, vocabulary, tmp_path, token_set):

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from v2flow_cli.errors import DataError, ModelError
+from v2flow_cli.errors import DataError, ModelError, TokenFileError
 from v2flow_cli.llm.loss import labelled_losses
 from v2flow_cli.llm.pairs import encode_photos
 from v2flow_cli.llm.sample import DrawingLM
@@ -39,14 +39,14 @@ class LLMFigures:
 
 
 def read_captioned(
-    sources: Sequence[str], tokenizer: V2FlowTokenizer, limit: int | None, tick: Callable[[int], None]
+    sources: Sequence[str], tokenizer: V2FlowTokenizer, length: int, limit: int | None, tick: Callable[[int], None]
 ) -> list[TokenSample]:
-    """The captioned images of token sets (what ``encode`` wrote), tars or folders; photos are encoded here.
+    """The captioned images of token sets (what ``encode`` wrote), tars or folders; photos are encoded at ``length``.
 
     Raises:  DataError where fewer than two images have a caption, or a photo cannot be read; TokenFileError for
              tokens of another tokenizer.
     """
-    captioned = (pair for source in sources for pair in _read(source, tokenizer) if pair.captions)
+    captioned = (pair for source in sources for pair in _read(source, tokenizer, length) if pair.captions)
     pairs = []
     for pair in itertools.islice(captioned, limit):
         pairs.append(pair)
@@ -59,15 +59,20 @@ def read_captioned(
     return pairs
 
 
-def _read(source: str, tokenizer: V2FlowTokenizer) -> Iterator[TokenSample]:
+def _read(source: str, tokenizer: V2FlowTokenizer, length: int) -> Iterator[TokenSample]:
     manifest = TokenManifest.load(Path(source))
     if manifest is not None:
         manifest.check_tokenizer(tokenizer.token_digest, source)
+        if not tokenizer.flexible and manifest.tokens_per_image != length:
+            raise TokenFileError(
+                f"{source}: {manifest.tokens_per_image} tokens an image, but the LLM draws {length}. Encode them "
+                f"with --tokens {length}."
+            )
         yield from read_token_set(Path(source))
         return
     photos = SampleStream([source], seed=0).epoch()
     while batch := list(itertools.islice(photos, 8)):
-        for photo, token_ids in zip(batch, encode_photos(tokenizer, batch)):
+        for photo, token_ids in zip(batch, encode_photos(tokenizer, batch, length)):
             yield TokenSample(photo.key, photo.captions, token_ids)
 
 

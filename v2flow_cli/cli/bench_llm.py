@@ -36,7 +36,7 @@ def bench_llm(
     llm = DrawingLM.from_pretrained(llm_model, target, pick_dtype(dtype, target))
     check_pair(llm, tokenizer)
     with progress("read", None) as tick:
-        pairs = read_captioned(sources, tokenizer, limit, tick)
+        pairs = read_captioned(sources, tokenizer, llm.vocabulary.tokens_per_image, limit, tick)
     with progress("bench --llm", 3 * len(pairs)) as tick:
         found = measure_llm(llm, pairs, batch_size=batch_size, seed=seed, tick=tick)
     if json_:

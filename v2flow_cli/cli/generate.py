@@ -180,7 +180,7 @@ def _caption(
     said = []
     for path, photo in photos:
         pixels = image_tokenizer.image_processor.preprocess(photo)["pixel_values"].to(image_tokenizer.device)
-        (token_ids,) = image_tokenizer.encode(pixels)
+        (token_ids,) = image_tokenizer.encode(pixels, llm.vocabulary.tokens_per_image)
         for seed in seeds:
             for temperature in temperatures:
                 caption = llm.caption(token_ids, seed=seed, temperature=temperature)

@@ -148,19 +148,20 @@ class Samples(torch.utils.data.IterableDataset):
         if self.photos is None:
             return [image.token_ids for image in images if isinstance(image, TokenSample)]
         assert self.image_tokenizer is not None, "photos need an image tokenizer"
-        return encode_photos(self.image_tokenizer, [image for image in images if isinstance(image, Sample)])
+        photos = [image for image in images if isinstance(image, Sample)]
+        return encode_photos(self.image_tokenizer, photos, self.vocabulary.tokens_per_image)
 
 
 @torch.no_grad()
-def encode_photos(tokenizer: V2FlowTokenizer, photos: Sequence[Sample]) -> list[np.ndarray]:
-    """Ids (L,) of each photo at the tokenizer's own size.  Raises: DataError for one that cannot be read."""
+def encode_photos(tokenizer: V2FlowTokenizer, photos: Sequence[Sample], length: int) -> list[np.ndarray]:
+    """``length`` ids of each photo at the tokenizer's own size.  Raises: DataError for one that cannot be read."""
     size = tokenizer.config.image_size
     names = [f"{photo.source}/{photo.key}" for photo in photos]
     images = [
         tokenizer.image_processor.preprocess_one(open_image(photo.image, name), size)
         for photo, name in zip(photos, names)
     ]
-    return list(tokenizer.encode(torch.stack(images)).cpu().numpy())
+    return list(tokenizer.encode(torch.stack(images), length).cpu().numpy())
 
 
 def check_data(data: TokenPairs, tokenizer: V2FlowTokenizer) -> tuple[int, int]:
@@ -169,17 +170,23 @@ def check_data(data: TokenPairs, tokenizer: V2FlowTokenizer) -> tuple[int, int]:
     Raises:  TokenFileError for a folder that is no token set or of another tokenizer; DataError where lengths differ,
              or are asked for and do not fit; and what SampleStream raises.
     """
-    length = tokenizer.max_tokens
+    size = tokenizer.config.image_size
+    possible = tokenizer.lengths(size, size)
+    length = possible[0]
     if data.photos:
         images = len(SampleStream(data.photos, seed=0))
+        if not tokenizer.flexible and len(data.lengths) == 1 and data.lengths[0] in possible:
+            length = data.lengths[0]
     else:
         found, images = _check_token_sets(data.token_sets, tokenizer.token_digest)
         if not tokenizer.flexible and len(set(found.values())) > 1:
             said = ", ".join(f"{folder}: {length}" for folder, length in found.items())
             raise DataError(f"data.token_sets: expected sets of one number of tokens an image, found {said}.")
         length = max(found.values())
-    if data.lengths and not (tokenizer.flexible and max(data.lengths) <= length):
-        kind = f"takes 1 to {length}" if tokenizer.flexible else f"has exactly {length} an image"
+    fits = max(data.lengths, default=0) <= length if tokenizer.flexible else set(data.lengths) <= {length}
+    if not fits:
+        fixed = " or ".join(map(str, sorted(possible))) if data.photos else str(length)
+        kind = f"takes 1 to {length}" if tokenizer.flexible else f"has exactly {fixed} an image"
         raise DataError(f"data.lengths is {list(data.lengths)}, but the image tokenizer {kind}.")
     return length, images
 

@@ -346,7 +346,9 @@ class TokenPairs:
     held_out_share: float  # of the images, chosen by a hash of their key, for the loss on the model card
     photos: tuple[str, ...] = ()  # instead of token_sets: captioned tars or folders, encoded anew in every pass
     image_to_text_share: float = 0.0  # of samples whose image is the prompt and whose caption is the answer
-    lengths: tuple[int, ...] = ()  # flexible tokenizers: an image keeps so many ids, drawn from these; empty: all
+    # Tokens an image: of a flexible tokenizer drawn from these, of one with several lengths the one to encode photos
+    # at. Empty: all, or the first length.
+    lengths: tuple[int, ...] = ()
     token_noise: float = 0.0  # up to this share of a picture's ids is read as random ones; labels stay
     label_share: float = 1.0  # of a picture's ids that are learned in a sample; the others are only read
     shuffle_window: int = 16_384  # samples in memory that the next one is drawn from
