@@ -5,13 +5,13 @@ from pathlib import Path
 
 from v2flow_cli.bench.results import as_record, images_csv, tables
 from v2flow_cli.bench.run import run_bench
-from v2flow_cli.runtime.processes import Ranks, launched
+from v2flow_cli.runtime.processes import Processes, gather_texts, launch
 from v2flow_cli.tokenizer import V2FlowTokenizer
 
 from ..reliability.processes import ranks, wait
 
 
-def bench(folder: Path, photos, mine: Ranks):
+def bench(folder: Path, photos, mine: Processes):
     made = run_bench(
         {"v2flow": V2FlowTokenizer.from_pretrained(folder)},
         photos,
@@ -30,10 +30,10 @@ def test_two_ranks_find_what_one_finds(tiny_tokenizer_folder, sample_images, tmp
     photos = [
         (f"p{i}", image) for i, image in enumerate([*sample_images, *sample_images[:2]])
     ]  # 7: 4 batches, one short
-    alone = json.loads(json.dumps(bench(tiny_tokenizer_folder, photos, Ranks())))
+    alone = json.loads(json.dumps(bench(tiny_tokenizer_folder, photos, Processes())))
 
     def one() -> None:
-        with launched() as mine:
+        with launch() as mine:
             found = bench(tiny_tokenizer_folder, photos, mine)
             (tmp_path / f"{mine.rank}.json").write_text(json.dumps(found))
 
@@ -46,10 +46,10 @@ def test_two_ranks_find_what_one_finds(tiny_tokenizer_folder, sample_images, tmp
 
 def test_ranks_hear_each_other(tmp_path) -> None:
     def one() -> None:
-        with launched() as mine:
-            heard = mine.gather("" if mine.rank == 0 else "ü" * mine.rank)
+        with launch() as mine:
+            heard = gather_texts("" if mine.rank == 0 else "ü" * mine.rank)
             (tmp_path / f"{mine.rank}.json").write_text(json.dumps(heard))
 
     assert wait(ranks(one, 3, tmp_path), 120) == [0, 0, 0]
     assert [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(3)] == [["", "ü", "üü"]] * 3
-    assert Ranks().gather("alone") == ["alone"]
+    assert gather_texts("alone") == ["alone"]

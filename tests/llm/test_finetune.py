@@ -246,7 +246,7 @@ def test_another_recipe_or_number_of_processes_is_refused(recipe, monkeypatch):
     other = replace(recipe, optimizer=replace(recipe.optimizer, learning_rate=1e-5))
     with pytest.raises(ModelError, match=r"not the one of this run \(learning_rate: 0.001; learning_rate: 1.0e-05"):
         finetune(other, log=print, resume=True)
-    monkeypatch.setattr("v2flow_cli.training.llm_trainer._ranks", lambda: 3)
+    monkeypatch.setattr("v2flow_cli.training.llm_trainer.world_size", lambda: 3)
     with pytest.raises(ModelError, match=r"saved by 1 processes, resumed by 3: dropout .* allow it with --approximate"):
         finetune(recipe, log=print, resume=True)
     log = []

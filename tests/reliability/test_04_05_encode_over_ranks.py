@@ -19,7 +19,7 @@ from v2flow_cli.jobs.encode import SetEncoder, encode_files, encode_shards
 from v2flow_cli.jobs.shard import write_shards
 from v2flow_cli.jobs.shard_sources import sources_from_sidecars
 from v2flow_cli.recipe import load_recipe
-from v2flow_cli.runtime.processes import Ranks, launched
+from v2flow_cli.runtime.processes import Processes, launch
 from v2flow_cli.store.images import find_images
 from v2flow_cli.store.shards import find_shard_files
 from v2flow_cli.tokenizer import V2FlowTokenizer
@@ -49,7 +49,7 @@ def world(tmp_path_factory, tiny_tokenizer_folder):
 
 def encode(world, out, loose=False):
     root, encoder = world
-    with launched() as mine:
+    with launch() as mine:
         options = {"force": False, "tick": lambda n: None, "ranks": mine}
         if loose:
             encode_files(encoder, find_images([root / "imgs"]), out, **options)
@@ -75,7 +75,7 @@ def test_too_few_shards_is_an_error_before_anything_is_written(world, tmp_path):
     root, encoder = world
     with pytest.raises(DataError, match=r"7 tars for 8 processes.*--shard-mb"):
         shards = find_shard_files([root / "tars"])
-        encode_shards(encoder, shards, tmp_path / "out", force=False, tick=lambda n: None, ranks=Ranks(0, 8))
+        encode_shards(encoder, shards, tmp_path / "out", force=False, tick=lambda n: None, ranks=Processes(0, 8))
     assert not (tmp_path / "out").exists()
 
 

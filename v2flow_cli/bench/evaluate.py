@@ -20,7 +20,7 @@ from v2flow_cli.bench.perceptual import FrechetDistance, Inception, Lpips
 from v2flow_cli.bench.protocol import Protocol, library_versions
 from v2flow_cli.errors import DataError
 from v2flow_cli.jobs.decode import image_seed
-from v2flow_cli.runtime.processes import Ranks
+from v2flow_cli.runtime.processes import Processes, gather_texts
 from v2flow_cli.tokenizer import V2FlowImageProcessor
 from v2flow_cli.tokenizer.preprocess import to_uint8
 
@@ -120,7 +120,7 @@ def evaluate(
     seed: int = 0,
     judges: Judges = Judges(),
     keep: int = 0,
-    ranks: Ranks = Ranks(),  # noqa: B008  frozen
+    ranks: Processes = Processes(),  # noqa: B008  frozen
     tick: Callable[[int], None] = lambda advance: None,
 ) -> Result:
     """Figures of every system on every photo; memory holds one batch, the figures, and ``keep`` images.
@@ -183,12 +183,12 @@ def evaluate(
     return Result(protocol, tuple(_row(s, size, count) for s in sums), images, tuple(kept))
 
 
-def _share(sums: _Sums, ranks: Ranks, batch_size: int) -> None:
+def _share(sums: _Sums, ranks: Processes, batch_size: int) -> None:
     """Give every rank what all ranks have gathered, in the order of the photos."""
     if ranks.count == 1:
         return
     mine = {"tokens": sums.tokens, "figures": [astuple(figures) for figures in sums.figures]}
-    told = [json.loads(text) for text in ranks.gather(json.dumps(mine))]
+    told = [json.loads(text) for text in gather_texts(json.dumps(mine))]
     sums.tokens = next((each["tokens"] for each in told if each["tokens"] is not None), None)
     parts = [[ImageFigures(*values) for values in each["figures"]] for each in told]
     sums.figures = []

@@ -19,7 +19,7 @@ from v2flow_cli.bench.evaluate import Judges, Result, batches, evaluate
 from v2flow_cli.bench.sweep import Setting, settings_of_models
 from v2flow_cli.errors import DataError
 from v2flow_cli.runtime.digest import model_digest
-from v2flow_cli.runtime.processes import Ranks
+from v2flow_cli.runtime.processes import Processes
 from v2flow_cli.tokenizer import V2FlowTokenizer
 
 
@@ -47,7 +47,7 @@ def run_bench(
     codec_bytes: Sequence[int] = (),
     with_speed: bool = True,
     keep: int = 0,
-    ranks: Ranks = Ranks(),  # noqa: B008  frozen
+    ranks: Processes = Processes(),  # noqa: B008  frozen
     tick: Callable[[int], None] = lambda advance: None,
 ) -> Bench:
     """Each model at each setting, tokenizers that are not ours, autoencoders, and codecs, on the same photos.

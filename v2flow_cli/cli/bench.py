@@ -217,7 +217,7 @@ def bench(
     from v2flow_cli.bench.results import images_csv as images_as_csv
     from v2flow_cli.bench.run import run_bench
     from v2flow_cli.runtime.device import pick_device, pick_dtype
-    from v2flow_cli.runtime.processes import launched
+    from v2flow_cli.runtime.processes import launch
     from v2flow_cli.store.files import write_bytes
 
     target = pick_device(device)
@@ -225,7 +225,7 @@ def bench(
     models = _load_models(model if model or external else [None], target)
     judges = load_judges(target, lpips_net, fid, weights, download)
     benches = []
-    with launched() as ranks:
+    with launch() as ranks:
         for size in sizes:
             with progress(f"bench at {size} px" if size else "bench", total) as tick:
                 benches.append(

@@ -82,7 +82,7 @@ def encode(
     from v2flow_cli.jobs.encode import SetEncoder, encode_files, encode_shards
     from v2flow_cli.jobs.prefixes import Prefixes
     from v2flow_cli.runtime.device import pick_device, pick_dtype
-    from v2flow_cli.runtime.processes import launched
+    from v2flow_cli.runtime.processes import launch
     from v2flow_cli.store.failures import over_budget
     from v2flow_cli.store.shards import find_shard_files
     from v2flow_cli.tokenizer import V2FlowTokenizer
@@ -99,7 +99,7 @@ def encode(
         prefixes=Prefixes(tokens, max_error),
     )
     start = time.perf_counter()
-    with launched() as ranks, progress("encode", None if tars else -(-len(files) // ranks.count)) as tick:
+    with launch() as ranks, progress("encode", None if tars else -(-len(files) // ranks.count)) as tick:
         if tars:
             report = encode_shards(encoder, files, out, force=force, tick=tick, verify=verify.value, ranks=ranks)
         else:

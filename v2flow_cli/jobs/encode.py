@@ -18,7 +18,7 @@ from torch import Tensor
 
 from v2flow_cli.errors import DataError, TokenFileError
 from v2flow_cli.jobs.prefixes import Prefixes, shortest_prefixes
-from v2flow_cli.runtime.processes import Ranks
+from v2flow_cli.runtime.processes import Processes
 from v2flow_cli.store.failures import Failure, load_failures, save_failures
 from v2flow_cli.store.files import check_absent, map_ahead, remove_partials, write_bytes
 from v2flow_cli.store.images import FoundFile, open_image
@@ -28,7 +28,7 @@ from v2flow_cli.store.token_file import TokenManifest, load_samples, save_sample
 from v2flow_cli.tokenizer import V2FlowTokenizer
 
 Tick = Callable[[int], None]
-ALONE = Ranks()
+ALONE = Processes()
 WHOLE = Prefixes()
 _UNFINISHED = ".unfinished"  # lies in a folder of tokens from the beginning of a run to its end
 
@@ -133,7 +133,7 @@ class SetEncoder:
 
 
 def encode_files(
-    encoder: SetEncoder, images: Sequence[FoundFile], out: Path, *, force: bool, tick: Tick, ranks: Ranks = ALONE
+    encoder: SetEncoder, images: Sequence[FoundFile], out: Path, *, force: bool, tick: Tick, ranks: Processes = ALONE
 ) -> EncodeReport:
     """One ``.npy`` (L,) per image, the input's tree mirrored under ``out``, and the manifest.
 
@@ -165,7 +165,7 @@ def encode_shards(
     force: bool,
     tick: Tick,
     verify: Verify = "quick",
-    ranks: Ranks = ALONE,
+    ranks: Processes = ALONE,
 ) -> EncodeReport:
     """One ``.npy`` (N, L) per shard with keys and captions beside it, and the manifest.
 
@@ -198,7 +198,7 @@ def encode_shards(
 
 
 def _begin(
-    encoder: SetEncoder, targets: Iterable[Path], out: Path, force: bool, ranks: Ranks, keep: bool
+    encoder: SetEncoder, targets: Iterable[Path], out: Path, force: bool, ranks: Processes, keep: bool
 ) -> tuple[EncodeReport, bool]:
     """A report with the manifest in ``out``, and whether a stopped run of the same tokens is continued.
 
@@ -218,7 +218,7 @@ def _begin(
     return report, resumed
 
 
-def _end(report: EncodeReport, out: Path, ranks: Ranks, written: Callable[[], dict[str, int]]) -> EncodeReport:
+def _end(report: EncodeReport, out: Path, ranks: Processes, written: Callable[[], dict[str, int]]) -> EncodeReport:
     """Add the ranks' reports up; the first one writes the manifest of ``written`` and what lay there before."""
     said = out / f".{ranks.rank}.failures.jsonl"
     if ranks.rank:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from v2flow_cli.recipe.schema import Quantizer
 from v2flow_cli.runtime.device import without_autocast
+from v2flow_cli.runtime.processes import copy_from_first, gather_rows, sum_in_place, world_size
 
 STATISTICS_RATE = 0.05  # of the running mean and standard deviation, per step
 
@@ -100,7 +100,7 @@ class EMAQuantizer(nn.Module):
     @torch.no_grad()
     def _follow(self, vectors: Tensor, first: bool) -> None:
         """Move the running mean and standard deviation of each dimension towards this batch's."""
-        flat = _gather_ranks(vectors.flatten(0, -2))
+        flat = gather_rows(vectors.flatten(0, -2))
         rate = 1.0 if first else STATISTICS_RATE
         self.mean.lerp_(flat.mean(0), rate)
         self.std.lerp_(flat.std(0).clamp_min(1e-6), rate)
@@ -116,12 +116,12 @@ class EMAQuantizer(nn.Module):
         elif steps_left > 1:
             self._step_kmeans(vectors)
         if steps_left == 1:  # every code starts as an average one
-            self.counts.fill_(vectors[..., 0].numel() * _ranks() / len(self.codebook))
+            self.counts.fill_(vectors[..., 0].numel() * world_size() / len(self.codebook))
             self._running().copy_(self.counts)
 
     @torch.no_grad()
     def _fill_ring(self, vectors: Tensor) -> None:
-        rows = _gather_ranks(vectors.flatten(0, -2))[-len(self.codebook) :]
+        rows = gather_rows(vectors.flatten(0, -2))[-len(self.codebook) :]
         places = (torch.arange(len(rows), device=rows.device) + self.ring_position) % len(self.codebook)
         self.codebook[places] = rows
         self.ring_position.add_(len(rows)).remainder_(len(self.codebook))
@@ -138,7 +138,7 @@ class EMAQuantizer(nn.Module):
         counts = self._move(vectors, ids, keep=self.settings.ema_decay, rate=1 - self.settings.ema_decay)
         if self.settings.usage_decay:
             self.usage.lerp_(counts, 1 - self.settings.usage_decay)
-        self._revive(_gather_ranks(vectors.flatten(0, -2)))
+        self._revive(gather_rows(vectors.flatten(0, -2)))
 
     def _move(self, vectors: Tensor, ids: Tensor, keep: float, rate: float) -> Tensor:
         """Weigh the codes' totals by ``keep`` and add their new vectors by ``rate``; how many chose each code (K,).
@@ -147,14 +147,14 @@ class EMAQuantizer(nn.Module):
         width 4,096 that is what keeps a training step from taking a gigabyte.
         """
         size, ids = len(self.codebook), ids.flatten()
-        everyone = _gather_ranks(ids)
+        everyone = gather_rows(ids)
         slots = torch.arange(len(everyone), device=ids.device)
         # Each chosen code gets the slot of the first vector that chose it, the same on every rank.
         slot_of = slots.new_full((size,), len(slots)).scatter_reduce_(0, everyone, slots, "amin")
         counts = torch.zeros(size, device=ids.device).scatter_add_(0, everyone, torch.ones_like(everyone).float())
         sums = vectors.new_zeros(len(slots), vectors.shape[-1])
         sums.index_add_(0, slot_of[ids], vectors.flatten(0, -2))
-        _sum_ranks(sums)
+        sum_in_place(sums)
         # The running sum of a code is codebook * counts, so the code itself is its only state.
         totals = self.codebook[everyone] * (keep * self.counts[everyone])[:, None] + rate * sums[slot_of[everyone]]
         self.counts.mul_(keep).add_(counts, alpha=rate)
@@ -173,8 +173,8 @@ class EMAQuantizer(nn.Module):
         limit = min(len(self.codebook), max(1, len(candidates) // 8))
         picks = torch.randperm(len(candidates), device=candidates.device)[:limit]
         lots = torch.rand(len(self.codebook), device=candidates.device)
-        _broadcast(picks)
-        _broadcast(lots)
+        copy_from_first(picks)
+        copy_from_first(lots)
         drawn, places = torch.where(self._dead(), lots, -1.0).topk(limit)
         born = drawn >= 0
         self.codebook[places] = torch.where(born[:, None], candidates[picks], self.codebook[places])
@@ -211,25 +211,3 @@ def turn_onto(vectors: Tensor, codes: Tensor) -> Tensor:
     turned = reflected + 2 * (vectors * start).sum(-1, keepdim=True) * end
     scale = codes.norm(dim=-1, keepdim=True) / vectors.detach().norm(dim=-1, keepdim=True).clamp_min(1e-6)
     return scale * turned
-
-
-def _ranks() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def _gather_ranks(rows: Tensor) -> Tensor:
-    if _ranks() == 1:
-        return rows
-    parts = [torch.empty_like(rows) for _ in range(_ranks())]
-    dist.all_gather(parts, rows.contiguous())
-    return torch.cat(parts)
-
-
-def _sum_ranks(tensor: Tensor) -> None:
-    if _ranks() > 1:
-        dist.all_reduce(tensor)
-
-
-def _broadcast(tensor: Tensor) -> None:
-    if _ranks() > 1:
-        dist.broadcast(tensor, 0)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from v2flow_cli.recipe.schema import FSQ
 from v2flow_cli.runtime.device import without_autocast
+from v2flow_cli.runtime.processes import sum_in_place
 from v2flow_cli.tokenizer.quantizer_ema import QuantizerOutput
 
 USAGE_DECAY = 0.99  # of the running counts, per step
@@ -73,9 +73,7 @@ class FSQQuantizer(nn.Module):
     def _count(self, ids: Tensor) -> None:
         counts = torch.zeros_like(self.counts)
         counts.index_add_(0, ids.flatten(), torch.ones_like(ids.flatten(), dtype=counts.dtype))
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(counts)
-        self.counts.mul_(USAGE_DECAY).add_(counts, alpha=1 - USAGE_DECAY)
+        self.counts.mul_(USAGE_DECAY).add_(sum_in_place(counts), alpha=1 - USAGE_DECAY)
 
     def statistics(self) -> dict[str, float]:
         """Usage (codes seen in recent steps) and perplexity of the running counts."""

@@ -1,56 +1,21 @@
-"""What the ranks of a training tell each other, so that all of them stop, skip and save together."""
+"""What stops a training or lets it pass: steps that are not finite, and samples that cannot be read."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from accelerate import Accelerator
 from torch import Tensor
 
-from v2flow_cli.errors import SharedError, V2FlowError
-from v2flow_cli.store.failures import Failure
-
-
-def largest(accelerator: Accelerator, value: float) -> float:
-    """The largest of all ranks' values, on every rank."""
-    if accelerator.num_processes == 1:
-        return value
-    return accelerator.gather(torch.tensor([value], device=accelerator.device)).max().item()
-
-
-def texts_of_all(accelerator: Accelerator, text: str) -> list[str]:
-    """What each rank has to say, by rank; one small exchange where all are silent (empty lists then)."""
-    if accelerator.num_processes == 1:
-        return [text] if text else []
-    content = text.encode("utf-8", "backslashreplace")
-    longest = int(largest(accelerator, float(len(content))))
-    if not longest:
-        return []
-    row = torch.zeros(longest, dtype=torch.uint8, device=accelerator.device)
-    row[: len(content)] = torch.tensor(list(content), dtype=torch.uint8)
-    rows = accelerator.gather(row).view(-1, longest).cpu()
-    return [bytes(row.tolist()).rstrip(b"\0").decode() for row in rows]
-
-
-def raise_everywhere(accelerator: Accelerator, problem: str) -> None:
-    """Returns where no rank has a problem.  Raises: SharedError with those of all ranks, on every rank."""
-    problems = [text for text in texts_of_all(accelerator, problem) if text]
-    if problems:
-        raise SharedError(" ".join(dict.fromkeys(problems)))
-
-
-def share_failures(accelerator: Accelerator, failures: Sequence[Failure]) -> list[Failure]:
-    """The bad samples that any rank has met, on every rank."""
-    text = json.dumps([failure.as_json() for failure in failures]) if failures else ""
-    records = [r for part in texts_of_all(accelerator, text) if part for r in json.loads(part)]
-    return [Failure(r["shard"], r["reason"], r["key"], r["samples"]) for r in records]
+from v2flow_cli.errors import ModelError, SharedError
+from v2flow_cli.runtime.processes import gather_texts
+from v2flow_cli.store.failures import Failure, budget_error, load_failures, over_budget
+from v2flow_cli.training.crops import CropBatch
+from v2flow_cli.training.latent_cache import LatentBatch
 
 
 def on_samples(what: str, keys: Sequence[str]) -> str:
@@ -59,15 +24,16 @@ def on_samples(what: str, keys: Sequence[str]) -> str:
     return f"{what} on samples {', '.join(keys[:8])}{more}" if keys else what
 
 
-def what_is_wrong(accelerator: Accelerator, where: str, loss: Tensor, grad_norm: Any, keys: Sequence[str]) -> str:
+def what_is_wrong(where: str, loss: Tensor, grad_norm: Any, keys: Sequence[str]) -> str:
     """Why this step cannot be taken, the same text on every rank; empty where it can.
 
     Args:  loss, of this rank; grad_norm, of the mean gradient; keys, of the samples that this rank saw in the step.
     """
+    device = loss.device
     mine = "" if torch.isfinite(loss).item() else on_samples(f"{where}: the loss is not finite ({loss.item()})", keys)
-    texts = [text for text in texts_of_all(accelerator, mine) if text]
+    texts = [text for text in gather_texts(mine, device) if text]
     if not texts and not math.isfinite(float(grad_norm)):  # of the mean gradient, so every rank sees it
-        texts = [t for t in texts_of_all(accelerator, on_samples(f"{where}: the gradient is not finite", keys)) if t]
+        texts = [t for t in gather_texts(on_samples(f"{where}: the gradient is not finite", keys), device) if t]
     return "; ".join(texts)
 
 
@@ -83,17 +49,40 @@ def skip_or_stop(wrong: str, bad_steps: int, allowed: int, checkpoints: Path, lo
     log(f"{wrong}; skipped, {bad_steps} of {allowed}")
 
 
-@contextmanager
-def losing_contact(where: Callable[[], str]) -> Iterator[None]:
-    """Turns what a collective raises when another process has gone into a sentence that starts with ``where()``."""
-    try:
-        yield
-    except RuntimeError as error:
-        text = str(error).lower()
-        gone = isinstance(error, dist.DistError) or any(sign in text for sign in ("gloo", "nccl", "closed by peer"))
-        if not gone:
-            raise
-        raise V2FlowError(
-            f"{where()}: lost contact with another process of this launch; its own message, or the launcher's, says "
-            "why. Continue with --resume."
-        ) from error
+class BadSamples:
+    """Every bad sample that any rank has met, once, the same on all ranks; the first rank writes them to ``path``.
+
+    Args:   budget, share of the set that may be bad.
+    """
+
+    def __init__(
+        self, path: Path, budget: float, log: Callable[[str], None], enabled: bool, device: torch.device
+    ) -> None:
+        self.path, self.budget, self.log, self.enabled, self.device = path, budget, log, enabled, device
+        self.seen = dict.fromkeys(load_failures(path))  # of the run that this one continues
+
+    def add(self, batch: CropBatch | LatentBatch) -> None:
+        """Take up what all ranks met while they made ``batch``.
+
+        Raises: SharedError, on every rank, when the budget is spent; ModelError where the list cannot be written.
+        """
+        text = json.dumps([failure.as_json() for failure in batch.failures]) if batch.failures else ""
+        records = [r for part in gather_texts(text, self.device) if part for r in json.loads(part)]
+        new = [f for r in records if (f := Failure(r["shard"], r["reason"], r["key"], r["samples"])) not in self.seen]
+        if not new:
+            return
+        self.seen.update(dict.fromkeys(new))
+        if self.enabled:
+            self._append(new)
+        lost = list(self.seen)
+        if over_budget(lost, batch.total - len(lost), self.budget):
+            raise SharedError(str(budget_error(lost, self.budget)))
+
+    def _append(self, failures: list[Failure]) -> None:
+        for failure in failures:
+            self.log(f"left out: {failure.name}: {failure.reason}")
+        try:
+            with open(self.path, "a", encoding="utf-8", errors="backslashreplace") as file:
+                file.writelines(json.dumps(f.as_json(), ensure_ascii=False) + "\n" for f in failures)
+        except OSError as error:
+            raise ModelError(f"{self.path}: cannot be written ({error.strerror}). Make room and resume.") from None

@@ -23,11 +23,11 @@ from torch import Tensor
 from v2flow_cli.errors import ModelError, V2FlowError
 from v2flow_cli.recipe.schema import TokenizerRecipe
 from v2flow_cli.runtime.digest import model_digest
+from v2flow_cli.runtime.processes import raise_everywhere
 from v2flow_cli.store.failures import Failure
 from v2flow_cli.store.files import write_bytes
 from v2flow_cli.tokenizer.latents import Latents
 from v2flow_cli.training.crops import CropBatch, crop_loader
-from v2flow_cli.training.guard import raise_everywhere
 
 FORMAT = 1
 IN_MEMORY = ("memory", "device")
@@ -87,7 +87,7 @@ def cached_batches(
         cache = open_cache(recipe, autoencoder, rank=rank, ranks=ranks, device=accelerator.device)
     except V2FlowError as error:
         problem = str(error)
-    raise_everywhere(accelerator, problem)
+    raise_everywhere(problem, accelerator.device)
     log(f"latents of {len(cache.keys):,} crops a rank are cached ({recipe.latents.cache})")
     return cache.batches(batch_size, seed=recipe.train.seed, start=start)
 

@@ -21,10 +21,10 @@ from transformers.utils.logging import disable_progress_bar
 from v2flow_cli.errors import ModelError
 from v2flow_cli.recipe.schema import LMTrainLoop, Optimizer
 from v2flow_cli.runtime.device import pick_device, pick_dtype
-from v2flow_cli.runtime.processes import join_launch
+from v2flow_cli.runtime.processes import losing_contact, maximum, prepare_cpu_launch, world_size
 from v2flow_cli.store.files import publishing
 from v2flow_cli.training.checkpoint import Interrupted, stop_requested
-from v2flow_cli.training.guard import losing_contact, on_samples, skip_or_stop, what_is_wrong
+from v2flow_cli.training.guard import on_samples, skip_or_stop, what_is_wrong
 from v2flow_cli.training.llm_checkpoints import SafeCheckpoints, list_checkpoints, newest_checkpoint, remove_unsealed
 from v2flow_cli.training.muon import Muon
 from v2flow_cli.training.resume import check_same_ranks, check_same_recipe
@@ -78,7 +78,7 @@ class LMTrainer(SafeCheckpoints):
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """The last word before the weights move.  Raises: SharedError for more bad steps than may be skipped."""
         norm = super()._get_grad_norm(model, grad_norm)
-        if wrong := what_is_wrong(self.accelerator, self.place, self._tr_loss, norm, self.keys):
+        if wrong := what_is_wrong(self.place, self._tr_loss, norm, self.keys):
             self.clock.skip(wrong, Path(self.args.output_dir))
             # Without gradients AdamW leaves weights and averages as they are. The log's means are over the other steps.
             model.zero_grad()
@@ -126,7 +126,7 @@ class RunClock(TrainerCallback, ExportableState):
         return self.seconds_before + time.monotonic() - self.started
 
     def state(self) -> dict[str, Any]:
-        attributes = {"seconds_before": self.seconds, "recipe": self.recipe, "ranks": _ranks()}
+        attributes = {"seconds_before": self.seconds, "recipe": self.recipe, "ranks": world_size()}
         return {"args": {}, "attributes": attributes | {"bad_steps": self.bad_steps}}
 
     def skip(self, wrong: str, checkpoints: Path) -> None:
@@ -149,7 +149,7 @@ class RunClock(TrainerCallback, ExportableState):
         saved = state.stateful_callbacks[type(self).__name__]["attributes"]
         check_same_recipe(checkpoint, saved["recipe"], self.recipe)
         drawn = "dropout and the rounding of sums"
-        check_same_ranks(checkpoint, saved["ranks"], _ranks(), drawn=drawn, approximate=approximate, log=log)
+        check_same_ranks(checkpoint, saved["ranks"], world_size(), drawn=drawn, approximate=approximate, log=log)
         self.seconds_before, self.bad_steps = saved["seconds_before"], saved.get("bad_steps", 0)
         self.last_loss = next((logs["loss"] for logs in reversed(state.log_history) if "loss" in logs), math.nan)
 
@@ -162,7 +162,7 @@ class RunClock(TrainerCallback, ExportableState):
         if state.global_step == state.max_steps:
             control.should_log = True  # also between two multiples of log_every
         # Processes must leave the loop at the same step: what stops one of them stops all.
-        late, self.interrupted = _any_process([self.time_is_up, bool(self.signals)], args.device)
+        late, self.interrupted = map(bool, maximum([self.time_is_up, bool(self.signals)], args.device))
         if (late or self.interrupted) and state.global_step < state.max_steps:
             if not self.interrupted:
                 self.log(f"time limit: {self.max_minutes:g} minutes, stopping after step {state.global_step}")
@@ -183,19 +183,6 @@ class RunClock(TrainerCallback, ExportableState):
         )
 
 
-def _ranks() -> int:
-    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-
-
-def _any_process(flags: list[bool], device: torch.device) -> list[bool]:
-    """Each of ``flags`` if it is true in any process of a launch."""
-    if not torch.distributed.is_initialized():
-        return flags
-    shared = torch.tensor(flags, dtype=torch.int32, device=device)
-    torch.distributed.all_reduce(shared, op=torch.distributed.ReduceOp.MAX)
-    return [bool(flag) for flag in shared.tolist()]
-
-
 def optimizer_class(settings: Optimizer) -> tuple[type[Muon], dict[str, Any]] | None:
     """What Trainer takes as ``optimizer_cls_and_kwargs``; None for its own AdamW."""
     return (Muon, {"lr": settings.learning_rate, "betas": settings.betas}) if settings.kind == "muon" else None
@@ -205,18 +192,18 @@ def training_arguments(
     optimizer: Optimizer, train: LMTrainLoop, output: str | Path, **overrides: Any
 ) -> TrainingArguments:
     """Trainer settings of a recipe; checkpoints go to ``output``/checkpoints."""
-    join_launch()
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if train.batch_size % (train.accumulate * world_size):
+    prepare_cpu_launch()
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if train.batch_size % (train.accumulate * processes):
         raise ModelError(
             f"train.batch_size is {train.batch_size}; expected a multiple of accumulate x processes "
-            f"({train.accumulate} x {world_size})."
+            f"({train.accumulate} x {processes})."
         )
     arguments = TrainingArguments(
         output_dir=str(Path(output) / "checkpoints"),
         max_steps=train.steps,
-        per_device_train_batch_size=train.batch_size // train.accumulate // world_size,
-        per_device_eval_batch_size=train.batch_size // train.accumulate // world_size,
+        per_device_train_batch_size=train.batch_size // train.accumulate // processes,
+        per_device_eval_batch_size=train.batch_size // train.accumulate // processes,
         gradient_accumulation_steps=train.accumulate,
         learning_rate=optimizer.learning_rate,
         adam_beta1=optimizer.betas[0],

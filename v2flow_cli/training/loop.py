@@ -18,20 +18,12 @@ from v2flow_cli.errors import ModelError, V2FlowError
 from v2flow_cli.recipe import AutoencoderRecipe, TokenizerRecipe, dump_recipe
 from v2flow_cli.recipe.schema import TrainLoop
 from v2flow_cli.runtime.device import pick_dtype
-from v2flow_cli.runtime.processes import join_launch
+from v2flow_cli.runtime.processes import losing_contact, maximum, prepare_cpu_launch, raise_everywhere
 from v2flow_cli.store.files import publishing, write_bytes
-from v2flow_cli.training.bad_samples import BadSamples
 from v2flow_cli.training.card import write_card
 from v2flow_cli.training.checkpoint import Interrupted, list_checkpoints, load_newest, save_checkpoint, stop_requested
 from v2flow_cli.training.crops import CropBatch, crop_loader
-from v2flow_cli.training.guard import (
-    largest,
-    losing_contact,
-    on_samples,
-    raise_everywhere,
-    skip_or_stop,
-    what_is_wrong,
-)
+from v2flow_cli.training.guard import BadSamples, on_samples, skip_or_stop, what_is_wrong
 from v2flow_cli.training.latent_cache import LatentBatch, cached_batches
 from v2flow_cli.training.meter import Meter
 from v2flow_cli.training.objectives.autoencoder import AutoencoderObjective
@@ -118,7 +110,9 @@ def train(
         meter.resume(record["meter"], state.step)
         log(f"resumed {where} at step {state.step}")
     meter.rewind(state.step)
-    bad = BadSamples(folder / "bad_samples.jsonl", recipe.data.error_budget, log, accelerator.is_main_process)
+    bad = BadSamples(
+        folder / "bad_samples.jsonl", recipe.data.error_budget, log, accelerator.is_main_process, accelerator.device
+    )
     model = accelerator.prepare(objective)
 
     def save() -> None:
@@ -139,7 +133,7 @@ def train(
                 save_checkpoint(checkpoints, state.step, groups, record, loop.keep_checkpoints)
             except ModelError as error:
                 problem = str(error)
-        raise_everywhere(accelerator, problem)
+        raise_everywhere(problem, accelerator.device)
 
     if accelerator.is_main_process:
         write_bytes(folder / "recipe.yaml", dump_recipe(recipe).encode())
@@ -161,7 +155,7 @@ def train(
             keys.clear()
             terms, waited = _forward_backward(accelerator, model, batches, loop.accumulate, state.step, keys, bad)
             norm = accelerator.clip_grad_norm_(objective.parameters(), recipe.optimizer.clip_norm)
-            if wrong := what_is_wrong(accelerator, f"step {state.step}, rank {rank}", terms["loss"], norm, keys):
+            if wrong := what_is_wrong(f"step {state.step}, rank {rank}", terms["loss"], norm, keys):
                 state.bad_steps += 1
                 skip_or_stop(wrong, state.bad_steps, loop.skip_bad_steps, checkpoints, log)
                 optimizer.zero_grad(set_to_none=True)
@@ -175,14 +169,14 @@ def train(
             average.update(objective, state.step)
             figures = {**terms, **objective.after_step(state.step)}
             # The slowest rank's clock, so that all ranks leave the loop at the same step.
-            state.seconds = largest(accelerator, earlier_seconds + time.monotonic() - run_start)
+            [state.seconds] = maximum([earlier_seconds + time.monotonic() - run_start], accelerator.device)
             meter.add(figures, images=loop.batch_size, waited=waited)
             if state.step % loop.log_every == 0 or state.step == loop.steps:
                 watch.figures(meter.write(state, optimizer.param_groups[0]["lr"]))
             if loop.grid_every and (state.step % loop.grid_every == 0 or state.step == loop.steps):
                 watch.grid(objective, state.step)
             at_step(state.step)
-            interrupted = largest(accelerator, float(bool(stop))) > 0
+            interrupted = any(maximum([float(bool(stop))], accelerator.device))
             if interrupted or state.step % loop.save_every == 0:
                 save()
                 saved_step = state.step
@@ -218,7 +212,7 @@ def _export(objective: AutoencoderObjective | TokenizerObjective, folder: Path, 
 
 
 def _accelerator(loop: TrainLoop, folder: Path) -> Accelerator:
-    join_launch()
+    prepare_cpu_launch()
     precision = loop.precision
     if precision == "auto":
         device = Accelerator().device
@@ -251,8 +245,8 @@ def _forward_backward(
         start = time.monotonic()
         batch, problem = _next(batches)
         waited += time.monotonic() - start
-        raise_everywhere(accelerator, problem and f"step {step}, rank {accelerator.process_index}: {problem}")
-        bad.add(accelerator, batch)
+        raise_everywhere(problem and f"step {step}, rank {accelerator.process_index}: {problem}", accelerator.device)
+        bad.add(batch)
         keys.extend(batch.keys)
         sync = nullcontext() if micro == accumulate - 1 else accelerator.no_sync(model)
         with sync, accelerator.autocast():

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from v2flow_cli.errors import V2FlowError
 from v2flow_cli.recipe.schema import ImageData
+from v2flow_cli.runtime.processes import raise_everywhere
 from v2flow_cli.store.files import write_bytes
 from v2flow_cli.tokenizer.preprocess import to_uint8
 from v2flow_cli.training.crops import crop_loader
-from v2flow_cli.training.guard import raise_everywhere
 
 GRID_IMAGES = 8
 PROJECT = "v2flow"
@@ -84,7 +84,7 @@ class Watch:
                 self._draw(objective, step)
             except V2FlowError as error:
                 problem = str(error)
-        raise_everywhere(self._accelerator, problem)
+        raise_everywhere(problem, self._accelerator.device)
 
     def _draw(self, objective: Reconstructs, step: int) -> None:
         images = self._crops()
