@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import yaml
 from PIL import Image, ImageFilter
 
 SIZE = 256  # pixels, side of a scene
@@ -48,6 +49,9 @@ COLOURS = {
     "black": (0, 0.0, 0.12),
     "white": (0, 0.0, 1.0),
 }
+#: Ways to ask for what a caption names, with its article.
+PHRASES = ("{}", "a drawing of {}", "a picture of {}", "draw {}")
+ALIASES: dict[str, list[str]] = yaml.safe_load(Path(__file__).with_name("drawing_aliases.yaml").read_text("utf-8"))
 NUMBERS = {2: "two", 3: "three"}
 #: Words before which a title takes no article.
 UNCOUNTED = (
@@ -76,6 +80,16 @@ class Drawing:
     title: str
     colour_title: str | None
     colours: tuple[str, ...]
+    category: str
+
+    def names(self) -> list[str]:
+        """What one may call it: its title first; the noun alone; the title with its colour; other names."""
+        names = [self.title, _without_colour(self.title)]
+        if self.category.startswith("animals") and self.title.endswith(" face"):
+            names.append(self.title.removesuffix(" face"))
+        if self.colour_title:
+            names.append(self.colour_title)
+        return list(dict.fromkeys([*names, *ALIASES.get(self.title, ())]))
 
     def open(self) -> Image.Image:
         """RGBA, cropped to what is not transparent."""
@@ -99,7 +113,7 @@ def read_drawings(path: Path) -> list[Drawing]:
             else:
                 pictures[key] = file.read()
     return [
-        Drawing(key, pictures[key], fact["title"], fact.get("colour_title"), tuple(fact["colours"]))
+        Drawing(key, pictures[key], fact["title"], fact.get("colour_title"), tuple(fact["colours"]), fact["category"])
         for key, fact in sorted(facts.items())
         if key in pictures
     ]
@@ -123,44 +137,43 @@ def centred(drawing: Drawing) -> tuple[Image.Image, list[str]]:
     scene = Image.new("RGB", (SIZE, SIZE), "white")
     image = _fit(drawing.open(), round(CENTRED_SHARE * SIZE))
     scene.paste(image, ((SIZE - image.width) // 2, (SIZE - image.height) // 2), image)
-    titles = [t for t in (drawing.title, drawing.colour_title) if t]
     return scene, [
-        phrase for title in titles for phrase in (title, with_article(title), f"a drawing of {with_article(title)}")
-    ]
+        phrase.format(with_article(name)) for name in drawing.names() for phrase in PHRASES
+    ] + drawing.names()
 
 
 def draw_scene(index: int, seed: int, drawings: list[Drawing], photos: list[Path]) -> tuple[Image.Image, list[str]]:
-    """Scene ``index``: one to three drawings on a ground, and three captions."""
+    """Scene ``index``: one to three drawings on a ground, and captions of it."""
     rng = random.Random(f"{seed}/{index}")
     ground, ground_name = _ground(rng, photos)
     kind = rng.choices(("one", "count", "relation"), (0.7, 0.12, 0.18))[0]
     if kind == "one":
-        image, name = _coloured(rng.choice(drawings), rng)
+        image, names = _coloured(rng.choice(drawings), rng)
         size = rng.uniform(0.55, 0.92) * SIZE
-        image = _fit(image, round(size))
-        _paste(ground, image, 0.5, 0.5, rng, jitter=1.0)
-        subject = with_article(_sized(name, size, rng))
+        _paste(ground, _fit(image, round(size)), 0.5, 0.5, rng, jitter=1.0)
+        subjects = [with_article(name) for name in names]
+        if not 0.62 * SIZE < size < 0.85 * SIZE:
+            subjects += [with_article(f"{'small' if size <= 0.62 * SIZE else 'big'} {name}") for name in names[:1]]
     elif kind == "count":
         number = rng.choice((2, 2, 3))
-        image, name = _coloured(rng.choice(drawings), rng)
+        image, names = _coloured(rng.choice(drawings), rng)
         image = _fit(image, round(SIZE * 0.9 / number))
         for k in range(number):
             _paste(ground, image, (k + 0.5) / number, rng.uniform(0.42, 0.58), rng, jitter=0.0)
-        subject = f"{NUMBERS[number]} {plural(name)}"
+        subjects = [f"{NUMBERS[number]} {plural(name)}" for name in names]
     else:
         relation = rng.choice(("left of", "right of", "above", "below"))
-        (first, first_name), (second, second_name) = (_coloured(d, rng) for d in rng.sample(drawings, 2))
+        (first, first_names), (second, second_names) = (_coloured(d, rng) for d in rng.sample(drawings, 2))
         across = relation in ("left of", "right of")
         near, far = (0.26, 0.74) if relation in ("left of", "above") else (0.74, 0.26)
         for image, place in ((first, near), (second, far)):
             image = _fit(image, round(SIZE * 0.46))
             _paste(ground, image, *((place, 0.5) if across else (0.5, place)), rng, jitter=0.15)
-        subject = f"{with_article(first_name)} {relation} {with_article(second_name)}"
-    captions = [subject]
+        pairs = zip(first_names, second_names)
+        subjects = [f"{with_article(a)} {relation} {with_article(b)}" for a, b in pairs]
     if ground_name:
-        captions.append(f"{subject} on {ground_name}")
-    captions.append(f"a drawing of {subject}")
-    return ground, captions
+        return ground, [text for subject in subjects for text in (subject, f"{subject} on {ground_name}")]
+    return ground, [phrase.format(subject) for subject in subjects for phrase in PHRASES]
 
 
 def with_article(title: str) -> str:
@@ -186,18 +199,19 @@ def _plural_noun(title: str) -> str:
     return f"{title}s"
 
 
-def _coloured(drawing: Drawing, rng: random.Random) -> tuple[Image.Image, str]:
-    """The drawing as it is, named with or without its colour, or in another colour, which its name then has."""
+def _coloured(drawing: Drawing, rng: random.Random) -> tuple[Image.Image, list[str]]:
+    """The drawing with its names, or in another colour, which its names then have."""
     image = drawing.open()
-    plain = drawing.title
-    for colour in COLOURS:
-        plain = plain.removeprefix(f"{colour} ")
-    if rng.random() < 0.25 and plain:
-        colour = rng.choice([c for c in COLOURS if c not in ("white", "black", "grey")])
-        return _recolour(image, colour), f"{colour} {plain}"
-    if drawing.colour_title and rng.random() < 0.5:
-        return image, drawing.colour_title
-    return image, drawing.title
+    if rng.random() > 0.25:
+        return image, drawing.names()
+    colour = rng.choice([c for c in COLOURS if c not in ("white", "black", "grey")])
+    nouns = dict.fromkeys(_without_colour(name) for name in drawing.names())
+    return _recolour(image, colour), [f"{colour} {noun}" for noun in nouns]
+
+
+def _without_colour(name: str) -> str:
+    first, _, rest = name.partition(" ")
+    return rest if rest and first in COLOURS else name
 
 
 def _recolour(image: Image.Image, colour: str) -> Image.Image:
@@ -258,13 +272,6 @@ def _paste(ground: Image.Image, image: Image.Image, x: float, y: float, rng: ran
     left += rng.uniform(-room_x, room_x)
     top += rng.uniform(-room_y, room_y)
     ground.paste(image, (round(left), round(top)), image)
-
-
-def _sized(name: str, size: float, rng: random.Random) -> str:
-    """``name`` with "small" or "big" where the drawing is, in half of the cases."""
-    if rng.random() < 0.5 or 0.62 * SIZE < size < 0.85 * SIZE:
-        return name
-    return f"{'small' if size <= 0.62 * SIZE else 'big'} {name}"
 
 
 def _hash(text: str) -> int:

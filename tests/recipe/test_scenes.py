@@ -1,0 +1,105 @@
+"""recipes/default/scenes.py: scenes of cut-out drawings, the same bytes each time, with captions that fit."""
+
+import importlib.util
+import io
+import json
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+from PIL import Image, ImageDraw
+
+SCRIPT = Path(__file__).parents[2] / "recipes" / "default" / "scenes.py"
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    spec = importlib.util.spec_from_file_location("scenes", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["scenes"] = module  # dataclasses look themselves up there
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["scenes"]
+
+
+@pytest.fixture
+def drawings_tar(tmp_path):
+    """Twelve circles on transparent ground, of four titles in three styles each."""
+    path = tmp_path / "drawings.tar"
+    titles = (("fox face", "animals"), ("red apple", "food"), ("house", "travel"), ("bus", "travel"))
+    with tarfile.open(path, "w") as tar:
+        for number in range(12):
+            title, category = titles[number % 4]
+            image = Image.new("RGBA", (64, 48))
+            ImageDraw.Draw(image).ellipse((8, 8, 40, 40), fill=(200, 60, 20 * number, 255))
+            content = io.BytesIO()
+            image.save(content, "WEBP", lossless=True)
+            fact = {"title": title, "category": category, "colours": ["red"], "colour_title": None}
+            for suffix, data in (("webp", content.getvalue()), ("json", json.dumps(fact).encode())):
+                member = tarfile.TarInfo(f"drawing-{number:02d}.{suffix}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    return path
+
+
+def run(scenes, monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["scenes.py", *map(str, arguments)])
+    scenes.main()
+
+
+def members(folder):
+    found = {}
+    for path in sorted(folder.glob("*.tar")):
+        with tarfile.open(path) as tar:
+            found |= {m.name: tar.extractfile(m).read() for m in tar}
+    return found
+
+
+def test_a_scene_depends_on_seed_and_number_alone(scenes, monkeypatch, drawings_tar, tmp_path):
+    for name, count in (("a", 4), ("b", 7)):
+        run(scenes, monkeypatch, "--drawings", drawings_tar, "--out", tmp_path / name, "--count", count)
+    short, long = members(tmp_path / "a"), members(tmp_path / "b")
+    assert len(short) == 8 and len(long) == 14
+    assert all(long[name] == content for name, content in short.items())
+    run(scenes, monkeypatch, "--drawings", drawings_tar, "--out", tmp_path / "c", "--count", 4, "--seed", 1)
+    assert members(tmp_path / "c") != short
+
+
+def test_what_is_held_out_is_in_no_scene_and_not_among_the_centred(scenes, monkeypatch, drawings_tar, tmp_path):
+    monkeypatch.setattr(scenes, "HELD_OUT_TITLES", 1.0)
+    run(scenes, monkeypatch, "--drawings", drawings_tar, "--out", tmp_path / "learn", "--layout", "centred")
+    run(scenes, monkeypatch, "--drawings", drawings_tar, "--out", tmp_path / "judge", "--held-out")
+    learn, judge = (set(members(tmp_path / name)) for name in ("learn", "judge"))
+    assert len(learn) == 2 * 8 and len(judge) == 2 * 4 and not learn & judge
+
+
+def test_a_centred_drawing_is_in_the_middle_on_white(scenes, drawings_tar):
+    drawing = scenes.read_drawings(drawings_tar)[0]
+    image, captions = scenes.centred(drawing)
+    pixels = image.convert("RGB")
+    assert pixels.size == (256, 256) and pixels.getpixel((4, 4)) == (255, 255, 255)
+    assert pixels.getpixel((128, 128))[0] > 150 > pixels.getpixel((128, 128))[1]
+    assert {"a fox face", "a fox", "a red fox", "draw a fox", "fox"} <= set(captions)
+
+
+def test_a_colour_word_is_that_of_the_pixels(scenes, drawings_tar):
+    drawing = scenes.read_drawings(drawings_tar)[1]
+    blue = scenes._recolour(drawing.open(), "blue")
+    red, green, blue = blue.getpixel((blue.width // 2, blue.height // 2))[:3]
+    assert blue > green > red
+
+
+def test_articles_and_plurals(scenes):
+    assert [scenes.with_article(t) for t in ("apple", "bus", "jeans", "two cats")] == [
+        "an apple",
+        "a bus",
+        "jeans",
+        "two cats",
+    ]
+    assert [scenes.plural(t) for t in ("box", "cherry", "slice of pizza", "cat")] == [
+        "boxes",
+        "cherries",
+        "slices of pizza",
+        "cats",
+    ]
