@@ -21,7 +21,7 @@ import json
 import random
 import re
 import tarfile
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,6 +81,7 @@ class Drawing:
     colour_title: str | None
     colours: tuple[str, ...]
     category: str
+    kind: str
 
     def names(self) -> list[str]:
         """What one may call it: its title first; the noun alone; the title with its colour; other names."""
@@ -113,7 +114,15 @@ def read_drawings(path: Path) -> list[Drawing]:
             else:
                 pictures[key] = file.read()
     return [
-        Drawing(key, pictures[key], fact["title"], fact.get("colour_title"), tuple(fact["colours"]), fact["category"])
+        Drawing(
+            key,
+            pictures[key],
+            fact["title"],
+            fact.get("colour_title"),
+            tuple(fact["colours"]),
+            fact["category"],
+            fact["kind"],
+        )
         for key, fact in sorted(facts.items())
         if key in pictures
     ]
@@ -130,6 +139,17 @@ def split_held_out(drawings: list[Drawing]) -> tuple[list[Drawing], list[Drawing
         if len(group) >= 3 and _hash(title) < HELD_OUT_TITLES * 2**64
     }
     return [d for d in drawings if d.key not in held], [d for d in drawings if d.key in held]
+
+
+def first_of_titles(drawings: list[Drawing], count: int) -> list[Drawing]:
+    """At most ``count`` drawings of a title, emoji before clip art: few hands draw a thing alike."""
+    seen: Counter[str] = Counter()
+    chosen = set()
+    for drawing in sorted(drawings, key=lambda d: (d.kind != "emoji", d.key)):
+        seen[drawing.title] += 1
+        if seen[drawing.title] <= count:
+            chosen.add(drawing.key)
+    return [drawing for drawing in drawings if drawing.key in chosen]
 
 
 def centred(drawing: Drawing) -> tuple[Image.Image, list[str]]:
@@ -284,13 +304,14 @@ def main() -> None:
     parser.add_argument("--photos", type=Path, help="folder of photos, or of tars, whose blurred pictures are grounds")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--layout", choices=("scenes", "centred"), default="scenes")
+    parser.add_argument("--per-title", type=int, help="centred: at most so many drawings of a title")
     parser.add_argument("--held-out", action="store_true", help="the drawings kept for judging, centred")
     parser.add_argument("--count", type=int, default=30_000, help="scenes to write")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     learn, judge = split_held_out(read_drawings(options.drawings))
     options.out.mkdir(parents=True, exist_ok=True)
-    chosen = judge if options.held_out else learn
+    chosen = judge if options.held_out else first_of_titles(learn, options.per_title or len(learn))
     plain = options.held_out or options.layout == "centred"
     photos = [] if plain or options.photos is None else _grounds(options.photos, options.out)
     total = len(chosen) if plain else options.count

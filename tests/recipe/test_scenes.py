@@ -35,7 +35,7 @@ def drawings_tar(tmp_path):
             ImageDraw.Draw(image).ellipse((8, 8, 40, 40), fill=(200, 60, 20 * number, 255))
             content = io.BytesIO()
             image.save(content, "WEBP", lossless=True)
-            fact = {"title": title, "category": category, "colours": ["red"], "colour_title": None}
+            fact = {"title": title, "category": category, "colours": ["red"], "colour_title": None, "kind": "emoji"}
             for suffix, data in (("webp", content.getvalue()), ("json", json.dumps(fact).encode())):
                 member = tarfile.TarInfo(f"drawing-{number:02d}.{suffix}")
                 member.size = len(data)
@@ -72,6 +72,13 @@ def test_what_is_held_out_is_in_no_scene_and_not_among_the_centred(scenes, monke
     run(scenes, monkeypatch, "--drawings", drawings_tar, "--out", tmp_path / "judge", "--held-out")
     learn, judge = (set(members(tmp_path / name)) for name in ("learn", "judge"))
     assert len(learn) == 2 * 8 and len(judge) == 2 * 4 and not learn & judge
+
+
+def test_few_drawings_of_a_title(scenes, monkeypatch, drawings_tar, tmp_path):
+    monkeypatch.setattr(scenes, "HELD_OUT_TITLES", 0.0)
+    arguments = ("--drawings", drawings_tar, "--out", tmp_path, "--layout", "centred", "--per-title", 2)
+    run(scenes, monkeypatch, *arguments)
+    assert len(members(tmp_path)) == 2 * 8
 
 
 def test_a_centred_drawing_is_in_the_middle_on_white(scenes, drawings_tar):
