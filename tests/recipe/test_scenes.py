@@ -76,9 +76,9 @@ def test_what_is_held_out_is_in_no_scene_and_not_among_the_centred(scenes, monke
 
 def test_few_drawings_of_a_title(scenes, monkeypatch, drawings_tar, tmp_path):
     monkeypatch.setattr(scenes, "HELD_OUT_TITLES", 0.0)
-    arguments = ("--drawings", drawings_tar, "--out", tmp_path, "--layout", "centred", "--per-title", 2)
+    arguments = ("--drawings", drawings_tar, "--out", tmp_path / "few", "--layout", "centred", "--per-title", 2)
     run(scenes, monkeypatch, *arguments)
-    assert len(members(tmp_path)) == 2 * 8
+    assert len(members(tmp_path / "few")) == 2 * 8
 
 
 def test_a_centred_drawing_is_in_the_middle_on_white(scenes, drawings_tar):
