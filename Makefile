@@ -3,10 +3,7 @@ PYTHON ?= python3
 IMAGES ?=
 PY := .venv/bin/python
 V2FLOW := .venv/bin/v2flow
-ON_TWO := OMP_NUM_THREADS=1 .venv/bin/torchrun --standalone --nproc-per-node 2 -m v2flow_cli.cli.app
 DATA ?= ../shared/data
-PAIRS ?= $(DATA)/captioned/captioned-00[0-2].tar
-MORE_PAIRS ?= $(DATA)/captioned/captioned-00[34].tar
 
 .PHONY: demo test test-slow lint default-model default-model-dry-run clean
 
@@ -23,23 +20,27 @@ lint: .venv/installed
 	$(PY) -m ruff check .
 	$(PY) -m mypy v2flow_cli
 
-# The embedded model, stage by stage; each stage resumes where it stopped. DATA holds photos/, captioned/, text/;
-# PAIRS are the captioned shards that the LLM learns to draw from, MORE_PAIRS those that its later stages have too.
+# The embedded model, stage by stage; each stage resumes where it stopped. DATA holds photos/, captioned/, drawings/ and
+# text/. scenes.py draws the pictures that the tokenizer and the LLM learn drawings from.
+SCENES := $(PY) recipes/default/scenes.py --drawings $(DATA)/drawings/drawings-000.tar
+ENCODE := $(V2FLOW) encode --tokens 64 --model runs/default/tokenizer_256
+
 default-model: .venv/installed
+	$(SCENES) --photos $(DATA)/photos --out runs/default/scenes --count 8000
+	$(SCENES) --layout centred --per-title 3 --out runs/default/centred
 	$(V2FLOW) train recipes/default/autoencoder.yaml --resume
 	$(V2FLOW) finetune-llm recipes/default/lm.yaml --resume
 	$(V2FLOW) train recipes/default/tokenizer.yaml --resume
 	$(V2FLOW) train recipes/default/tokenizer_256.yaml --resume
 	$(V2FLOW) train recipes/default/tokenizer_decoder.yaml --resume
-	$(V2FLOW) encode $(PAIRS) -o runs/default/tokens --model runs/default/tokenizer_256
-	$(V2FLOW) encode $(MORE_PAIRS) -o runs/default/tokens_more --model runs/default/tokenizer_256
+	$(ENCODE) runs/default/centred -o runs/default/tokens_centred
+	$(ENCODE) runs/default/scenes -o runs/default/tokens_scenes
+	$(ENCODE) $(DATA)/photos $(DATA)/captioned -o runs/default/tokens_photos
 	$(V2FLOW) finetune-llm recipes/default/llm.yaml --resume
-	$(ON_TWO) finetune-llm recipes/default/llm_gist.yaml --resume
-	$(V2FLOW) finetune-llm recipes/default/llm_clean.yaml --resume
-	$(ON_TWO) finetune-llm recipes/default/llm_last.yaml --resume
+	$(V2FLOW) finetune-llm recipes/default/llm_scenes.yaml --resume
 	mkdir -p v2flow_cli/assets/default/tokenizer v2flow_cli/assets/default/llm
 	cp runs/default/tokenizer/README.md runs/default/tokenizer/recipe.yaml runs/default/tokenizer/*.json runs/default/tokenizer/*.safetensors v2flow_cli/assets/default/tokenizer/
-	cp runs/default/llm_last/README.md runs/default/llm_last/recipe.yaml runs/default/llm_last/*.json runs/default/llm_last/*.safetensors runs/default/llm_last/*.jinja runs/default/llm_last/*.npy v2flow_cli/assets/default/llm/
+	cp runs/default/llm/README.md runs/default/llm/recipe.yaml runs/default/llm/*.json runs/default/llm/*.safetensors runs/default/llm/*.jinja runs/default/llm/*.npy v2flow_cli/assets/default/llm/
 
 default-model-dry-run: .venv/installed
 	$(V2FLOW) train recipes/default/autoencoder.yaml --dry-run

@@ -111,9 +111,9 @@ def curves() -> None:
         ("stage 3: regression loss", series(RUNS / "tokenizer_128" / "metrics.jsonl", "train/regression_loss")),
         ("stage 4: regression loss", series(RUNS / "tokenizer_256" / "metrics.jsonl", "train/regression_loss")),
         ("stage 5: PSNR on training photos, dB", series(RUNS / "tokenizer" / "metrics.jsonl", "train/psnr_db")),
-        ("stage 7: nats a visual token", history(RUNS / "llm", "visual_loss")),
-        ("stages 8 to 10: nats a visual token", joined("visual_loss", "llm_gist", "llm_clean", "llm_last")),
-        ("stages 8 to 10: gist loss, nats", joined("gist_loss", "llm_gist", "llm_clean", "llm_last")),
+        ("stage 1: PSNR of the autoencoder, dB", series(RUNS / "autoencoder" / "metrics.jsonl", "train/psnr_db")),
+        ("stage 7: nats a visual token, drawings", history(RUNS / "llm_centred", "visual_loss")),
+        ("stage 8: nats a visual token, scenes and photos", history(RUNS / "llm", "visual_loss")),
     ]
     width, height, gap = 300, 200, 44
     parts = [
@@ -148,15 +148,6 @@ def history(run: Path, name: str) -> list[tuple[int, float]]:
     newest = max((run / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     log = json.loads((newest / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
     return [(line["step"], line[name]) for line in log if name in line]
-
-
-def joined(name: str, *runs: str) -> list[tuple[int, float]]:
-    """(step, value) of one figure in fine-tunings that followed each other."""
-    points: list[tuple[int, float]] = []
-    for run in runs:
-        before = points[-1][0] if points else 0
-        points += [(before + step, value) for step, value in history(RUNS / run, name)]
-    return points
 
 
 FIGURES = {f.__name__: f for f in (curves, reconstructions, tradeoff, drawings)}

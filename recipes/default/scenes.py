@@ -26,7 +26,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import yaml
 from PIL import Image, ImageFilter
 
 SIZE = 256  # pixels, side of a scene
@@ -51,7 +50,8 @@ COLOURS = {
 }
 #: Ways to ask for what a caption names, with its article.
 PHRASES = ("{}", "a drawing of {}", "a picture of {}", "draw {}")
-ALIASES: dict[str, list[str]] = yaml.safe_load(Path(__file__).with_name("drawing_aliases.yaml").read_text("utf-8"))
+#: Other names of what a title shows, beside the noun of "COLOUR NOUN" and of "ANIMAL face".
+ALIASES: dict[str, list[str]] = json.loads(Path(__file__).with_name("drawing_aliases.json").read_text("utf-8"))
 NUMBERS = {2: "two", 3: "three"}
 #: Words before which a title takes no article.
 UNCOUNTED = (
