@@ -1,9 +1,16 @@
 """The ``v2flow`` command: seven commands, one error policy."""
 
+# ruff: noqa: E402  (Ctrl-C is made quiet before the slow imports)
+
 from __future__ import annotations
 
 import os
-import signal
+
+from v2flow_cli.cli import endings
+
+if __name__ == "__main__":  # python -m v2flow_cli.cli.app
+    endings.install()
+
 from typing import Annotated, Any
 
 import typer
@@ -12,17 +19,27 @@ import typer.core
 from v2flow_cli import __version__
 from v2flow_cli.cli import bench, decode, encode, finetune_llm, generate, shard, train
 from v2flow_cli.cli.console import EXIT_FAILED, EXIT_INTERRUPTED, log, report_error
-from v2flow_cli.errors import V2FlowError
+from v2flow_cli.errors import V2FlowError, reason_of
 
 
 class _Commands(typer.core.TyperGroup):
-    """One error policy: a V2FlowError is one message and exit code 1, an interrupt leaves with 130."""
+    """One error policy: a V2FlowError is one message and exit code 1, an interrupt leaves with 130.
+
+    So is what the operating system refuses (a folder without permission, a full disk) where no message of ours was
+    nearer. Anything else is a bug, and keeps its traceback.
+    """
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except V2FlowError as error:
             report_error(error)
+            ctx.exit(EXIT_FAILED)
+        except OSError as error:
+            if error.filename is None:
+                raise
+            name = os.fsdecode(error.filename) if isinstance(error.filename, bytes) else error.filename
+            report_error(V2FlowError(f"{name}: {reason_of(error)}."))
             ctx.exit(EXIT_FAILED)
         except KeyboardInterrupt:
             log("interrupted")
@@ -66,16 +83,15 @@ def root(
 
 def main() -> None:
     """Entry point; libraries that print or phone home are silenced before they are imported."""
+    endings.install()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    signal.signal(signal.SIGTERM, _interrupt)  # what Ctrl-C does: temporary files go, exit code 130
-    app()
-
-
-def _interrupt(number: int, frame: Any) -> None:
-    raise KeyboardInterrupt
+    try:
+        app()
+    finally:
+        endings.let_go()
 
 
 if __name__ == "__main__":

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from rich.progress import Progress, Task
 
-from v2flow_cli.errors import SharedError, V2FlowError
+from v2flow_cli.cli.endings import EXIT_INTERRUPTED, EXIT_PIPE, detach
+from v2flow_cli.errors import SharedError, V2FlowError, reason_of
 
-EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_FAILED, EXIT_USAGE = 1, 2
 ERROR_BUDGET = 0.001  # share of bad samples up to which a command over a set succeeds
 
 
@@ -28,9 +29,18 @@ def is_main_process() -> bool:
 
 
 def log(message: str) -> None:
-    """One plain line on stderr."""
+    """One plain line on stderr; a reader of stderr who has gone does not stop the work."""
     if is_main_process():
-        print(message, file=sys.stderr, flush=True)
+        _write_log(message)
+
+
+def _write_log(message: str) -> None:
+    # A file's name may hold anything but "/" and zero bytes; what moves a terminal's cursor is spelt.
+    text = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in message)
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:
+        detach(sys.stderr)
 
 
 def report_error(error: V2FlowError) -> None:
@@ -38,18 +48,39 @@ def report_error(error: V2FlowError) -> None:
     if is_main_process():
         log(f"error: {error}")
     elif not isinstance(error, SharedError):
-        print(f"rank {os.environ['RANK']}: error: {error}", file=sys.stderr, flush=True)
+        _write_log(f"rank {os.environ['RANK']}: error: {error}")
 
 
 def result(text: str) -> None:
-    """One line of the command's result on stdout."""
-    if is_main_process():
+    """One line of the command's result on stdout.
+
+    Raises:  SystemExit where the reader of a pipe has gone; V2FlowError where stdout cannot be written, as on a full
+             disk.
+    """
+    if not is_main_process():
+        return
+    try:
         print(text, flush=True)
+    except BrokenPipeError:
+        detach(sys.stdout)
+        raise SystemExit(EXIT_PIPE) from None
+    except OSError as error:
+        detach(sys.stdout)
+        raise V2FlowError(f"stdout: the result cannot be written ({reason_of(error)}).") from error
 
 
 def result_json(payload: Any) -> None:
-    """One JSON object on one line of stdout; NaN and infinity become null."""
-    result(json.dumps(_finite(payload), ensure_ascii=False, allow_nan=False))
+    """One JSON object on one line of stdout; NaN and infinity become null.
+
+    Where stdout cannot print a name in it, all that is not ASCII is escaped as JSON does.
+    """
+    payload = _finite(payload)
+    text = json.dumps(payload, ensure_ascii=False, allow_nan=False)
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(payload, allow_nan=False)
+    result(text)
 
 
 def _finite(value: Any) -> Any:
