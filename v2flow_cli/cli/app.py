@@ -1,6 +1,6 @@
 """The ``v2flow`` command: seven commands, one error policy."""
 
-# ruff: noqa: E402  (Ctrl-C is made quiet before the slow imports)
+
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ import typer.core
 
 from v2flow_cli import __version__
 from v2flow_cli.cli import bench, decode, encode, finetune_llm, generate, shard, train
-from v2flow_cli.cli.console import EXIT_FAILED, EXIT_INTERRUPTED, log, report_error
+from v2flow_cli.cli.console import EXIT_FAILED, log, report_error
+from v2flow_cli.cli.endings import EXIT_INTERRUPTED
 from v2flow_cli.errors import V2FlowError, reason_of
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from rich.progress import Progress, Task
 
-from v2flow_cli.cli.endings import EXIT_INTERRUPTED, EXIT_PIPE, detach
+from v2flow_cli.cli.endings import EXIT_PIPE, detach
 from v2flow_cli.errors import SharedError, V2FlowError, reason_of
 
 EXIT_FAILED, EXIT_USAGE = 1, 2

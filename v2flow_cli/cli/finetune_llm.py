@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from v2flow_cli.cli.console import EXIT_INTERRUPTED, log, result, result_json
+from v2flow_cli.cli.console import log, result, result_json
+from v2flow_cli.cli.endings import EXIT_INTERRUPTED
 
 if TYPE_CHECKING:
     from v2flow_cli.training.llm_trainer import TrainingReport

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from v2flow_cli.cli.console import EXIT_INTERRUPTED, log, result, result_json, steps_bar
+from v2flow_cli.cli.console import log, result, result_json, steps_bar
+from v2flow_cli.cli.endings import EXIT_INTERRUPTED
 
 
 def train(
