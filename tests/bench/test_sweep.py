@@ -26,7 +26,7 @@ def test_every_combination_the_first_key_slowest() -> None:
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
-        (["size=1,2"], "KEY one of tokens, cfg"),
+        (["size=1,2"], "KEY one of tokens, decoder, cfg"),
         (["cfg"], "expected KEY=V1,V2"),
         (["cfg=1,high"], "expected numbers from 0 on"),
         (["rounds=0"], "expected whole numbers from 1 on"),

@@ -56,7 +56,9 @@ class Coder:
 def v2flow_coder(model: str, tokenizer: V2FlowTokenizer, setting: Setting, dtype: torch.dtype = torch.float32) -> Coder:
     """A tokenizer of ours, its products in ``dtype``, as the commands encode and decode."""
 
+    tokenizer = tokenizer.with_decoder(setting.decoder)
     length = None if tokenizer.flexible else setting.tokens
+    named = {"decoder": tokenizer.decoder_name} if len(tokenizer.decoder_names) > 1 else {}
 
     def encode(images: Tensor) -> Tensor:
         with inference(tokenizer, dtype):
@@ -73,7 +75,7 @@ def v2flow_coder(model: str, tokenizer: V2FlowTokenizer, setting: Setting, dtype
         encode,
         decode,
         tokenizer.config.codebook_size,
-        {**(tokenizer.config.sampling or {}), **setting.values},
+        {**named, **(tokenizer.config.sampling or {}), **setting.values},
         setting.tokens,
         tokenizer.digest,
         tokenizer.device,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,16 +12,20 @@ from v2flow_cli.errors import DataError
 from v2flow_cli.recipe.schema import Sampling
 from v2flow_cli.tokenizer import V2FlowTokenizer
 
-TOKENS = "tokens"
+TOKENS, DECODER = "tokens", "decoder"
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to decode.  values: keyword arguments of ``decode``; tokens: decode only the first so many."""
+    """One way to decode.
+
+    values: keyword arguments of ``decode``; tokens: decode only the first so many; decoder: with which decoder.
+    """
 
     label: str = ""  # "" where nothing is swept
     values: Mapping[str, Any] = field(default_factory=dict)
     tokens: int | None = None
+    decoder: str | None = None  # None: with each decoder that a model has
 
     def name(self, model: str) -> str:
         return f"{model}, {self.label}" if self.label else model
@@ -54,6 +59,7 @@ def _number(kind: type, least: float) -> Callable[[str], Any]:
 #: What ``--sweep`` takes: the argument of ``decode`` it sets, and how a value is read.
 KEYS: dict[str, tuple[str, Callable[[str], Any]]] = {
     TOKENS: (TOKENS, _number(int, 1)),
+    DECODER: (DECODER, str),
     "cfg": ("guidance_scale", _number(float, 0)),
     "rounds": ("num_mask_steps", _number(int, 1)),
     "steps": ("num_flow_steps", _number(int, 1)),
@@ -92,8 +98,8 @@ def parse_sweeps(texts: Sequence[str], fixed: Mapping[str, Any] | None = None) -
     settings = []
     for chosen in itertools.product(*axes):
         arguments = {**base, **{argument: value for _, argument, value in chosen}}
-        tokens = arguments.pop(TOKENS, None)
-        settings.append(Setting(", ".join(label for label, _, _ in chosen), arguments, tokens))
+        tokens, decoder = arguments.pop(TOKENS, None), arguments.pop(DECODER, None)
+        settings.append(Setting(", ".join(label for label, _, _ in chosen), arguments, tokens, decoder))
     return settings
 
 
@@ -103,11 +109,13 @@ def settings_of_models(
     """(model, setting) of everything to measure at ``size`` pixels.
 
     A flexible tokenizer decodes any prefix. Another takes part where a swept length is one of its own, so that several
-    of them make the rows of one sweep; a length that no model has is an error.
+    of them make the rows of one sweep; so with decoders. A length or a decoder that no model has is an error. Where
+    no decoder is asked for, a model takes part with each that it has.
     Raises:  DataError, also for a size that does not fit a model.
     """
     chosen: list[tuple[str, Setting]] = []
     lengths: dict[str, str] = {}
+    decoders: set[str] = set()
     for name, tokenizer in models.items():
         try:
             whole, *others = tokenizer.lengths(size, size)
@@ -115,10 +123,13 @@ def settings_of_models(
             raise DataError(f"--res {size}: {name}: {error}.") from None
         fixed = " or ".join(f"{length:,}" for length in sorted((whole, *others)))
         lengths[name] = f"{name} has 1 to {whole:,}" if tokenizer.flexible else f"{name} always has {fixed}"
-        for setting in settings:
+        decoders |= {*tokenizer.decoder_names}
+        for setting in itertools.chain.from_iterable(_each_decoder(tokenizer, each) for each in settings):
             wanted = setting.tokens or whole
             if wanted in (whole, *others) or (tokenizer.flexible and wanted < whole):
                 chosen.append((name, setting))
+    for missing in (setting.decoder for setting in settings if setting.decoder not in (None, *decoders)):
+        raise DataError(f"--decoder {missing}: no model has it; they have {' and '.join(sorted(decoders))}.")
     wanted_lengths = dict.fromkeys(setting.tokens for setting in settings if setting.tokens)
     had = {setting.tokens for _, setting in chosen}
     lost = [str(tokens) for tokens in wanted_lengths if tokens not in had]
@@ -128,3 +139,12 @@ def settings_of_models(
             "Give one --model for each length, or a model of flexible length."
         )
     return chosen
+
+
+def _each_decoder(tokenizer: V2FlowTokenizer, setting: Setting) -> list[Setting]:
+    """``setting`` with its decoder, if the model has it; with each of the model's where it names none."""
+    names = tokenizer.decoder_names
+    if setting.decoder is not None or len(names) == 1:
+        return [setting] if setting.decoder in (None, *names) else []
+    labels = [f"{setting.label}, decoder {name}".removeprefix(", ") for name in names]
+    return [dataclasses.replace(setting, label=label, decoder=name) for label, name in zip(labels, names)]

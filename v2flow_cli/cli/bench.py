@@ -58,9 +58,13 @@ def bench(
         list[str] | None,
         typer.Option(
             metavar="KEY=V1,V2",
-            help="Measure at each value of tokens, cfg, rounds, steps, solver, schedule, guidance or noise; several "
-            "--sweep give every combination.",
+            help="Measure at each value of tokens, decoder, cfg, rounds, steps, solver, schedule, guidance or noise; "
+            "several --sweep give every combination.",
         ),
+    ] = None,
+    decoder: Annotated[
+        str | None,
+        typer.Option(help="faithful or sharp, where a model has both. Default: both, a row each."),
     ] = None,
     cfg: Annotated[
         str | None,
@@ -199,7 +203,7 @@ def bench(
     from v2flow_cli.bench.sweep import parse_sweeps
 
     try:
-        settings = parse_sweeps(swept, fixed)
+        settings = parse_sweeps(swept, {**fixed, "decoder": decoder})
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--sweep") from None
 

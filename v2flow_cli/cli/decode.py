@@ -44,6 +44,10 @@ def decode(
     model: Annotated[
         str | None, typer.Option(help="Tokenizer: folder or hub id. Default: the one inside the package.")
     ] = None,
+    decoder: Annotated[
+        str | None,
+        typer.Option(help="faithful (PSNR, SSIM) or sharp (texture), where the model has both. Default: the model's."),
+    ] = None,
     cfg: Annotated[
         float | None, typer.Option(min=0.0, help="Guidance scale; 1 means none. Default: the model's.")
     ] = None,
@@ -76,6 +80,8 @@ def decode(
 
         v2flow decode tokens/ -o decoded-cfg3/ --cfg 3.0 --rounds 4 --steps 8
 
+        v2flow decode tokens/ -o sharp/ --decoder sharp
+
         v2flow decode tokens/ -o decoded-heun/ --solver heun --seed 7 --force
     """
     from v2flow_cli.store.images import find_files
@@ -87,7 +93,7 @@ def decode(
     from v2flow_cli.tokenizer import V2FlowTokenizer
 
     target = pick_device(device)
-    tokenizer = V2FlowTokenizer.from_pretrained(model).to(target)
+    tokenizer = V2FlowTokenizer.from_pretrained(model, decoder=decoder).to(target)
     opened, report = open_token_files(tokenizer, files, out, force=force)
     if report.without_manifest:
         log(f"{report.without_manifest} token files without manifest: taken for ids of {tokenizer.token_digest}")
@@ -117,6 +123,7 @@ def decode(
                 "output": str(out),
                 "images": [str(path) for path in report.images],
                 "tokenizer_digest": tokenizer.token_digest,
+                "decoder": tokenizer.decoder_name,
                 "seed": seed,
                 "seconds": seconds,
                 "failed": [{"source": f.source, "reason": f.reason} for f in report.failures],

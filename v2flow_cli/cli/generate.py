@@ -32,6 +32,10 @@ def generate(
     top_k: Annotated[int, typer.Option(min=0, help="Keep the k likeliest tokens; 0 keeps all.")] = 0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Keep this probability mass.")] = 1.0,
     llm_cfg: Annotated[float, typer.Option(min=0.0, help="Guidance scale of the LLM; 1 means none.")] = 1.0,
+    decoder: Annotated[
+        str | None,
+        typer.Option(help="faithful (PSNR, SSIM) or sharp (texture), where the model has both. Default: the model's."),
+    ] = None,
     cfg: Annotated[
         float | None, typer.Option(min=0.0, help="Guidance scale of the decoder. Default: the model's.")
     ] = None,
@@ -98,7 +102,7 @@ def generate(
     if not prompts:
         names = [p.name for p in pictures]
         check_absent([out / f"{n}{s}" for n in names for s in suffixes] + [out / f"{g}-grid.png" for g in grids], force)
-    image_tokenizer, llm, number_format = _models(model, tokenizer, device, dtype)
+    image_tokenizer, llm, number_format = _models(model, tokenizer, decoder, device, dtype)
     for text in dict.fromkeys(p.prompt for p in pictures):
         llm.prompt(text)  # a prompt that is too long is told before anything is drawn
     if save_tokens and not force:
@@ -176,7 +180,7 @@ def _caption(
     from v2flow_cli.store.images import open_image
 
     photos = [(path, open_image(path, str(path))) for path in paths]
-    image_tokenizer, llm, _ = _models(model, tokenizer, device, dtype)
+    image_tokenizer, llm, _ = _models(model, tokenizer, None, device, dtype)
     said = []
     for path, photo in photos:
         pixels = image_tokenizer.image_processor.preprocess(photo)["pixel_values"].to(image_tokenizer.device)
@@ -191,7 +195,9 @@ def _caption(
         result_json({"captions": said})
 
 
-def _models(model: str | None, tokenizer: str | None, device: str, dtype: str) -> tuple[Any, Any, Any]:
+def _models(
+    model: str | None, tokenizer: str | None, decoder: str | None, device: str, dtype: str
+) -> tuple[Any, Any, Any]:
     """(image tokenizer, LLM, number format) on the device asked for; the two must belong together."""
     from v2flow_cli.jobs.generate import check_pair
     from v2flow_cli.llm.sample import DrawingLM
@@ -200,7 +206,7 @@ def _models(model: str | None, tokenizer: str | None, device: str, dtype: str) -
 
     target = pick_device(device)
     number_format = pick_dtype(dtype, target)
-    image_tokenizer = V2FlowTokenizer.from_pretrained(tokenizer).to(target)
+    image_tokenizer = V2FlowTokenizer.from_pretrained(tokenizer, decoder=decoder).to(target)
     llm = DrawingLM.from_pretrained(model, target, number_format)
     check_pair(llm, image_tokenizer)
     return image_tokenizer, llm, number_format

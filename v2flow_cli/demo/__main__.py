@@ -16,6 +16,7 @@ from v2flow_cli.errors import V2FlowError
 def demo(
     model: Annotated[str | None, typer.Option(help="Tokenizer: folder or hub id. Default: the embedded one.")] = None,
     llm: Annotated[str | None, typer.Option(help="LLM: folder or hub id. Default: the embedded one.")] = None,
+    decoder: Annotated[str | None, typer.Option(help="What is chosen at first. Default: the model's.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
     host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 lets others in.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen at.")] = 7860,
@@ -29,7 +30,7 @@ def demo(
 
     from v2flow_cli.demo.app import Studio, build_app
 
-    app = build_app(Studio(model, llm, device))
+    app = build_app(Studio(model, llm, device, decoder))
     try:
         app.launch(server_name=host, server_port=port, quiet=True, prevent_thread_lock=True)
     except OSError as error:

@@ -26,11 +26,13 @@ STRIP_WIDTH = 512  # pixels of the picture of the tokens
 class Studio:
     """The models behind the app, and what its two buttons do."""
 
-    def __init__(self, model: str | None = None, llm: str | None = None, device: str = "auto") -> None:
+    def __init__(
+        self, model: str | None = None, llm: str | None = None, device: str = "auto", decoder: str | None = None
+    ) -> None:
         """Raises:  ModelError when a model is missing, or the two do not belong together."""
         target = pick_device(device)
         self.dtype = pick_dtype("auto", target)
-        self.tokenizer = V2FlowTokenizer.from_pretrained(model).to(target)
+        self.tokenizer = V2FlowTokenizer.from_pretrained(model, decoder=decoder).to(target)
         self.llm = DrawingLM.from_pretrained(llm, target, self.dtype)
         self.llm.vocabulary.check_tokenizer(self.tokenizer.token_digest, self.llm.name, "--model FOLDER")
         self.view: TokenView = token_view(self.tokenizer)
@@ -38,7 +40,14 @@ class Studio:
         self.num_tokens = self.tokenizer.num_tokens(self.size, self.size)
 
     def reconstruct(
-        self, photo: Image.Image | None, tokens: float, rounds: float, steps: float, guidance: float, seed: float
+        self,
+        photo: Image.Image | None,
+        tokens: float,
+        rounds: float,
+        steps: float,
+        guidance: float,
+        seed: float,
+        decoder: str | None = None,
     ) -> tuple[Image.Image, Image.Image, Image.Image, str]:
         """(the photo as it is encoded, what comes back, its tokens as a coloured grid, figures)."""
         if photo is None:
@@ -49,7 +58,7 @@ class Studio:
             ids = self.tokenizer.encode(images.to(self.tokenizer.device))
         if self.tokenizer.flexible:
             ids = ids[:, : int(tokens)]
-        decoded = self._decode(ids, rounds, steps, guidance, seed)
+        decoded = self._decode(ids, rounds, steps, guidance, seed, decoder)
         reference, made = to_uint8(images), to_uint8(decoded)
         length, codes = ids.shape[1], self.tokenizer.config.codebook_size
         figures = (
@@ -63,15 +72,24 @@ class Studio:
         return processor.to_pil(images)[0], processor.to_pil(decoded)[0], grid, figures
 
     def draw(
-        self, prompt: str, temperature: float, rounds: float, steps: float, guidance: float, seed: float
+        self,
+        prompt: str,
+        temperature: float,
+        rounds: float,
+        steps: float,
+        guidance: float,
+        seed: float,
+        decoder: str | None = None,
     ) -> Image.Image:
         """The picture that the LLM writes for ``prompt``."""
         if not prompt.strip():
             raise V2FlowError('The prompt is empty; say what to draw, such as "a red fox".')
         ids = self.llm.draw([prompt], seeds=[int(seed)], temperatures=[temperature])
-        return self.tokenizer.image_processor.to_pil(self._decode(ids, rounds, steps, guidance, seed))[0]
+        return self.tokenizer.image_processor.to_pil(self._decode(ids, rounds, steps, guidance, seed, decoder))[0]
 
-    def _decode(self, ids: torch.Tensor, rounds: float, steps: float, guidance: float, seed: float) -> torch.Tensor:
+    def _decode(
+        self, ids: torch.Tensor, rounds: float, steps: float, guidance: float, seed: float, decoder: str | None
+    ) -> torch.Tensor:
         with inference(self.tokenizer, self.dtype):
             return self.tokenizer.decode(
                 ids.to(self.tokenizer.device),
@@ -81,6 +99,7 @@ class Studio:
                 num_flow_steps=int(steps),
                 guidance_scale=guidance,
                 seeds=[int(seed)],
+                decoder=decoder,
             )
 
 
@@ -90,16 +109,25 @@ def build_app(studio: Studio) -> gradio.Blocks:
 
     from v2flow_cli.assets import sample_photos
 
-    sampling = studio.tokenizer.config.sampling or {}
+    names = studio.tokenizer.decoder_names
+
+    def sampling(decoder: str) -> list[Any]:
+        """Rounds, flow steps and guidance scale of a decoder's own settings."""
+        own = studio.tokenizer.with_decoder(decoder).config.sampling or {}
+        return [own.get("num_mask_steps", 1), own.get("num_flow_steps", 4), own.get("guidance_scale", 1.0)]
 
     def knobs() -> list[Any]:
-        """Sliders of the decoder, at the model's own settings."""
-        return [
-            gr.Slider(1, 16, sampling.get("num_mask_steps", 1), step=1, label="Rounds of unmasking"),
-            gr.Slider(1, 50, sampling.get("num_flow_steps", 4), step=1, label="Flow steps in each round"),
-            gr.Slider(0, 8, sampling.get("guidance_scale", 1.0), step=0.1, label="Guidance scale, 1 is none"),
-            gr.Number(0, precision=0, minimum=0, label="Seed"),
+        """Sliders of the decoder, at the model's own settings, and which decoder that is."""
+        chosen = studio.tokenizer.decoder_name
+        rounds, steps, scale = sampling(chosen)
+        decoder = gr.Radio(names, value=chosen, label="Decoder", visible=len(names) > 1)
+        sliders = [
+            gr.Slider(1, 16, rounds, step=1, label="Rounds of unmasking"),
+            gr.Slider(1, 50, steps, step=1, label="Flow steps in each round"),
+            gr.Slider(0, 8, scale, step=0.1, label="Guidance scale, 1 is none"),
         ]
+        decoder.change(sampling, [decoder], sliders, api_name=False)
+        return [*sliders, gr.Number(0, precision=0, minimum=0, label="Seed"), decoder]
 
     def told(work: Any) -> Any:
         """``work`` with our own errors shown as a message instead of a failure."""

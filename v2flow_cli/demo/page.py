@@ -38,6 +38,9 @@ def demo(
     limit: Annotated[int, typer.Option(min=1, help="Most photos to show.")] = 12,
     model: Annotated[str | None, typer.Option(help="Tokenizer: folder or hub id. Default: the embedded one.")] = None,
     llm: Annotated[str | None, typer.Option(help="LLM: folder or hub id. Default: the embedded one.")] = None,
+    decoder: Annotated[
+        str | None, typer.Option(help="faithful or sharp, where the model has both. Default: the model's.")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
 ) -> None:
     """Photos to tokens and back, a sentence to pictures, a short bench, and one page that shows it all."""
@@ -60,7 +63,7 @@ def demo(
 
     target = pick_device(device)
     dtype = pick_dtype("auto", target)
-    tokenizer = V2FlowTokenizer.from_pretrained(model).to(target)
+    tokenizer = V2FlowTokenizer.from_pretrained(model, decoder=decoder).to(target)
 
     with progress("photos to tokens", min(limit, len(files))) as tick:
         encoder = SetEncoder(tokenizer, batch_size=BATCH_SIZE, dtype=dtype)
@@ -80,11 +83,12 @@ def demo(
         for file in good:
             yield file.key, open_image(file.path, str(file.path))
 
+    scales = ",".join(f"{scale:g}" for scale in GUIDANCE_SCALES)
     with progress("bench", len(good)) as tick:
         bench = run_bench(
             {"v2flow": tokenizer},
             photos(),
-            settings=parse_sweeps([f"cfg={','.join(f'{scale:g}' for scale in GUIDANCE_SCALES)}"]),
+            settings=parse_sweeps([f"cfg={scales}"], {"decoder": tokenizer.decoder_name}),
             batch_size=BATCH_SIZE,
             dtype=dtype,
             judges=load_judges(target),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import json
@@ -15,6 +16,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.utils import cached_file
 
 from v2flow_cli.errors import ModelError, RecipeError
 from v2flow_cli.recipe.load import parse_section
@@ -29,6 +31,16 @@ from v2flow_cli.tokenizer.decoder_transformer import VelocityTransformer
 from v2flow_cli.tokenizer.flow import VelocityNetwork
 from v2flow_cli.tokenizer.isometry import isometry_loss
 from v2flow_cli.tokenizer.latents import Latents
+from v2flow_cli.tokenizer.other_decoders import (
+    DECODER,
+    FAITHFUL,
+    KEPT,
+    SHA256,
+    copy_decoders,
+    decoder_file,
+    load_decoder,
+    settings_of,
+)
 from v2flow_cli.tokenizer.prefix import sample_lengths
 from v2flow_cli.tokenizer.preprocess import V2FlowImageProcessor
 from v2flow_cli.tokenizer.quantizer_ema import EMAQuantizer
@@ -39,11 +51,14 @@ from v2flow_cli.tokenizer.vocabulary import VocabularyProjection
 
 EMBEDDED_MODEL = Path(__file__).resolve().parents[1] / "assets" / "default" / "tokenizer"
 SECTIONS = ("vocabulary", "resampler", "quantizer", "context", "flow", "sampling")  # of the recipe
-DECODER = ("context", "flow")  # sections, and parts of the model, that only decode
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 
 class V2FlowConfig(PretrainedConfig):
-    """The recipe's model sections, the autoencoder's own config, and the shape of the frozen vocabulary."""
+    """The recipe's model sections, the autoencoder's own config, and the shape of the frozen vocabulary.
+
+    ``decoders`` names others for the same ids (see ``other_decoders``); ``default_decoder`` is used unless asked.
+    """
 
     model_type = "v2flow"
 
@@ -59,6 +74,8 @@ class V2FlowConfig(PretrainedConfig):
         context: dict[str, Any] | None = None,
         flow: dict[str, Any] | None = None,
         sampling: dict[str, Any] | None = None,
+        decoders: dict[str, dict[str, Any]] | None = None,
+        default_decoder: str = FAITHFUL,
         **kwargs: Any,
     ) -> None:
         self.image_size = image_size
@@ -71,6 +88,8 @@ class V2FlowConfig(PretrainedConfig):
         self.context = context
         self.flow = flow
         self.sampling = sampling
+        self.decoders = decoders
+        self.default_decoder = default_decoder
         super().__init__(**kwargs)
 
     @property
@@ -128,7 +147,11 @@ class V2FlowTokenizer(PreTrainedModel):
             code_size = quantizer.code_size
             self.to_code = nn.Linear(hidden_size, code_size)
         self.quantizer = (FSQQuantizer if isinstance(quantizer, FSQ) else EMAQuantizer)(quantizer, code_size)
+        self._code_size = code_size
         self._build_decoder(code_size)
+        self.decoder_name = FAITHFUL
+        self._decoder_files: dict[str, Path | None] = {}  # of the other decoders
+        self._decoders: dict[str, V2FlowTokenizer] = {}  # this tokenizer with each decoder that was asked for
         self.image_processor = V2FlowImageProcessor(size=config.image_size)
         self.post_init()
 
@@ -157,6 +180,41 @@ class V2FlowTokenizer(PreTrainedModel):
         if isinstance(self.flow, VelocityTransformer):
             return self.flow
         return MaskedDecoder(self.context, self.flow, self.config.section("context"), self.config.section("flow"))
+
+    @property
+    def decoder_names(self) -> tuple[str, ...]:
+        """The decoders that its ids can be decoded with; the first one is ``faithful``."""
+        return (FAITHFUL, *(self.config.decoders or {}))
+
+    def with_decoder(self, name: str | None = None) -> V2FlowTokenizer:
+        """This tokenizer with its decoder ``name`` (None: the model's default) and that decoder's sampling.
+
+        Everything else is shared with this one, not copied, and both give the same ids.
+        Raises:  ModelError for a decoder that it does not have, or whose file cannot be used.
+        """
+        name = name or self.config.default_decoder
+        if name == self.decoder_name:
+            return self
+        place = self.config.name_or_path or "this tokenizer"
+        if name not in self.decoder_names:
+            raise ModelError(f"{place}: no decoder {name!r}; it has {' and '.join(self.decoder_names)}.")
+        self._decoders.setdefault(self.decoder_name, self)
+        if name not in self._decoders:
+            self._decoders[name] = self._copy_with_decoder(name, settings_of(self.config.decoders, name, place), place)
+        return self._decoders[name].to(self.device)
+
+    def _copy_with_decoder(self, name: str, settings: dict[str, Any], place: str) -> V2FlowTokenizer:
+        """A copy that shares all modules but the decoder's, which are built from ``settings`` and its file."""
+        other = copy.copy(self)
+        other._modules = {key: part for key, part in self._modules.items() if key not in DECODER}
+        other.config, other.decoder_name = copy.deepcopy(self.config), name
+        for section in KEPT:
+            setattr(other.config, section, settings[section])
+        with torch.random.fork_rng(devices=[]):  # first values, which are replaced
+            other._build_decoder(self._code_size)
+        parts = {part: getattr(other, part).to(self.dtype) for part in DECODER if part in other._modules}
+        load_decoder(parts, self._decoder_files.get(name), settings[SHA256], name, place)
+        return other.train(self.training)
 
     def _init_weights(self, module: nn.Module) -> None:
         pass  # each part initialises itself; parameters of the frozen autoencoder are loaded
@@ -327,6 +385,7 @@ class V2FlowTokenizer(PreTrainedModel):
         height: int | None = None,
         width: int | None = None,
         seeds: Sequence[int] | None = None,
+        decoder: str | None = None,
         **sampling: Any,
     ) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] of token ids (B, L): Algorithm 1, guided as in Eq. 7.
@@ -334,10 +393,14 @@ class V2FlowTokenizer(PreTrainedModel):
         Args:    lengths, one per image: decode only the first so many ids of a row, where the length is flexible;
                  height, width in pixels (default: the square image with L tokens, the config's size where the
                  length is flexible); ``seeds``, one per image, make each independent of its batch;
+                 ``decoder``, one of ``decoder_names`` (default: the one it was loaded with);
                  ``sampling``, fields of the recipe's section, which where missing or None are the config's.
         Raises:  ValueError for ids out of range, or an L that fits no image; ModelError for sampling settings
                  that this tokenizer does not have.
         """
+        if decoder not in (None, self.decoder_name):
+            shape = {"lengths": lengths, "height": height, "width": width, "seeds": seeds}
+            return self.with_decoder(decoder).decode(token_ids, **shape, **sampling)
         given = {key: value for key, value in sampling.items() if value is not None}
         settings: Sampling = dataclasses.replace(self.config.section("sampling"), **given)
         if height is None or width is None:
@@ -427,10 +490,13 @@ class V2FlowTokenizer(PreTrainedModel):
     # -- folders -------------------------------------------------------------------------------------------
 
     @classmethod
-    def from_pretrained(cls, path_or_id: str | Path | None = None, **kwargs: Any) -> V2FlowTokenizer:
+    def from_pretrained(
+        cls, path_or_id: str | Path | None = None, *, decoder: str | None = None, **kwargs: Any
+    ) -> V2FlowTokenizer:
         """The tokenizer in a folder or on the hub, in eval mode; without an argument the embedded one.
 
-        Raises:  ModelError for anything that is not a complete v2flow tokenizer.
+        Args:    decoder, one of its ``decoder_names`` (default: the one that the model names).
+        Raises:  ModelError for anything that is not a complete v2flow tokenizer, and a decoder that it does not have.
         """
         place = str(EMBEDDED_MODEL if path_or_id is None else path_or_id)
         kwargs.setdefault("dtype", torch.float32)
@@ -452,12 +518,19 @@ class V2FlowTokenizer(PreTrainedModel):
         if wrong or info.get("error_msgs"):
             kind, names = next(iter(wrong.items()), ("errors", info.get("error_msgs")))
             raise ModelError(f"{place}: the weights do not fit the config ({kind}: {', '.join(names[:3])}).")
-        return model.eval()
+        hub = {key: value for key, value in kwargs.items() if key in HUB_OPTIONS}
+        for name in model.config.decoders or {}:  # one that is missing is told when it is asked for
+            file = cached_file(place, decoder_file(name), _raise_exceptions_for_missing_entries=False, **hub)
+            model._decoder_files[name] = file and Path(file)
+        return model.eval().with_decoder(decoder)
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """Write ``config.json``, ``model.safetensors`` and ``preprocessor_config.json``."""
+        """Write ``config.json``, ``model.safetensors``, ``preprocessor_config.json``, and the other decoders' files."""
+        if self.decoder_name != FAITHFUL:
+            return self.with_decoder(FAITHFUL).save_pretrained(save_directory, **kwargs)
         super().save_pretrained(str(save_directory), **kwargs)
         self.image_processor.save_pretrained(str(save_directory))
+        copy_decoders(self._decoder_files, Path(save_directory))
 
     @torch.no_grad()
     def autoencode(self, images: Tensor) -> Tensor:

@@ -14,7 +14,8 @@ from v2flow_cli.recipe.schema import TokenizerRecipe, Vocabulary
 from v2flow_cli.runtime.device import DTYPES
 from v2flow_cli.store.llm_table import load_vocab_embeddings
 from v2flow_cli.tokenizer.latents import load_autoencoder_spec
-from v2flow_cli.tokenizer.v2flow import DECODER, SECTIONS, V2FlowConfig, V2FlowTokenizer
+from v2flow_cli.tokenizer.other_decoders import DECODER, FAITHFUL
+from v2flow_cli.tokenizer.v2flow import SECTIONS, V2FlowConfig, V2FlowTokenizer
 
 # What ``save_dtype`` may round. The rest decides ids: vectors are mixtures of thousands of words and differ by less
 # than a hundredth of what they are made of, so that in bf16 every second patch would choose another code.
@@ -178,7 +179,7 @@ def _continue(recipe: TokenizerRecipe) -> V2FlowTokenizer:
     A deeper decoder starts as the given one: the blocks that it has more pass everything through unchanged at first
     (arXiv 1511.05641).
     """
-    start = V2FlowTokenizer.from_pretrained(recipe.init_from)
+    start = V2FlowTokenizer.from_pretrained(recipe.init_from, decoder=FAITHFUL)
     _check_same_shapes(start.config, recipe)
     vocab_size, code_size = start.config.vocab_shape
     config = build_config(recipe, start.config.autoencoder or {}, (vocab_size, code_size))

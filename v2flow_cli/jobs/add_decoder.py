@@ -1,0 +1,57 @@
+"""A second decoder for a tokenizer's ids: that of another trained folder, beside the one that is there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from v2flow_cli.errors import ModelError
+from v2flow_cli.store.files import write_bytes
+from v2flow_cli.tokenizer import V2FlowTokenizer
+from v2flow_cli.tokenizer.other_decoders import DECODER, FAITHFUL, KEPT, SHA256, decoder_file
+
+NAME = re.compile(r"[a-z][a-z0-9-]*")
+
+
+def add_decoder(folder: str | Path, trained: str | Path, name: str = "sharp", *, default: bool = False) -> None:
+    """Put the decoder of the tokenizer folder ``trained`` into ``folder`` as ``name``; one of that name is replaced.
+
+    Its weights keep their number format, and its sampling settings come along. With ``default`` it is what ``folder``
+    decodes with unless another is asked for. Nothing else in ``folder`` changes, digests of tokens included.
+
+    Raises:  ModelError for folders whose token digests differ or that cannot be read, and for a bad name.
+    """
+    folder, trained = Path(folder), Path(trained)
+    if not NAME.fullmatch(name) or name == FAITHFUL:
+        raise ModelError(
+            f"A decoder cannot be named {name!r}: expected small letters, digits and hyphens, and {FAITHFUL} is the "
+            "name of the one in model.safetensors."
+        )
+    mine, other = (V2FlowTokenizer.from_pretrained(place, decoder=FAITHFUL) for place in (folder, trained))
+    if mine.token_digest != other.token_digest:
+        raise ModelError(
+            f"{trained}: its token digest is {other.token_digest}, that of {folder} is {mine.token_digest}; a decoder "
+            "reads the ids of one tokenizer alone. Train it with init_from and freeze_tokens: true."
+        )
+    weights = trained / "model.safetensors"
+    try:
+        with safe_open(weights, framework="pt") as file:
+            names = [key for key in file.keys() if key.split(".")[0] in DECODER]
+            content = save({key: file.get_tensor(key) for key in names})
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{weights}: the decoder cannot be read ({error}).") from None
+    settings = {section: getattr(other.config, section) for section in KEPT}
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["decoders"] = {
+        **(config.get("decoders") or {}),
+        name: {**settings, SHA256: hashlib.sha256(content).hexdigest()},
+    }
+    if default:
+        config["default_decoder"] = name
+    write_bytes(folder / decoder_file(name), content)
+    write_bytes(folder / "config.json", (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
