@@ -5,6 +5,40 @@
 The rooms, in reading order (an import never turns back):
 errors <- runtime, recipe <- tokenizer, store <- llm <- jobs <- training <- bench <- cli. Start with
 ``tokenizer/v2flow.py``.
+
+``import v2flow_cli`` imports neither torch nor transformers. The three classes below are imported at their first use,
+and registered with transformers' Auto classes when those are imported (``auto_classes.py``).
 """
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from v2flow_cli import auto_classes
+
+if TYPE_CHECKING:
+    from v2flow_cli.llm.sample import DrawingLM
+    from v2flow_cli.tokenizer import V2FlowImageProcessor, V2FlowTokenizer
+
 __version__ = "0.1.0"
+__all__ = ["DrawingLM", "V2FlowImageProcessor", "V2FlowTokenizer", "__version__"]
+
+_MODULES = {
+    "DrawingLM": "v2flow_cli.llm.sample",
+    "V2FlowImageProcessor": "v2flow_cli.tokenizer",
+    "V2FlowTokenizer": "v2flow_cli.tokenizer",
+}
+
+auto_classes.install()
+
+
+def __getattr__(name: str) -> Any:
+    """The public classes, imported at their first use (PEP 562)."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

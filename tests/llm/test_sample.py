@@ -34,8 +34,8 @@ PROMPTS = ["a red fox", "two dogs on a beach near the water", "a red fox", ""]
 
 
 def draw(artist, rows, **settings):
-    settings = dict(seeds=[s for _, s in rows], temperatures=[1.0] * len(rows)) | settings
-    return artist.draw([PROMPTS[p] for p, _ in rows], **settings)
+    settings = dict(seeds=[s for _, s in rows], temperature=1.0) | settings
+    return artist.generate([PROMPTS[p] for p, _ in rows], **settings)
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 2.5])
@@ -51,8 +51,8 @@ def test_a_row_does_not_depend_on_its_batch(artist, guidance_scale):
 def test_guidance_is_the_formula_and_1_is_none(artist):
     plain = draw(artist, [(0, 1), (1, 2)])
     assert torch.equal(plain, draw(artist, [(0, 1), (1, 2)], guidance_scale=1.0))
-    unguided = draw(artist, [(3, 1)], temperatures=[0.0])
-    assert torch.equal(draw(artist, [(0, 1)], guidance_scale=0.0, temperatures=[0.0]), unguided)
+    unguided = draw(artist, [(3, 1)], temperature=0.0)
+    assert torch.equal(draw(artist, [(0, 1)], guidance_scale=0.0, temperature=0.0), unguided)
     assert not torch.equal(draw(artist, [(0, 1)], guidance_scale=20.0), plain[:1])
 
 
@@ -72,7 +72,7 @@ def test_greedy_equals_generate_with_the_logits_processor(artist, drawing):
         pad_token_id=2,
     )[:, width:]
     assert out[:, 12].tolist() == [vocabulary.end_image_id] * 4 and out[:, 13].tolist() == [1] * 4
-    mine = artist.draw(PROMPTS, seeds=[0] * 4, temperatures=[0.0] * 4)
+    mine = artist.generate(PROMPTS, seeds=[0] * 4, temperature=0.0)
     assert torch.equal(out[:, :12] - vocabulary.visual_token_offset, mine)
 
 

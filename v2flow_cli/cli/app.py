@@ -1,7 +1,5 @@
 """The ``v2flow`` command: seven commands, one error policy."""
 
-
-
 from __future__ import annotations
 
 import os

@@ -84,7 +84,7 @@ class Studio:
         """The picture that the LLM writes for ``prompt``."""
         if not prompt.strip():
             raise V2FlowError('The prompt is empty; say what to draw, such as "a red fox".')
-        ids = self.llm.draw([prompt], seeds=[int(seed)], temperatures=[temperature])
+        ids = self.llm.generate(prompt, seeds=int(seed), temperature=temperature)
         return self.tokenizer.image_processor.to_pil(self._decode(ids, rounds, steps, guidance, seed, decoder))[0]
 
     def _decode(

@@ -171,7 +171,7 @@ def _draw(
     drawer = DrawingLM.from_pretrained(llm, device, dtype)
     count = len(TEMPERATURES)
     with progress(f"a sentence to pictures: {prompt}", drawer.vocabulary.tokens_per_image) as tick:
-        token_ids = drawer.draw([prompt] * count, seeds=[0] * count, temperatures=TEMPERATURES, tick=tick)
+        token_ids = drawer.generate([prompt] * count, seeds=[0] * count, temperature=TEMPERATURES, tick=tick)
     with inference(tokenizer, dtype):
         images = tokenizer.image_processor.to_pil(tokenizer.decode(token_ids, seeds=[0] * count))
     for temperature, image in zip(TEMPERATURES, images):

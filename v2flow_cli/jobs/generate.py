@@ -105,10 +105,10 @@ def draw_pictures(
     device, models = image_tokenizer.device, model_digests(llm, image_tokenizer)
     for first in range(0, len(pictures), batch_size):
         batch = pictures[first : first + batch_size]
-        token_ids = llm.draw(
+        token_ids = llm.generate(
             [p.prompt for p in batch],
             seeds=[p.seed for p in batch],
-            temperatures=[p.temperature for p in batch],
+            temperature=[p.temperature for p in batch],
             top_k=settings.top_k,
             top_p=settings.top_p,
             guidance_scale=settings.llm_guidance_scale,

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils.logging import disable_progress_bar
 
 from v2flow_cli.errors import ModelError
+from v2flow_cli.runtime.hub import model_folder
 
 
 @contextlib.contextmanager
@@ -27,11 +28,16 @@ def loading(name: str) -> Iterator[None]:
         ) from error
 
 
-def load_llm(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal LM and its text tokenizer from a folder or hub id.  Raises: ModelError."""
+def load_llm(name: str, dtype: torch.dtype, **hub: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal LM and its text tokenizer from a folder or hub id.
+
+    Args:    hub, as ``runtime.hub.model_folder`` takes it.
+    Raises:  ModelError.
+    """
     disable_progress_bar()
+    folder = model_folder(name, **hub)
     with loading(name):
-        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype), AutoTokenizer.from_pretrained(name)
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype), AutoTokenizer.from_pretrained(folder)
 
 
 def context_length(config: Any) -> float:

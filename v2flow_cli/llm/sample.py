@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,14 +35,24 @@ class DrawingLM:
 
     @classmethod
     def from_pretrained(
-        cls, name: str | Path | None = None, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+        cls,
+        path_or_id: str | Path | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
     ) -> DrawingLM:
         """The LLM in a folder or on the hub; None is the embedded default.
 
+        Args:    revision, token, cache_dir, local_files_only: of a hub id, as ``runtime.hub.model_folder`` takes them.
         Raises:  ModelError for a folder that is no causal LM, or one that was not taught to draw.
         """
-        name = str(DEFAULT_LLM if name is None else name)
-        model, text_tokenizer = load_llm(name, dtype)
+        name = str(DEFAULT_LLM if path_or_id is None else path_or_id)
+        hub = dict(revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
+        model, text_tokenizer = load_llm(name, dtype, **hub)
         vocabulary = VisualVocabulary.of(model.config, name)
         return cls(model.to(device).eval(), text_tokenizer, vocabulary, name)
 
@@ -61,25 +72,37 @@ class DrawingLM:
         return prompt_ids(self.vocabulary, words)
 
     @torch.inference_mode()
-    def draw(
+    def generate(
         self,
-        prompts: Sequence[str],
+        prompts: str | Sequence[str],
         *,
-        seeds: Sequence[int],
-        temperatures: Sequence[float],
+        seeds: int | Sequence[int] = 0,
+        temperature: float | Sequence[float] = 1.0,
         top_k: int = 0,
         top_p: float = 1.0,
         guidance_scale: float = 1.0,
         tick: Callable[[], None] = lambda: None,
     ) -> Tensor:
-        """Image tokens (B, L) in [0, K), one row for each prompt with its seed and temperature.
+        """Image tokens (B, L) int64 in [0, K), one row for each prompt; ``V2FlowTokenizer.decode`` draws them.
 
         Where the vocabulary is flexible a row may stop early: its first 1 to L entries are tokens, the rest STOPPED.
 
-        Args:  temperature 0 takes the likeliest token; top_k 0 and top_p 1 cut nothing; guidance follows
-               uncond + scale (cond - uncond) on logits, the empty prompt being unconditional; ``tick`` is called
-               after every position. A row depends on its own prompt, seed and settings, not on the batch.
+        Args:    seeds, one for each prompt, or the first, from which the others count up; temperature, one for each
+                 or one for all, 0 takes the likeliest token; top_k 0 and top_p 1 cut nothing; guidance follows
+                 uncond + scale (cond - uncond) on logits, the empty prompt being unconditional; ``tick`` is called
+                 after every position. A row depends on its own prompt, seed and settings, not on the batch.
+        Raises:  DataError for no prompt, one that is too long, and another number of seeds or temperatures.
         """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        seeds = [seeds + i for i in range(len(prompts))] if isinstance(seeds, int) else list(seeds)
+        temperatures = [temperature] * len(prompts) if isinstance(temperature, int | float) else list(temperature)
+        if not prompts or not len(prompts) == len(seeds) == len(temperatures):
+            raise DataError(
+                f"{len(prompts)} prompts, {len(seeds)} seeds and {len(temperatures)} temperatures; expected at least "
+                "one prompt, and one of each for every prompt."
+            )
+        if not all(0 <= t < math.inf for t in temperatures):
+            raise DataError(f"temperature is {temperature}; expected numbers from 0 up.")
         v, device = self.vocabulary, self.model.device
         length, start, end = v.tokens_per_image, v.visual_token_offset, v.end_image_id - v.visual_token_offset
         uniforms = torch.stack(

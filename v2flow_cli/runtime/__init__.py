@@ -1,4 +1,4 @@
-"""What every room needs from the machine: devices, the processes of a launch, batch-invariant CPU work, digests.
+"""What every room needs: devices, processes of a launch, batch-invariant CPU work, digests, model folders, 8-bit RGB.
 
-Imports torch and ``errors`` only.
+Imports ``errors`` only, and torch where it is needed.
 """

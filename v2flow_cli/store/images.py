@@ -12,26 +12,16 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
 from v2flow_cli.errors import DataError
+from v2flow_cli.runtime.rgb import to_rgb
 
 MAX_PIXELS = 50_000_000  # checked before decoding: a small file can claim any size
 
 #: Formats that Pillow decodes itself; EPS, for one, would start another program.
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")
 SUFFIXES = frozenset(".jpg .jpeg .jpe .jfif .png .webp .avif .gif .bmp .tif .tiff .ppm .pgm .pbm .pnm".split())
-
-_TURNS = {  # EXIF orientation -> what undoes it
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 # Pillow warns of its own, larger limit and of damaged EXIF; here a file is a picture or a DataError.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -71,11 +61,9 @@ def open_image(source: Path | bytes, name: str) -> Image.Image:
         )
     try:
         image.load()
-        turn = _TURNS.get(image.getexif().get(0x0112, 1))
-        image = _to_rgb(image)
+        return to_rgb(image)
     except Exception as error:  # as above: OSError, SyntaxError, struct.error, zlib.error, ...
         raise DataError(f"{name}: a damaged or truncated {image.format} image ({error}).") from error
-    return image.transpose(turn) if turn is not None else image
 
 
 def read_bytes(path: Path) -> bytes:
@@ -84,28 +72,6 @@ def read_bytes(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error}).") from error
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "F" or image.mode.startswith("I"):
-        return Image.fromarray(_to_8_bit(np.asarray(image, dtype=np.float64), image.mode)).convert("RGB")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")  # CMYK, inverted by Pillow where Adobe wrote it so
-
-
-def _to_8_bit(values: np.ndarray, mode: str) -> np.ndarray:
-    """Grey values of more than 8 bits as uint8; Pillow's own conversion would clip them at 255.
-
-    White is 65,535 for integers. Floats do not say: the smallest of 1, 255 and 65,535 that holds every value;
-    whatever is larger than these is scaled by its maximum.
-    """
-    values = np.nan_to_num(values, posinf=0.0, neginf=0.0)
-    top = float(values.max())
-    white = next((w for w in ((1.0, 255.0, 65535.0) if mode == "F" else (65535.0,)) if top <= w), top)
-    return (values.clip(0, white) * (255.0 / white)).round().astype(np.uint8)
 
 
 def find_images(inputs: Sequence[str | Path]) -> list[FoundFile]:

@@ -9,6 +9,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from v2flow_cli.errors import ModelError
+from v2flow_cli.runtime.hub import model_folder
 
 # Llama, Qwen, Phi-3, Mixtral and nearly all causal LMs; then GPT-2, GPT-NeoX, Falcon and OPT.
 TABLE_NAMES = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
@@ -36,19 +37,19 @@ def vocab_shape(path_or_id: str) -> tuple[int, int]:
 
 def _find_table(path_or_id: str) -> tuple[Path, str, int]:
     """(file, name, words) of the input table."""
-    config = _local_folder(path_or_id, ("*.json",))
+    config = model_folder(path_or_id, ("*.json",))
     index = config / "model.safetensors.index.json"
     try:
         if index.is_file():
             places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         else:
-            single = _local_folder(path_or_id, ("model.safetensors",)) / "model.safetensors"
+            single = model_folder(path_or_id, ("model.safetensors",)) / "model.safetensors"
             with safe_open(single, framework="pt") as weights:
                 places = dict.fromkeys(weights.keys(), "model.safetensors")
         name = next((key for key in places if key.endswith(TABLE_NAMES)), None)
         if name is None:
             raise ModelError(f"{path_or_id}: no embedding table found (looked for {', '.join(TABLE_NAMES)}).")
-        file = _local_folder(path_or_id, (places[name],)) / places[name]
+        file = model_folder(path_or_id, (places[name],)) / places[name]
         with safe_open(file, framework="pt") as weights:
             rows = weights.get_slice(name).get_shape()[0]
         words = min(rows, _words(config, rows))
@@ -70,16 +71,3 @@ def _words(folder: Path, rows: int) -> int:
     from tokenizers import Tokenizer
 
     return Tokenizer.from_file(str(file)).get_vocab_size(with_added_tokens=True)
-
-
-def _local_folder(path_or_id: str, patterns: tuple[str, ...]) -> Path:
-    """The folder, or the hub's cache of it with the files that match ``patterns``."""
-    if Path(path_or_id).is_dir():
-        return Path(path_or_id)
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(path_or_id, allow_patterns=list(patterns)))
-    except Exception as error:  # the hub client has a dozen kinds, all of them mean the same to the user
-        reason = str(error).strip().splitlines()[0]
-        raise ModelError(f"{path_or_id}: neither a folder nor a model that the hub could give ({reason}).") from None

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from v2flow_cli.errors import ModelError
+from v2flow_cli.runtime.hub import model_folder
 from v2flow_cli.tokenizer.autoencoder import V2FlowAutoencoder, V2FlowAutoencoderConfig
 
 DIFFUSERS_CLASSES = ("AutoencoderDC", "AutoencoderKL", "AutoencoderTiny")
@@ -63,42 +65,43 @@ def load_autoencoder_spec(path_or_id: str) -> tuple[dict[str, Any], dict[str, Te
     """
     if path_or_id == PIXELS:
         return {"class": PIXELS}, {}
-    import diffusers
     from transformers import PretrainedConfig
 
+    folder = model_folder(path_or_id)
     try:
-        config, _ = PretrainedConfig.get_config_dict(path_or_id)
+        config, _ = PretrainedConfig.get_config_dict(folder)
     except (OSError, ValueError) as error:
         raise ModelError(f"{path_or_id}: not an autoencoder folder or hub id ({str(error).splitlines()[0]}).") from None
     if config.get("model_type") == V2FlowAutoencoderConfig.model_type:
-        model: Any = V2FlowAutoencoder.from_pretrained(path_or_id, dtype=torch.float32)
+        model: Any = V2FlowAutoencoder.from_pretrained(folder, dtype=torch.float32)
         known = ("latent_channels", "encoder_width", "encoder_depth", "decoder_width", "decoder_depth")
         spec = {k: getattr(model.config, k) for k in (*known, "latent_noise", "scaling_factor", "shift_factor")}
         return {"class": "V2FlowAutoencoder", **spec}, model.state_dict()
     if config.get("model_type") == "v2flow":
-        return _inside_tokenizer(path_or_id, config)
+        return _inside_tokenizer(folder, config)
     name = config.get("_class_name")
     if name not in DIFFUSERS_CLASSES:
         raise ModelError(
             f"{path_or_id}: an autoencoder of class {name!r}; expected V2FlowAutoencoder, "
             f"{', '.join(DIFFUSERS_CLASSES)}, or the word pixels."
         )
-    model = getattr(diffusers, name).from_pretrained(path_or_id)
+    import diffusers
+
+    model = getattr(diffusers, name).from_pretrained(folder)
     spec = {k: v for k, v in dict(model.config).items() if not k.startswith("_")}
     return {"class": name, **spec}, model.state_dict()
 
 
-def _inside_tokenizer(path_or_id: str, config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _inside_tokenizer(folder: Path, config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     from safetensors import SafetensorError, safe_open
-    from transformers.utils import cached_file
 
     prefix = "latents.autoencoder."
     try:
-        with safe_open(cached_file(path_or_id, "model.safetensors"), framework="pt") as file:
+        with safe_open(folder / "model.safetensors", framework="pt") as file:
             names = [name for name in file.keys() if name.startswith(prefix)]
             return config["autoencoder"], {name.removeprefix(prefix): file.get_tensor(name).float() for name in names}
     except (OSError, SafetensorError) as error:
-        raise ModelError(f"{path_or_id}: the tokenizer's autoencoder cannot be read ({error}).") from None
+        raise ModelError(f"{folder}: the tokenizer's autoencoder cannot be read ({error}).") from None
 
 
 def _build(kind: str | None, spec: dict[str, Any]) -> nn.Module:

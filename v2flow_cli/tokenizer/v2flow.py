@@ -15,15 +15,15 @@ from typing import Any
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
-from transformers.utils import cached_file
+from transformers import PreTrainedModel
 
-from v2flow_cli.errors import ModelError, RecipeError
-from v2flow_cli.recipe.load import parse_section
+from v2flow_cli.errors import ModelError, reason_of
 from v2flow_cli.recipe.schema import FSQ, FlowTransformer, Registers, Resampler, Sampling, TokenizerLoss
 from v2flow_cli.runtime.batch_invariant import on_single_threads
 from v2flow_cli.runtime.device import without_autocast
 from v2flow_cli.runtime.digest import model_digest
+from v2flow_cli.runtime.hub import model_folder
+from v2flow_cli.tokenizer.config import V2FlowConfig
 from v2flow_cli.tokenizer.context import MaskedTransformer, grid_coordinates
 from v2flow_cli.tokenizer.decoder import Decoder, Places
 from v2flow_cli.tokenizer.decoder_masked import MaskedDecoder
@@ -51,57 +51,6 @@ from v2flow_cli.tokenizer.vocabulary import VocabularyProjection
 
 EMBEDDED_MODEL = Path(__file__).resolve().parents[1] / "assets" / "default" / "tokenizer"
 SECTIONS = ("vocabulary", "resampler", "quantizer", "context", "flow", "sampling")  # of the recipe
-HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
-
-
-class V2FlowConfig(PretrainedConfig):
-    """The recipe's model sections, the autoencoder's own config, and the shape of the frozen vocabulary.
-
-    ``decoders`` names others for the same ids (see ``other_decoders``); ``default_decoder`` is used unless asked.
-    """
-
-    model_type = "v2flow"
-
-    def __init__(
-        self,
-        image_size: int = 256,
-        patch_size: int = 2,
-        autoencoder: dict[str, Any] | None = None,
-        vocab_shape: Sequence[int] = (0, 0),
-        vocabulary: dict[str, Any] | None = None,
-        resampler: dict[str, Any] | None = None,
-        quantizer: dict[str, Any] | None = None,
-        context: dict[str, Any] | None = None,
-        flow: dict[str, Any] | None = None,
-        sampling: dict[str, Any] | None = None,
-        decoders: dict[str, dict[str, Any]] | None = None,
-        default_decoder: str = FAITHFUL,
-        **kwargs: Any,
-    ) -> None:
-        self.image_size = image_size
-        self.patch_size = patch_size
-        self.autoencoder = autoencoder
-        self.vocab_shape = list(vocab_shape)
-        self.vocabulary = vocabulary
-        self.resampler = resampler
-        self.quantizer = quantizer
-        self.context = context
-        self.flow = flow
-        self.sampling = sampling
-        self.decoders = decoders
-        self.default_decoder = default_decoder
-        super().__init__(**kwargs)
-
-    @property
-    def codebook_size(self) -> int:
-        return int(self.section("quantizer").codebook_size)
-
-    def section(self, name: str) -> Any:
-        """The dataclass of one section. Raises ModelError when its keys are not the schema's."""
-        try:
-            return parse_section(name, getattr(self, name), "config.json")
-        except RecipeError as error:
-            raise ModelError(f"The model does not fit this version of v2flow: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -390,7 +339,8 @@ class V2FlowTokenizer(PreTrainedModel):
     ) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] of token ids (B, L): Algorithm 1, guided as in Eq. 7.
 
-        Args:    lengths, one per image: decode only the first so many ids of a row, where the length is flexible;
+        Args:    lengths, one per image: decode only the first so many ids of a row, where the length is flexible
+                 (default: those before the first negative one, as ``DrawingLM.generate`` ends a row);
                  height, width in pixels (default: the square image with L tokens, the config's size where the
                  length is flexible); ``seeds``, one per image, make each independent of its batch;
                  ``decoder``, one of ``decoder_names`` (default: the one it was loaded with);
@@ -405,6 +355,9 @@ class V2FlowTokenizer(PreTrainedModel):
         settings: Sampling = dataclasses.replace(self.config.section("sampling"), **given)
         if height is None or width is None:
             height, width = self.grid_of(token_ids.shape[1])
+        if lengths is None and self.flexible and token_ids.numel():
+            lengths = (token_ids >= 0).sum(1).tolist()
+            token_ids = token_ids.clamp_min(0)
         counts = [token_ids.shape[1]] * len(token_ids) if lengths is None else list(lengths)
         for count in {token_ids.shape[1], *counts}:
             self.check_length(count, height, width)
@@ -491,37 +444,48 @@ class V2FlowTokenizer(PreTrainedModel):
 
     @classmethod
     def from_pretrained(
-        cls, path_or_id: str | Path | None = None, *, decoder: str | None = None, **kwargs: Any
+        cls,
+        path_or_id: str | Path | None = None,
+        *,
+        decoder: str | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        **kwargs: Any,
     ) -> V2FlowTokenizer:
         """The tokenizer in a folder or on the hub, in eval mode; without an argument the embedded one.
 
-        Args:    decoder, one of its ``decoder_names`` (default: the one that the model names).
+        Args:    decoder, one of its ``decoder_names`` (default: the one that the model names);
+                 revision, token, cache_dir, local_files_only: of a hub id, as ``runtime.hub.model_folder`` takes them;
+                 kwargs, as PreTrainedModel.from_pretrained takes them; dtype is float32 unless it is given.
         Raises:  ModelError for anything that is not a complete v2flow tokenizer, and a decoder that it does not have.
         """
-        place = str(EMBEDDED_MODEL if path_or_id is None else path_or_id)
+        place = EMBEDDED_MODEL if path_or_id is None else path_or_id
+        folder = model_folder(
+            place, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+        )
         kwargs.setdefault("dtype", torch.float32)
         try:
-            config, _ = V2FlowConfig.get_config_dict(place)
+            config, _ = V2FlowConfig.get_config_dict(folder)
             if config.get("model_type") != V2FlowConfig.model_type:
                 found = f"a model of type {config['model_type']!r}" if "model_type" in config else "no model"
                 raise ModelError(f"{place}: {found}; expected a v2flow tokenizer (a folder written by `v2flow train`).")
             # Mismatches are reported, so that the check below can name them; none is ever ignored.
             model, info = super().from_pretrained(
-                place, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+                str(folder), output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
             )
         except ModelError:
             raise
-        except Exception as error:  # transformers, safetensors and the hub each raise their own kinds
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise ModelError(f"{place}: not a loadable v2flow tokenizer ({reason}).") from error
+        except Exception as error:  # transformers and safetensors each raise their own kinds
+            raise ModelError(f"{place}: not a loadable v2flow tokenizer ({reason_of(error)}).") from error
         wrong = {k: sorted(map(str, v)) for k, v in info.items() if v and k != "error_msgs"}
         if wrong or info.get("error_msgs"):
             kind, names = next(iter(wrong.items()), ("errors", info.get("error_msgs")))
             raise ModelError(f"{place}: the weights do not fit the config ({kind}: {', '.join(names[:3])}).")
-        hub = {key: value for key, value in kwargs.items() if key in HUB_OPTIONS}
         for name in model.config.decoders or {}:  # one that is missing is told when it is asked for
-            file = cached_file(place, decoder_file(name), _raise_exceptions_for_missing_entries=False, **hub)
-            model._decoder_files[name] = file and Path(file)
+            file = folder / decoder_file(name)
+            model._decoder_files[name] = file if file.is_file() else None
         return model.eval().with_decoder(decoder)
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:

@@ -34,6 +34,7 @@ from v2flow_cli.llm.vocabulary import VisualVocabulary, add_visual_tokens, exten
 from v2flow_cli.recipe.load import dump_recipe
 from v2flow_cli.recipe.schema import FinetuneRecipe, Lora
 from v2flow_cli.runtime.device import describe_hardware
+from v2flow_cli.runtime.hub import SETTINGS, model_folder
 from v2flow_cli.tokenizer import V2FlowTokenizer
 from v2flow_cli.training.llm_trainer import (
     LMTrainer,
@@ -233,7 +234,8 @@ def plan(recipe: FinetuneRecipe) -> dict[str, int | float]:
     image_tokenizer = V2FlowTokenizer.from_pretrained(recipe.tokenizer)
     length, images = check_data(recipe.data, image_tokenizer)
     with loading(recipe.llm):
-        config, text_tokenizer = AutoConfig.from_pretrained(recipe.llm), AutoTokenizer.from_pretrained(recipe.llm)
+        folder = model_folder(recipe.llm, SETTINGS)
+        config, text_tokenizer = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
     if recipe.new_rows == "kept":

@@ -1,0 +1,84 @@
+"""What a user calls a model, a folder or an id on the Hugging Face hub, to a folder on this disk."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from v2flow_cli.errors import ModelError, reason_of
+
+REPO_ID = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")  # NAME or OWNER/NAME
+WEIGHTS = ("*.safetensors",)
+SETTINGS = ("*.json", "*.jinja", "*.txt", "*.model", "*.npy")  # configs, and what text tokenizers need
+
+
+def model_folder(
+    name: str | Path,
+    patterns: Sequence[str] = (*SETTINGS, *WEIGHTS),
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> Path:
+    """The folder ``name``; or the hub's repository of that id, from its cache or fetched into it.
+
+    A path that does not exist is told at once: OWNER/NAME is such a path where a folder OWNER lies here. Without a
+    network, or with ``HF_HUB_OFFLINE=1``, what the cache holds of the repository is taken.
+
+    Args:    patterns, of the files wanted (those in subfolders are left out); revision, a branch, tag or commit;
+             token, for a private repository (default: that of ``hf auth login`` or HF_TOKEN); cache_dir, instead of
+             the hub client's own; local_files_only, do not ask the hub.
+    Raises:  ModelError for a folder or repository that is not there or may not be read.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise ModelError(f"{name}: a file; expected the folder of a model, or a hub id.")
+    text = str(name)
+    if not REPO_ID.fullmatch(text) or ("/" in text and path.parent.is_dir()):
+        raise ModelError(f"{text}: no such folder.{_similar(path)}")
+    from huggingface_hub import snapshot_download
+
+    try:
+        found = snapshot_download(
+            text,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            allow_patterns=list(patterns),
+            ignore_patterns=["*/*", "*.fp16.*"],
+        )
+    except Exception as error:  # the hub client, its HTTP library and the disk have a dozen kinds
+        where = f"{text} (revision {revision})" if revision else text
+        raise ModelError(f"{where}: {_reason(error, local_files_only)}.") from error
+    return Path(found)
+
+
+def _similar(path: Path) -> str:
+    """A folder beside ``path`` with nearly its name, as a question; empty where there is none."""
+    if not path.parent.is_dir():
+        return ""
+    names = [folder.name for folder in path.parent.iterdir() if folder.is_dir()]
+    close = difflib.get_close_matches(path.name, names, n=1)
+    return f" Did you mean {path.parent / close[0]}?" if close else ""
+
+
+def _reason(error: Exception, local_files_only: bool) -> str:
+    from huggingface_hub import errors, is_offline_mode
+
+    if isinstance(error, errors.GatedRepoError):
+        return "a gated repository; ask for access on its page, and give a token (`hf auth login`)"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return "the hub has this repository, but no such revision"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return "no such folder, and no such repository on the hub; a private one needs a token (`hf auth login`)"
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        offline = local_files_only or is_offline_mode()
+        why = "the hub is not asked, being offline" if offline else "the hub cannot be reached"
+        return f"no such folder, not complete in the hub's cache, and {why}"
+    return f"cannot be fetched ({reason_of(error)})"
