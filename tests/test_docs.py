@@ -140,6 +140,17 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch, tiny_tokenizer_fol
     assert (tmp_path / "decoded.png").is_file()
 
 
+@pytest.mark.slow
+def test_the_python_page_runs_and_prints_what_it_says(tmp_path, monkeypatch, capsys, sample_images):
+    monkeypatch.chdir(tmp_path)
+    sample_images[1].save("photo.jpg")
+    (code,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/python.md").read_text("utf-8"), re.M | re.S)
+    exec(compile(code, "python.md", "exec"), {})
+    said = re.findall(r"print\(.*  # (torch\.Size\(\[[\d, ]+\]\))", code)
+    assert capsys.readouterr().out.split("\n")[:-1] == said and len(said) == 4
+    assert {path.name for path in tmp_path.glob("*.png")} == {"decoded.png", "drawn-0.png", "drawn-1.png"}
+
+
 def test_the_serving_page_draws_with_plain_transformers(tmp_path, monkeypatch):
     """The page's code runs as it stands on an LLM that finetune-llm could have left, and never imports v2flow."""
     import numpy as np
