@@ -13,7 +13,6 @@ DOCS = PACKAGE.parent / "docs"
 # Each room, and the rooms it may import from. `store` knows no model.
 MAY_IMPORT = {
     "errors": set(),
-    "__main__": {"cli"},
     "auto_classes": {"tokenizer"},  # once a program has asked transformers for an Auto class
     "runtime": {"errors"},
     "recipe": {"errors"},
