@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from tests.llm.conftest import make_llm
 from tests.llm.test_finetune import LORA, StopAt, logits_of
 from v2flow_cli.errors import ModelError
-from v2flow_cli.llm.caption_contrast import gist_loss, middle_layer
+from v2flow_cli.llm.caption_contrast import caption_contrast_loss, middle_layer
 from v2flow_cli.llm.loss import labelled_losses
 from v2flow_cli.llm.sequences import collate, prompt_ids, sample
 from v2flow_cli.llm.vocabulary import extend_tables
@@ -21,7 +21,7 @@ from v2flow_cli.training.objectives import drawing as finetuning
 from v2flow_cli.training.objectives.drawing import finetune
 
 
-def test_gist_loss_by_hand():
+def test_caption_contrast_loss_by_hand():
     logits = torch.randn(3, 7, generator=torch.Generator().manual_seed(0))
     pictures = torch.tensor([[1, 1, 4, 6], [2, 5, -1, -1], [0, 3, 3, -1]])
     log_probs = logits.log_softmax(-1)
@@ -35,8 +35,8 @@ def test_gist_loss_by_hand():
     of_picture = -scores.log_softmax(1).diagonal().mean()
     of_prompt = -scores.log_softmax(0).diagonal().mean()
     expected = -means.diagonal().mean() + (of_picture + of_prompt) / 2
-    assert gist_loss(logits, pictures) == pytest.approx(expected.item(), abs=1e-6)
-    alone = gist_loss(logits[:1], pictures[:1])  # nobody to be told from
+    assert caption_contrast_loss(logits, pictures) == pytest.approx(expected.item(), abs=1e-6)
+    alone = caption_contrast_loss(logits[:1], pictures[:1])  # nobody to be told from
     assert alone == pytest.approx(-means[0, 0].item(), abs=1e-6)
 
 
@@ -78,7 +78,7 @@ def test_layers_must_be_found(llm):
             return torch.nn.Linear(1, 1)
 
     assert middle_layer(llm) is llm.model.layers[1]
-    with pytest.raises(ModelError, match=r"Odd: its layers are not found.*Set gist_loss to 0"):
+    with pytest.raises(ModelError, match=r"Odd: its layers are not found.*Set caption_contrast to 0"):
         middle_layer(Odd())
 
 
@@ -86,11 +86,11 @@ def test_layers_must_be_found(llm):
 def test_is_learned_beside_the_next_token(recipe, llm_folder, family):
     log = []
     train = replace(recipe.train, steps=40, log_every=10, batch_size=6, accumulate=1)
-    settings = dict(gist_loss=1.0, train=train, llm=str(llm_folder(family)))
+    settings = dict(caption_contrast=1.0, train=train, llm=str(llm_folder(family)))
     recipe = replace(recipe, optimizer=replace(recipe.optimizer, learning_rate=1e-2), **settings)
     report = finetune(recipe, log=log.append)
-    lines = [line for line in log if "gist_loss" in line]
-    gist = [float(re.search(r"gist_loss (\S+)", line)[1]) for line in lines]
+    lines = [line for line in log if "caption_contrast_loss" in line]
+    gist = [float(re.search(r"caption_contrast_loss (\S+)", line)[1]) for line in lines]
     answer = [float(re.search(r" loss (\S+)", line)[1]) for line in lines]
     assert gist[-1] < gist[0] - 0.3
     # The loss that is reported is the answer's alone: with the gist in it, it would be twice as much.
@@ -101,10 +101,10 @@ def test_is_learned_beside_the_next_token(recipe, llm_folder, family):
 
 @pytest.mark.parametrize("mode", ["full", "lora"])
 def test_resume_equals_not_stopping(recipe, tmp_path, mode):
-    recipe = replace(recipe, gist_loss=0.5, mode=mode, lora=LORA if mode == "lora" else None)
+    recipe = replace(recipe, caption_contrast=0.5, mode=mode, lora=LORA if mode == "lora" else None)
     log = []
     straight = finetune(recipe, log=log.append)
-    assert any("gist_loss" in line for line in log)
+    assert any("caption_contrast_loss" in line for line in log)
     stopped = replace(recipe, output=str(tmp_path / "stopped"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(finetuning, "RunClock", lambda *given: StopAt(3, *given))
@@ -115,11 +115,11 @@ def test_resume_equals_not_stopping(recipe, tmp_path, mode):
 
 
 def test_gradient_checkpointing_changes_nothing(recipe, tmp_path):
-    recipe = replace(recipe, gist_loss=1.0)
+    recipe = replace(recipe, caption_contrast=1.0)
     finetune(recipe, log=print)
     frugal = replace(recipe, train=replace(recipe.train, gradient_checkpointing=True), output=str(tmp_path / "frugal"))
     finetune(frugal, log=print)
     assert torch.allclose(logits_of(recipe.output), logits_of(frugal.output), atol=1e-5)
-    without = replace(recipe, gist_loss=0.0, output=str(tmp_path / "without"))
+    without = replace(recipe, caption_contrast=0.0, output=str(tmp_path / "without"))
     finetune(without, log=print)
     assert not torch.allclose(logits_of(recipe.output), logits_of(without.output), atol=1e-4)

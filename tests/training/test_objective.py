@@ -1,4 +1,4 @@
-"""What a tokenizer minimises beyond the flow: pixels, SSIM, isometry; and training the decoder alone."""
+"""What a tokenizer minimises beyond the flow: pixels, SSIM; and training the decoder alone."""
 
 import math
 from dataclasses import replace
@@ -7,10 +7,9 @@ import pytest
 import torch
 
 from v2flow_cli.errors import ModelError, RecipeError
-from v2flow_cli.recipe.schema import Vocabulary
 from v2flow_cli.tokenizer import V2FlowTokenizer
 from v2flow_cli.training.loop import train
-from v2flow_cli.training.objectives.tokenizer import TokenizerObjective, temperature_at
+from v2flow_cli.training.objectives.tokenizer import TokenizerObjective
 
 from .conftest import quiet, recipe
 
@@ -56,44 +55,6 @@ def test_pixel_loss_reaches_the_encoder_through_the_frozen_autoencoder(world, tm
     assert made.model.flow.regress.weight.grad.abs().sum() > 0
     assert all(p.grad is None for p in made.model.latents.parameters())
     assert out["loss"].item() == pytest.approx(1 - out["ssim"].item(), abs=1e-5)
-
-
-def test_isometry_fades(world, tmp_path):
-    weights = ("loss.isometry=2.0", "loss.isometry_steps=4")
-    made = objective(world, tmp_path, *weights)
-    _, out = terms(made)  # at step 3 of 4 a quarter is left
-    _, without = terms(objective(world, tmp_path))
-    assert out["isometry_loss"] > 0 and without["isometry_loss"] == 0
-    assert (out["loss"] - without["loss"]).item() == pytest.approx(0.5 * out["isometry_loss"].item(), rel=1e-3)
-
-
-def test_commitment_rises_from_the_start_of_the_codebook(world, tmp_path):
-    _, without = terms(objective(world, tmp_path, "loss.commit=0", "quantizer.start_step=1"))
-    for ramp, share in ((0, 1.0), (8, 0.25), (2, 1.0)):  # step 3 is two steps after the start
-        weights = ("loss.commit=2.0", f"loss.commit_ramp_steps={ramp}", "quantizer.start_step=1")
-        _, out = terms(objective(world, tmp_path, *weights))
-        added = 2.0 * share * out["commit_loss"].item()
-        assert added > 0
-        assert (out["loss"] - without["loss"]).item() == pytest.approx(added, rel=1e-3)
-
-
-def test_temperature_falls_by_equal_factors_to_its_end():
-    words = Vocabulary("lm", "tied", 20.0, 0.25, 1.0, 0, 0, temperature_start=4.0, temperature_steps=4)
-    assert [temperature_at(step, words) for step in range(6)] == pytest.approx([4, 2, 1, 0.5, 0.25, 0.25])
-    assert temperature_at(0, replace(words, temperature_steps=0)) == 0.25
-
-
-def test_the_schedule_reaches_the_softmax(world, tmp_path):
-    """A cooler softmax is surer of its words; encode, which knows no step, has the end of the schedule."""
-    schedule = ("vocabulary.temperature=0.1", "vocabulary.temperature_start=10", "vocabulary.temperature_steps=3")
-    sure = objective(world, tmp_path, *schedule)  # `terms` takes step 3
-    wild = objective(world, tmp_path, *schedule[:2], "vocabulary.temperature_steps=300")
-    constant = objective(world, tmp_path, schedule[0])
-    entropies = [terms(made)[1]["word_entropy"].item() for made in (sure, wild, constant)]
-    assert entropies[0] == entropies[2] < entropies[1]
-    images = torch.rand(1, 3, 64, 64)
-    encoded = [made.model.embed(made.model.latents.encode(images), 0.0)[0] for made in (wild, constant)]
-    assert torch.equal(*encoded)
 
 
 def test_a_decoder_trained_further_reads_the_same_tokens(world, tmp_path):

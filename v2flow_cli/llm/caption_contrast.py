@@ -1,6 +1,6 @@
-"""The gist of a picture: what the prompt's last token, halfway up the LLM, foretells of all its tokens.
+"""Auxiliary loss: from a middle layer of the LLM, predict the histogram of the image's codes.
 
-Departs (D16): the paper trains on the next token alone. A caption tells little of it that the tokens before do not,
+Departs (D15): the paper trains on the next token alone. The tokens before it predict it better than the caption does,
 so a short training hardly learns what words mean. All tokens at once are another matter: the state of begin-of-image
 in the middle of the LLM is read by the LLM's own output table (logit lens; deep supervision), and has to tell how
 often each code occurs in its picture, and its picture from the others of the batch (InfoNCE, arXiv 1807.03748). The
@@ -23,11 +23,11 @@ def middle_layer(model: Any) -> nn.Module:
     layers = getattr(model.get_decoder(), "layers", None)
     if not layers:
         name = type(model).__name__
-        raise ModelError(f"{name}: its layers are not found, which gist_loss needs. Set gist_loss to 0.")
+        raise ModelError(f"{name}: its layers are not found, which caption_contrast needs. Set caption_contrast to 0.")
     return layers[len(layers) // 2]
 
 
-def gist_loss(logits: Tensor, pictures: Tensor) -> Tensor:
+def caption_contrast_loss(logits: Tensor, pictures: Tensor) -> Tensor:
     """Cross-entropy of the pictures' codes in nats a token, and InfoNCE between prompts and pictures, both ways.
 
     Args:  logits, of the codes, one row a prompt, (P, K); pictures, their ids (P, L) int64, -1 after a shorter one.

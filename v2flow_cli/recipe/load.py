@@ -13,6 +13,7 @@ from typing import Any, Literal, cast
 import yaml
 
 from v2flow_cli.errors import RecipeError
+from v2flow_cli.recipe.retired import without_retired
 from v2flow_cli.recipe.rules import broken_rules
 from v2flow_cli.recipe.schema import KINDS, Recipe
 
@@ -48,7 +49,7 @@ def parse_recipe(tree: Mapping[str, Any], where: str, kinds: Iterable[str] = tup
     if kind not in kinds:
         command = "v2flow train" if kind in ("autoencoder", "tokenizer") else "v2flow finetune-llm"
         raise RecipeError(f"{where}: a recipe of kind {kind}, which this command does not run; use `{command}`.")
-    problems: list[str] = []
+    tree, problems = without_retired(tree)
     recipe = _build(KINDS[kind], tree, "", problems)
     if not problems:
         problems.extend(broken_rules(recipe))
@@ -63,6 +64,8 @@ def parse_section(name: str, values: Any, where: str) -> Any:
     Raises:  RecipeError when its keys are not the schema's.
     """
     problems: list[str] = []
+    if isinstance(values, Mapping):  # keys that only trainings used, in models of earlier versions
+        values = without_retired({name: values})[0][name]
     section = _coerce(typing.get_type_hints(KINDS["tokenizer"])[name], values, name, problems)
     if problems:
         raise RecipeError(f"{where}: {'; '.join(problems)}.")

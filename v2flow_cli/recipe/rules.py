@@ -58,11 +58,8 @@ def _tokenizer(recipe: TokenizerRecipe) -> Iterator[str]:
             f"data.min_scale is {recipe.data.min_scale} and data.max_scale {recipe.data.max_scale}; expected "
             "0 < min_scale <= max_scale <= 1"
         )
-    if min(recipe.vocabulary.temperature, recipe.vocabulary.temperature_start) <= 0:
-        yield (
-            f"vocabulary.temperature is {recipe.vocabulary.temperature} and temperature_start "
-            f"{recipe.vocabulary.temperature_start}; expected numbers above 0"
-        )
+    if recipe.vocabulary.temperature <= 0:
+        yield f"vocabulary.temperature is {recipe.vocabulary.temperature}; expected a number above 0"
     if isinstance(recipe.resampler, Resampler):
         yield from _length_problems(recipe.resampler, whole)
     ema = recipe.quantizer if isinstance(recipe.quantizer, Quantizer) else None
@@ -71,8 +68,6 @@ def _tokenizer(recipe: TokenizerRecipe) -> Iterator[str]:
             f"quantizer.kmeans_steps is {ema.kmeans_steps}; expected 0 or at most start_step - 2 "
             f"({ema.start_step} - 2): k-means needs vectors to start from"
         )
-    if recipe.loss.isometry and not isinstance(recipe.resampler, Resampler):
-        yield f"loss.isometry is {recipe.loss.isometry}; registers have no cells, so it needs resampler.kind: grid"
     if (recipe.loss.pixels or recipe.loss.ssim) and not 0 < recipe.loss.pixel_share <= 1:
         yield f"loss.pixel_share is {recipe.loss.pixel_share}; expected a share above 0, at most 1"
     if (recipe.loss.pixels or recipe.loss.ssim) and recipe.latents.cache:

@@ -109,12 +109,10 @@ class Vocabulary:
     llm: str  # folder or hub id of a causal LM; "none" is the ablation without a vocabulary
     generator: Literal["tied", "free"]  # tied: scaled cosine with each word; free: the paper's linear map
     logit_scale: float  # tied generator: factor on the cosine
-    temperature: float  # of the softmax; where there is a schedule, at its end and in ``encode``
+    temperature: float  # of the softmax
     gumbel_noise: float  # factor on the Gumbel noise at the end of its ramp; 1 is Eq. 4
     gumbel_ramp_steps: int  # steps over which the noise rises from 0
     top_k: int  # words mixed per token; 0 mixes the whole vocabulary
-    temperature_start: float = 1.0  # of the softmax at step 0, where there is a schedule
-    temperature_steps: int = 0  # steps from temperature_start to temperature, by equal factors; 0: no schedule
     whiten: bool = False  # give the frozen table unit covariance, so that no direction drowns the others
 
 
@@ -259,12 +257,9 @@ class TokenizerLoss:
     commit: float  # squared distance of a vector to its code
     batch_entropy: float  # bonus for the entropy of the batch's mean word distribution
     guidance_dropout: float  # share of images whose tokens become the dummy D (Eq. 7)
-    isometry: float = 0.0  # vectors as far apart as the latents of their cells; needs resampler.kind: grid
     pixels: float = 0.0  # natural log of an image's squared error in pixels, averaged: 1 is 4.34 dB of PSNR
     ssim: float = 0.0  # 1 - SSIM
     pixel_share: float = 1.0  # share of each batch's images that are drawn for these two: one step without noise
-    isometry_steps: int = 0  # steps over which its weight falls to 0; 0: it stays
-    commit_ramp_steps: int = 0  # steps from quantizer.start_step on over which commit rises from 0; 0: at once
 
 
 @dataclass(frozen=True)
@@ -378,7 +373,7 @@ class FinetuneRecipe:
     optimizer: Optimizer
     train: LMTrainLoop
     output: str  # folder of the trained model
-    gist_loss: float = 0.0  # weight: the prompt halfway up the LLM foretells all of the picture's tokens
+    caption_contrast: float = 0.0  # weight of: from a middle layer, predict the histogram of the image's codes
     sample_every: int = 0  # steps between sample pictures in OUTPUT/samples; 0 draws none
     sample_prompts: tuple[str, ...] = ("a red fox", "a boat on the sea")  # what they show
 

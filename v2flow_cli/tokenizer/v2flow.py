@@ -29,7 +29,6 @@ from v2flow_cli.tokenizer.decoder import Decoder, Places
 from v2flow_cli.tokenizer.decoder_masked import MaskedDecoder
 from v2flow_cli.tokenizer.decoder_transformer import VelocityTransformer
 from v2flow_cli.tokenizer.flow import VelocityNetwork
-from v2flow_cli.tokenizer.isometry import isometry_loss
 from v2flow_cli.tokenizer.latents import Latents
 from v2flow_cli.tokenizer.other_decoders import (
     DECODER,
@@ -60,7 +59,6 @@ class V2FlowOutput:
     flow_loss: Tensor
     regression_loss: Tensor
     commit_loss: Tensor
-    isometry_loss: Tensor
     batch_entropy: Tensor  # nats; 0 without a vocabulary
     word_entropy: Tensor  # nats
     token_ids: Tensor  # (B, n)
@@ -308,7 +306,6 @@ class V2FlowTokenizer(PreTrainedModel):
         self,
         latents: Tensor,
         noise_scale: float,
-        temperature: float | None = None,
         entropies: bool = True,
         rate: int = 0,
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -320,7 +317,7 @@ class V2FlowTokenizer(PreTrainedModel):
         if self.vocabulary is None:
             zero = tokens.new_zeros(())
             return self.to_code(tokens), zero, zero
-        out = self.vocabulary(tokens, noise_scale, temperature, entropies)
+        out = self.vocabulary(tokens, noise_scale, entropies)
         return out.embeddings, out.mean_entropy, out.batch_entropy
 
     # -- token ids -> image --------------------------------------------------------------------------------
@@ -377,27 +374,22 @@ class V2FlowTokenizer(PreTrainedModel):
 
     # -- training ------------------------------------------------------------------------------------------
 
-    def forward(
-        self, latents: Tensor, step: int, noise_scale: float, loss: TokenizerLoss, temperature: float | None = None
-    ) -> V2FlowOutput:
+    def forward(self, latents: Tensor, step: int, noise_scale: float, loss: TokenizerLoss) -> V2FlowOutput:
         """One training pass over scaled latents (B, C, h, w); randomness comes from torch's generators.
 
-        ``noise_scale`` and ``temperature`` are those of the Gumbel-softmax at this step.
+        ``noise_scale`` is that of the Gumbel noise at this step.
 
         Source: sections 2.2 and 2.3; a share ``loss.guidance_dropout`` of the images sees the dummy D (Eq. 7). Of an
         ordered sequence each image keeps a prefix of random length (nested dropout, FlexTok).
         """
         height, width = (side * self.latents.downsampling for side in latents.shape[-2:])
         rate = self.resampler.rate_at(step) if isinstance(self.resampler, GridResampler) else 0
-        vectors, word_entropy, batch_entropy = self.embed(latents, noise_scale, temperature, rate=rate)
+        vectors, word_entropy, batch_entropy = self.embed(latents, noise_scale, rate=rate)
         quantized = self.quantizer(vectors, step if self.quantizer.training else None)
         lengths = None
         if isinstance(self.resampler_settings, Registers):
             settings = self.resampler_settings
             lengths = sample_lengths(settings.nested_dropout, len(latents), settings.max_tokens, latents.device)
-        isometry = latents.new_zeros(())
-        if loss.isometry and isinstance(self.resampler, GridResampler):
-            isometry = isometry_loss(vectors, latents, self.resampler.token_grid(height, width, rate))
         places = self._places(height, width, len(latents), rate)
         tokens = quantized.embeddings.to(latents.dtype)
         decoded = self.decoder.losses(self._patchify(latents), tokens, lengths, places, loss)
@@ -406,7 +398,6 @@ class V2FlowTokenizer(PreTrainedModel):
             decoded.flow,
             decoded.regression,
             quantized.commit_loss,
-            isometry,
             batch_entropy,
             word_entropy,
             quantized.token_ids,

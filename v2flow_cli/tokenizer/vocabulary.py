@@ -81,13 +81,10 @@ class VocabularyProjection(nn.Module):
             codebook = codebook @ self.unwhiten
         return codebook * self.table_rms + self.table_mean
 
-    def forward(
-        self, tokens: Tensor, noise_scale: float = 0.0, temperature: float | None = None, entropies: bool = True
-    ) -> VocabularyOutput:
+    def forward(self, tokens: Tensor, noise_scale: float = 0.0, entropies: bool = True) -> VocabularyOutput:
         """Mixtures v (B, N, D) of tokens (B, N, d_v); ``noise_scale`` 0 is deterministic, 1 is Eq. 4.
 
-        ``temperature`` of the softmax: default, the settings', where a training's schedule ends. Without ``entropies``,
-        which only a training needs, both are 0.
+        Without ``entropies``, which only a training needs, both are 0.
 
         Departs (D5): the noise has a factor, which training raises from 0 and ``encode`` leaves at 0.
 
@@ -95,19 +92,15 @@ class VocabularyProjection(nn.Module):
         backward pass, and nowhere is there a second table (rows of unit length, or of another type).
         """
         flat = tokens.flatten(0, -2)
-        temperature = self.settings.temperature if temperature is None else temperature
         # Dividing products by the rows' lengths is the cosine, without a table of unit rows.
         lengths = self.table.norm(dim=-1).clamp_min(1e-12)
         tied_best = self.settings.top_k and self.settings.generator == "tied"  # never has all logits at once
         mix = self._mix_best if self.settings.top_k else self._mix_all
         pieces = [flat] if tied_best else flat.split(max(1, LOGITS_AT_ONCE // len(self.table)))
         if len(pieces) > 1 and torch.is_grad_enabled():
-            parts = [
-                checkpoint(mix, piece, lengths, noise_scale, temperature, entropies, use_reentrant=False)
-                for piece in pieces
-            ]
+            parts = [checkpoint(mix, piece, lengths, noise_scale, entropies, use_reentrant=False) for piece in pieces]
         else:
-            parts = [mix(piece, lengths, noise_scale, temperature, entropies) for piece in pieces]
+            parts = [mix(piece, lengths, noise_scale, entropies) for piece in pieces]
         embeddings = torch.cat([part.embeddings for part in parts]).view(*tokens.shape[:-1], -1)
         batch_entropy = embeddings.new_zeros(())
         if entropies and not self.settings.top_k:  # it needs the whole vocabulary
@@ -116,20 +109,16 @@ class VocabularyProjection(nn.Module):
         mean_entropy = torch.stack([part.entropy for part in parts]).sum() / len(flat)
         return VocabularyOutput(embeddings, mean_entropy, batch_entropy)
 
-    def _mix_all(
-        self, tokens: Tensor, lengths: Tensor, noise_scale: float, temperature: float, entropies: bool
-    ) -> _Mixed:
+    def _mix_all(self, tokens: Tensor, lengths: Tensor, noise_scale: float, entropies: bool) -> _Mixed:
         logits = self.generator(tokens)
         table = self.table.to(logits.dtype)  # under autocast a copy; autocast itself would make two
         if self.settings.generator == "tied":
             logits = (F.normalize(logits, dim=-1) @ table.T) * (self.log_scale.exp() / lengths)
-        probs, entropy = self._soft_categorical(logits, noise_scale, temperature, entropies)
+        probs, entropy = self._soft_categorical(logits, noise_scale, entropies)
         mass = probs.sum(0, dtype=torch.float32) if entropies else probs.new_zeros(())
         return _Mixed(probs.to(table.dtype) @ table, mass, entropy)
 
-    def _mix_best(
-        self, tokens: Tensor, lengths: Tensor, noise_scale: float, temperature: float, entropies: bool
-    ) -> _Mixed:
+    def _mix_best(self, tokens: Tensor, lengths: Tensor, noise_scale: float, entropies: bool) -> _Mixed:
         """Departs (D7): mixtures of each token's ``top_k`` best words; the rest get no weight."""
         k = min(self.settings.top_k, len(self.table))
         projected = self.generator(tokens)
@@ -138,20 +127,18 @@ class VocabularyProjection(nn.Module):
         else:
             cosines, index = NearestWords.apply(F.normalize(projected, dim=-1), self.table, lengths, k)
             logits = self.log_scale.exp() * cosines
-        probs, entropy = self._soft_categorical(logits, noise_scale, temperature, entropies)
+        probs, entropy = self._soft_categorical(logits, noise_scale, entropies)
         mixtures = _weighted_rows(self.table, index, probs)
         return _Mixed(mixtures.to(projected.dtype), probs.new_zeros(()), entropy)
 
-    def _soft_categorical(
-        self, logits: Tensor, noise_scale: float, temperature: float, entropies: bool
-    ) -> tuple[Tensor, Tensor]:
+    def _soft_categorical(self, logits: Tensor, noise_scale: float, entropies: bool) -> tuple[Tensor, Tensor]:
         """alpha of Eq. 4 (M, k), and the sum of the entropies of its rows in nats, or 0."""
         if noise_scale:
             # -log of an exponential variate is a Gumbel variate, at one logarithm an entry.
             logits = logits - noise_scale * torch.empty_like(logits).exponential_().log_()
         if not entropies:
-            return F.softmax(logits / temperature, dim=-1), logits.new_zeros(())
-        log_probs = F.log_softmax(logits / temperature, dim=-1)
+            return F.softmax(logits / self.settings.temperature, dim=-1), logits.new_zeros(())
+        log_probs = F.log_softmax(logits / self.settings.temperature, dim=-1)
         probs = log_probs.exp()
         return probs, -(probs.detach() * log_probs.detach()).sum()
 

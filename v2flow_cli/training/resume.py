@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from v2flow_cli.errors import ModelError
+from v2flow_cli.recipe.load import dump_recipe, parse_recipe
+from v2flow_cli.recipe.retired import without_retired
 
 # Keys that a resumed run may change without changing what it computes at a given step.
 FREE_TO_CHANGE = {
@@ -27,16 +32,28 @@ FREE_TO_CHANGE = {
 
 def check_same_recipe(where: Path, saved: str, recipe: str) -> None:
     """Raises ModelError where two recipes, as ``dump_recipe`` writes them, differ in what a step computes."""
-    changed = [
-        line.strip()
-        for line in set(recipe.splitlines()) ^ set(saved.splitlines())
-        if line.split(":")[0].strip() not in FREE_TO_CHANGE
+    tree, changed = without_retired(yaml.safe_load(saved), rename=True)
+    # Keys that are younger than the saved recipe get their defaults, which change nothing.
+    before = _flat(yaml.safe_load(dump_recipe(parse_recipe(tree, str(where)))))
+    now = _flat(yaml.safe_load(recipe))
+    changed += [
+        f"{key}: {before.get(key)} before, {now.get(key)} now"
+        for key in sorted({*before, *now})
+        if key.split(".")[-1] not in FREE_TO_CHANGE and before.get(key) != now.get(key)
     ]
     if changed:
         raise ModelError(
-            f"{where}: the recipe is not the one of this run ({'; '.join(sorted(changed)[:6])}). Resume with the "
+            f"{where}: the recipe is not the one of this run ({'; '.join(changed[:6])}). Resume with the "
             "recipe beside the checkpoints, or start anew in another `output`."
         )
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values by dotted key."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
 
 
 def check_same_ranks(

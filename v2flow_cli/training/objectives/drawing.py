@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, set_seed
 
 from v2flow_cli.errors import DataError, ModelError
-from v2flow_cli.llm.caption_contrast import gist_loss, middle_layer
+from v2flow_cli.llm.caption_contrast import caption_contrast_loss, middle_layer
 from v2flow_cli.llm.load import context_length, load_llm, loading
 from v2flow_cli.llm.loss import IGNORE, labelled_losses
 from v2flow_cli.llm.pairs import Part, Samples, check_data, count_tokens
@@ -55,22 +55,29 @@ TOKEN_COUNTS = "token_counts.npy"  # (K,): how often each code was trained on, b
 
 
 class DrawingTrainer(LMTrainer):
-    """Cross-entropy of the labelled positions, z-loss and gist loss; text, visual and gist losses are logged apart.
+    """Cross-entropy of the labelled positions, z-loss and caption contrast; their parts are logged apart.
 
     The loss of a step is the mean over its labels in all micro-batches and processes, however they are split. The
-    gist is learned against the other pictures of the same micro-batch.
+    caption contrast is against the other pictures of the same micro-batch.
     """
 
     def __init__(
-        self, *args: Any, vocabulary: VisualVocabulary, z_loss: float = 0.0, gist: float = 0.0, **kwargs: Any
+        self,
+        *args: Any,
+        vocabulary: VisualVocabulary,
+        z_loss: float = 0.0,
+        caption_contrast: float = 0.0,
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.vocabulary, self.z_loss, self.gist = vocabulary, z_loss, gist
-        self.middle = middle_layer(self.model) if gist else None
+        self.vocabulary, self.z_loss, self.caption_contrast = vocabulary, z_loss, caption_contrast
+        self.middle = middle_layer(self.model) if caption_contrast else None
         self.model_accepts_loss_kwargs = True  # compute_loss divides by all labels of the step, so Trainer must not
         self.head = self.model.get_output_embeddings()
         self.router_weight = getattr(self.model.config, "router_aux_loss_coef", 0.0)
-        self.sums = torch.zeros(3, 2)  # losses and labels of text, of visual tokens, of gists, since the last log line
+        self.sums = torch.zeros(
+            3, 2
+        )  # losses and labels of text, of visual tokens, of contrasts, since the last log line
 
     def get_train_dataloader(self) -> DataLoader:
         """Every process reads its own batches of the one order, from where a resumed run goes on."""
@@ -109,9 +116,9 @@ class DrawingTrainer(LMTrainer):
         if early is not None:
             first = self.vocabulary.visual_token_offset
             codes = found.early[:, first : first + self.vocabulary.codebook_size]
-            gist = gist_loss(codes, inputs["pictures"][asked])
-            self._count(2, gist[None])
-            loss = loss + self.gist * gist / self.args.gradient_accumulation_steps
+            contrast = caption_contrast_loss(codes, inputs["pictures"][asked])
+            self._count(2, contrast[None])
+            loss = loss + self.caption_contrast * contrast / self.args.gradient_accumulation_steps
         if self.router_weight and getattr(found.outputs, "aux_loss", None) is not None:
             loss = loss + self.router_weight * found.outputs.aux_loss / self.args.gradient_accumulation_steps
         return (loss, found.outputs) if return_outputs else loss
@@ -131,7 +138,7 @@ class DrawingTrainer(LMTrainer):
             sums = self.accelerator.reduce(self.sums.to(self.args.device)).tolist()
             answers = sums[:2]  # what Trainer took the mean of has the other losses in it
             logs["loss"] = sum(total for total, _ in answers) / max(1, sum(count for _, count in answers))
-            for name, (total, count) in zip(("text", "visual", "gist"), sums):
+            for name, (total, count) in zip(("text", "visual", "caption_contrast"), sums):
                 if count:
                     logs[f"{name}_loss"] = total / count
             self.sums.zero_()
@@ -202,7 +209,7 @@ def finetune(recipe: FinetuneRecipe, *, log: Log, resume: bool = False, approxim
         optimizer_cls_and_kwargs=optimizer_class(recipe.optimizer),
         vocabulary=vocabulary,
         z_loss=recipe.z_loss,
-        gist=recipe.gist_loss,
+        caption_contrast=recipe.caption_contrast,
     )
     if recipe.sample_every:
         prompts, place = recipe.sample_prompts, recipe.output

@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from v2flow_cli.errors import ModelError, V2FlowError
-from v2flow_cli.recipe.schema import TokenizerRecipe, Vocabulary
+from v2flow_cli.recipe.schema import TokenizerRecipe
 from v2flow_cli.runtime.device import DTYPES
 from v2flow_cli.store.llm_table import load_vocab_embeddings
 from v2flow_cli.tokenizer.latents import load_autoencoder_spec
@@ -52,17 +52,12 @@ class TokenizerObjective(nn.Module):
             latents = self.model.latents.encode(images)
         words, weights = self.recipe.vocabulary, self.recipe.loss
         ramp = min(1.0, step / words.gumbel_ramp_steps) if words.gumbel_ramp_steps else 1.0
-        noise, temperature = ramp * words.gumbel_noise, temperature_at(step, words)
-        out = self.model(latents, step=step, noise_scale=noise, loss=weights, temperature=temperature)
+        out = self.model(latents, step=step, noise_scale=ramp * words.gumbel_noise, loss=weights)
         log_mse, ssim = self._in_pixels(images, out.latents)
-        fading = max(0.0, 1 - step / weights.isometry_steps) if weights.isometry_steps else 1.0
-        quantised = step - self.recipe.quantizer.start_step  # steps so far; before, there is nothing to commit to
-        rising = min(1.0, quantised / weights.commit_ramp_steps) if weights.commit_ramp_steps else 1.0
         loss = (
             weights.flow * out.flow_loss
             + weights.regression * out.regression_loss
-            + weights.commit * rising * out.commit_loss
-            + weights.isometry * fading * out.isometry_loss
+            + weights.commit * out.commit_loss
             + weights.pixels * log_mse
             + weights.ssim * (1 - ssim)
             - weights.batch_entropy * out.batch_entropy
@@ -78,7 +73,6 @@ class TokenizerObjective(nn.Module):
             "flow_loss": out.flow_loss.detach(),
             "regression_loss": out.regression_loss.detach(),
             "commit_loss": out.commit_loss.detach(),
-            "isometry_loss": out.isometry_loss.detach(),
             "word_entropy": out.word_entropy.detach(),
             "batch_word_entropy": out.batch_entropy.detach(),
         }
@@ -138,14 +132,6 @@ class TokenizerObjective(nn.Module):
             if tensor.is_floating_point() and name.startswith(ROUNDED):
                 tensor.data = tensor.data.to(dtype)
         self.model.save_pretrained(folder)
-
-
-def temperature_at(step: int, words: Vocabulary) -> float:
-    """Of the Gumbel-softmax at a step: from ``temperature_start`` to ``temperature`` by equal factors."""
-    if not words.temperature_steps:
-        return words.temperature
-    left = max(0.0, 1 - step / words.temperature_steps)
-    return words.temperature * (words.temperature_start / words.temperature) ** left
 
 
 def build_config(recipe: TokenizerRecipe, autoencoder: dict, vocab_shape: tuple[int, int]) -> V2FlowConfig:
