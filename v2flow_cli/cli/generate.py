@@ -27,11 +27,19 @@ def generate(
     count: Annotated[int, typer.Option("-n", "--count", min=1, help="Pictures per prompt.")] = 1,
     temp: Annotated[
         str | None,
-        typer.Option(help="LLM temperature; several, as 0.5,0.9,1.3, give a grid. Default: 1; 0 for --from-image."),
+        typer.Option(
+            help="LLM temperature; several, as 0.5,0.9,1.3, give a grid. Default: the LLM's; 0 for --from-image."
+        ),
     ] = None,
-    top_k: Annotated[int, typer.Option(min=0, help="Keep the k likeliest tokens; 0 keeps all.")] = 0,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Keep this probability mass.")] = 1.0,
-    llm_cfg: Annotated[float, typer.Option(min=0.0, help="Guidance scale of the LLM; 1 means none.")] = 1.0,
+    top_k: Annotated[
+        int | None, typer.Option(min=0, help="Keep the k likeliest tokens; 0 keeps all. Default: the LLM's.")
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(min=0.0, max=1.0, help="Keep this probability mass. Default: the LLM's.")
+    ] = None,
+    llm_cfg: Annotated[
+        float | None, typer.Option(min=0.0, help="Guidance scale of the LLM; 1 means none. Default: the LLM's.")
+    ] = None,
     decoder: Annotated[
         str | None,
         typer.Option(help="faithful (PSNR, SSIM) or sharp (texture), where the model has both. Default: the model's."),
@@ -73,10 +81,15 @@ def generate(
     """
     if sum(map(bool, (prompt, prompts, from_image))) != 1:
         raise typer.BadParameter("give prompts, or --prompts FILE, or --from-image IMAGE: exactly one of them.")
-    temperatures, seeds = _numbers("--temp", temp or ("0" if from_image else "1"), float), _numbers("--seed", seed, int)
+    seeds = _numbers("--seed", seed, int)
     if from_image:
-        _caption(from_image, temperatures, seeds, model, tokenizer, device, dtype, json_)
+        _caption(from_image, _numbers("--temp", temp or "0", float), seeds, model, tokenizer, device, dtype, json_)
         return
+
+    from v2flow_cli.llm.sampling import DEFAULT_LLM, stored_sampling
+
+    default = stored_sampling(model or DEFAULT_LLM)
+    temperatures = [default.temperature] if temp is None else _numbers("--temp", temp, float)
     if len(seeds) > 1 and count > 1:
         raise DataError(f"-n {count} and --seed {seed}: give a count with a first seed, or a list of seeds.")
     if len(seeds) == 1:
@@ -109,9 +122,9 @@ def generate(
         check_tokens_folder(out, image_tokenizer, llm.vocabulary.tokens_per_image)
 
     settings = Settings(
-        top_k,
-        top_p,
-        llm_cfg,
+        default.top_k if top_k is None else top_k,
+        default.top_p if top_p is None else top_p,
+        default.guidance_scale if llm_cfg is None else llm_cfg,
         cfg,
         rounds,
         steps,

@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase, StaticCache
 
-import v2flow_cli
 from v2flow_cli.errors import DataError, ModelError
 from v2flow_cli.llm.load import context_length, load_llm
+from v2flow_cli.llm.sampling import DEFAULT_LLM
 from v2flow_cli.llm.sequences import caption_ids, caption_prompt_ids, prompt_ids
 from v2flow_cli.llm.vocabulary import VisualVocabulary
 
-DEFAULT_LLM = Path(v2flow_cli.__file__).parent / "assets" / "default" / "llm"
 STOPPED = -1  # after the end of a picture of flexible length
 
 

@@ -9,6 +9,7 @@ from v2flow_cli.recipe.schema import (
     FSQ,
     AutoencoderRecipe,
     Context,
+    DrawSampling,
     FinetuneRecipe,
     FlowTransformer,
     LMRecipe,
@@ -117,6 +118,7 @@ def _drawing(recipe: FinetuneRecipe) -> Iterator[str]:
         yield "data.max_caption_tokens, data.shuffle_window and data.lengths must be at least 1"
     if recipe.sample_every < 0 or (recipe.sample_every and not any(p.strip() for p in recipe.sample_prompts)):
         yield "sample_every must be 0 or more, and sample_prompts not empty where pictures are drawn"
+    yield from _sampling_problems(recipe.sampling)
     yield from _lm_loop_problems(recipe.train)
 
 
@@ -137,6 +139,14 @@ def _length_problems(resampler: Resampler, whole: bool) -> Iterator[str]:
         yield (
             f"resampler.other_shares is {list(shares)}; expected one share of the steps for each of "
             f"other_tokens_per_256px ({list(others)}), together below 1"
+        )
+
+
+def _sampling_problems(sampling: DrawSampling) -> Iterator[str]:
+    if sampling.temperature < 0 or sampling.top_k < 0 or not 0 <= sampling.top_p <= 1 or sampling.guidance_scale < 0:
+        yield (
+            f"sampling is temperature {sampling.temperature}, top_k {sampling.top_k}, top_p {sampling.top_p}, "
+            f"guidance_scale {sampling.guidance_scale}; expected numbers from 0 up, and top_p at most 1"
         )
 
 

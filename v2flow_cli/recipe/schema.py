@@ -359,6 +359,16 @@ class Lora:
 
 
 @dataclass(frozen=True)
+class DrawSampling:
+    """How ``generate`` draws by default; the trained folder keeps it in generation_config.json."""
+
+    temperature: float = 1.0  # 0 takes the likeliest token
+    top_k: int = 0  # keep the k likeliest tokens; 0 keeps all
+    top_p: float = 1.0  # keep this probability mass
+    guidance_scale: float = 1.0  # of the LLM; 1 means none
+
+
+@dataclass(frozen=True)
 class FinetuneRecipe:
     """``v2flow finetune-llm``: teach a causal LM the visual tokens (section 2.4)."""
 
@@ -374,6 +384,7 @@ class FinetuneRecipe:
     train: LMTrainLoop
     output: str  # folder of the trained model
     caption_contrast: float = 0.0  # weight of: from a middle layer, predict the histogram of the image's codes
+    sampling: DrawSampling = DrawSampling()
     sample_every: int = 0  # steps between sample pictures in OUTPUT/samples; 0 draws none
     sample_prompts: tuple[str, ...] = ("a red fox", "a boat on the sea")  # what they show
 

@@ -29,6 +29,7 @@ from v2flow_cli.llm.caption_contrast import caption_contrast_loss, middle_layer
 from v2flow_cli.llm.load import context_length, load_llm, loading
 from v2flow_cli.llm.loss import IGNORE, labelled_losses
 from v2flow_cli.llm.pairs import Part, Samples, check_data, count_tokens
+from v2flow_cli.llm.sampling import store_sampling
 from v2flow_cli.llm.sequences import collate, prompt_frame
 from v2flow_cli.llm.vocabulary import VisualVocabulary, add_visual_tokens, extend_tables
 from v2flow_cli.recipe.load import dump_recipe
@@ -228,6 +229,7 @@ def finetune(recipe: FinetuneRecipe, *, log: Log, resume: bool = False, approxim
         eval_loss=trainer.evaluate()["eval_loss"] if held_out else None,
     )
     plain = trainer.model.merge_and_unload() if recipe.mode == "lora" else trainer.model
+    store_sampling(plain, recipe.sampling)
     card = _card(recipe, report, images, len(held_out), vocabulary)
     files: dict[str, str | bytes] = {"README.md": card, "recipe.yaml": dump_recipe(recipe)}
     if recipe.data.token_sets and trainer.is_world_process_zero():

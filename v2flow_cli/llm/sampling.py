@@ -1,0 +1,41 @@
+"""How an LLM draws by default: in its folder's generation_config.json, under transformers' own names."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import v2flow_cli
+from v2flow_cli.errors import ModelError
+from v2flow_cli.recipe.schema import DrawSampling
+from v2flow_cli.runtime.hub import model_folder
+
+DEFAULT_LLM = Path(v2flow_cli.__file__).parent / "assets" / "default" / "llm"
+FILE = "generation_config.json"
+
+
+def store_sampling(model: Any, sampling: DrawSampling) -> None:
+    """Let ``model.save_pretrained`` write ``sampling``."""
+    model.generation_config.update(do_sample=True, **asdict(sampling))
+
+
+def stored_sampling(name: str | Path) -> DrawSampling:
+    """What the folder or hub id ``name`` says; the defaults of ``DrawSampling`` where it says nothing.
+
+    Raises:  ModelError for a folder that is not there, or values that are no sampling settings.
+    """
+    path = model_folder(name, (FILE,)) / FILE
+    if not path.is_file():
+        return DrawSampling()
+    try:
+        values = json.loads(path.read_text("utf-8"))
+        if not values.get("do_sample"):  # the base LLM's own file, about text
+            return DrawSampling()
+        known = {
+            f.name: type(f.default)(values[f.name]) for f in fields(DrawSampling) if values.get(f.name) is not None
+        }
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ModelError(f"{path}: cannot be read ({error}). Remove it to draw at temperature 1.") from error
+    return DrawSampling(**known)
