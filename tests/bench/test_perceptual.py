@@ -10,10 +10,10 @@ import torch
 from scipy.linalg import sqrtm
 
 from tests.bench.test_metrics import batch
-from v2flow_cli.bench import weights
 from v2flow_cli.bench.perceptual import FrechetDistance, Inception, Lpips
-from v2flow_cli.bench.weights import JudgeWeights, weights_url
 from v2flow_cli.errors import ModelError
+from v2flow_cli.store import network_weights as weights
+from v2flow_cli.store.network_weights import JudgeWeights, weights_url
 
 
 @pytest.fixture

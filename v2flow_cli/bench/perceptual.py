@@ -1,20 +1,19 @@
 """Figures that a network gives: LPIPS of each image, and the Frechet distance rFID of two sets of images.
 
-Images here are 8-bit tensors (B, H, W, 3). The networks' weights come from ``weights.py``; nothing stands in for them.
+Images here are 8-bit tensors (B, H, W, 3). The networks' weights come from ``store/network_weights.py``; nothing stands
+in for them.
 """
 
 from __future__ import annotations
 
-import re
-import warnings
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance, NoTrainInceptionV3
 
-from v2flow_cli.bench.weights import INCEPTION, JudgeWeights, weights_url
+from v2flow_cli.store.network_weights import INCEPTION, JudgeWeights
+from v2flow_cli.training import perceptual
 
 FEATURES = 2048  # of Inception's last pooling
 
@@ -24,27 +23,18 @@ class Lpips:
 
     def __init__(self, net: str, weights: JudgeWeights, device: torch.device | str = "cpu") -> None:
         """Raises:  ModelError when the backbone is not to be had; ValueError for an unknown net."""
-        file = weights.find(net)
-        import lpips
-
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # torchvision: lpips still says `pretrained=`
-            model = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
-        state = _load_state_dict(weights_url(net), file)
-        # lpips cuts torchvision's `features` into slices and keeps the numbers of the layers.
-        names = {name: re.sub(r"^slice\d+", "features", name) for name in model.net.state_dict()}
-        model.net.load_state_dict({name: state[original] for name, original in names.items()})
-        self.net, self.weights, self._device = net, file, torch.device(device)
-        self._model = model.to(self._device).eval().requires_grad_(False)
+        self._device = torch.device(device)
+        self._model = perceptual.Lpips(net, weights).to(self._device)
+        self.definition = f"{self._model.definition}, 8-bit images in [-1, 1]"
 
     def __call__(self, reference: Tensor, images: Tensor) -> Tensor:
-        a, b = (x.permute(0, 3, 1, 2).to(self._device).float() / 127.5 - 1 for x in (reference, images))
         with torch.inference_mode():
-            return self._model(a, b).reshape(len(images)).float().cpu()
+            return self._model(*(as_floats(x, self._device) for x in (reference, images))).cpu()
 
-    @property
-    def definition(self) -> str:
-        return f"lpips package v0.1, {self.net} backbone {self.weights.name}, 8-bit images in [-1, 1]"
+
+def as_floats(pictures: Tensor, device: torch.device) -> Tensor:
+    """Pictures (B, H, W, 3) uint8 as images (B, 3, H, W) in [-1, 1]."""
+    return pictures.permute(0, 3, 1, 2).to(device).float() / 127.5 - 1
 
 
 class Inception:
@@ -83,10 +73,3 @@ class FrechetDistance:
         if images < 2:
             return None
         return max(0.0, float(self._metric.compute()))
-
-
-def _load_state_dict(url: str, file: Path) -> dict[str, Tensor]:
-    """A state dict that torch.hub finds at ``file``; tensors only, nothing else is unpickled."""
-    return torch.hub.load_state_dict_from_url(
-        url, model_dir=str(file.parent), file_name=file.name, map_location="cpu", progress=False, weights_only=True
-    )

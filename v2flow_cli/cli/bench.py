@@ -337,8 +337,8 @@ def load_judges(
     """LPIPS and Inception.  What was asked for by name and is missing is an error; else it is a note."""
     from v2flow_cli.bench.evaluate import Judges
     from v2flow_cli.bench.perceptual import Inception, Lpips
-    from v2flow_cli.bench.weights import JudgeWeights
     from v2flow_cli.errors import ModelError
+    from v2flow_cli.store.network_weights import JudgeWeights
 
     weights, notes = JudgeWeights(folder, download), []
 

@@ -69,10 +69,8 @@ def _tokenizer(recipe: TokenizerRecipe) -> Iterator[str]:
             f"quantizer.kmeans_steps is {ema.kmeans_steps}; expected 0 or at most start_step - 2 "
             f"({ema.start_step} - 2): k-means needs vectors to start from"
         )
-    if (recipe.loss.pixels or recipe.loss.ssim) and not 0 < recipe.loss.pixel_share <= 1:
-        yield f"loss.pixel_share is {recipe.loss.pixel_share}; expected a share above 0, at most 1"
-    if (recipe.loss.pixels or recipe.loss.ssim) and recipe.latents.cache:
-        yield "loss.pixels and loss.ssim compare with the photos, which latents.cache does not keep; set one to 0"
+    if recipe.loss.draws:
+        yield from _drawn_problems(recipe)
     if recipe.freeze_tokens and not recipe.init_from:
         yield "freeze_tokens is true, but init_from names no tokenizer whose tokens to keep"
     if recipe.latents.cache_crops < 1:
@@ -88,6 +86,32 @@ def _tokenizer(recipe: TokenizerRecipe) -> Iterator[str]:
     if recipe.flow.formulation == "ddim" and recipe.sampling.solver != "ddim":
         yield f"flow.formulation is ddim, but sampling.solver is {recipe.sampling.solver}; use solver: ddim"
     yield from _loop_problems(recipe.train)
+
+
+def _drawn_problems(recipe: TokenizerRecipe) -> Iterator[str]:
+    """Of the losses in pixels."""
+    loss = recipe.loss
+    if not 0 < loss.pixel_share <= 1:
+        yield f"loss.pixel_share is {loss.pixel_share}; expected a share above 0, at most 1"
+    if recipe.latents.cache:
+        yield (
+            "loss.pixels, loss.ssim and loss.perceptual compare with the photos, which latents.cache does not keep; "
+            "set the one or the other to 0 or empty"
+        )
+    if loss.perceptual and not loss.features:
+        yield 'loss.features is empty; loss.perceptual needs a file of network weights there, or "lpips"'
+    if loss.pictures == "sampling" and not recipe.flow.share:
+        yield "loss.pictures is sampling, but flow.share is 0; the velocity network is trained from a share above 0 on"
+    if loss.pictures == "sampling" and recipe.sampling.guidance_scale != 1:
+        yield (
+            f"loss.pictures is sampling, but sampling.guidance_scale is {recipe.sampling.guidance_scale}; training "
+            "draws without guidance, so use 1"
+        )
+    if loss.pictures == "sampling" and recipe.sampling.num_mask_steps != 1:
+        yield (
+            f"loss.pictures is sampling, but sampling.num_mask_steps is {recipe.sampling.num_mask_steps}; training "
+            "draws in one round, so use 1"
+        )
 
 
 def _language_model(recipe: LMRecipe) -> Iterator[str]:

@@ -259,7 +259,15 @@ class TokenizerLoss:
     guidance_dropout: float  # share of images whose tokens become the dummy D (Eq. 7)
     pixels: float = 0.0  # natural log of an image's squared error in pixels, averaged: 1 is 4.34 dB of PSNR
     ssim: float = 0.0  # 1 - SSIM
-    pixel_share: float = 1.0  # share of each batch's images that are drawn for these two: one step without noise
+    perceptual: float = 0.0  # distance to the photo in the features of a network, see ``features``
+    pixel_share: float = 1.0  # share of each batch's images that are drawn for pixels, ssim and perceptual
+    pictures: Literal["one_step", "sampling"] = "one_step"  # how: one step without noise, or by the sampling section
+    features: str = ""  # of perceptual: a safetensors file of SqueezeNet 1.1's features, or "lpips" (VGG)
+
+    @property
+    def draws(self) -> bool:
+        """Whether some of the losses are of pictures."""
+        return bool(self.pixels or self.ssim or self.perceptual)
 
 
 @dataclass(frozen=True)

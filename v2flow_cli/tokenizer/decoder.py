@@ -26,6 +26,33 @@ class Places:
     rate: int = 0
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """How many images of a training batch, its last ones, are drawn for the losses of pictures, and how.
+
+    The default is one step without noise: the conditional mean.
+    """
+
+    count: int = 0
+    noise_temperature: float = 0.0
+    num_flow_steps: int = 1
+    solver: str = "euler"
+
+    @classmethod
+    def of(cls, loss: TokenizerLoss, sampling: Sampling, batch: int) -> Drawn:
+        """What ``loss`` asks of ``batch`` images; images that saw the dummy D come first, so few never have them."""
+        if not loss.draws:
+            return cls()
+        count = max(1, round(loss.pixel_share * batch))
+        if loss.pictures == "one_step":
+            return cls(count)
+        return cls(count, sampling.noise_temperature, sampling.num_flow_steps, sampling.solver)
+
+    def noise_like(self, data: Tensor) -> Tensor:
+        """The initial noise, from torch's generator; zeros draw no random number."""
+        return self.noise_temperature * torch.randn_like(data) if self.noise_temperature else torch.zeros_like(data)
+
+
 class DecoderLosses(NamedTuple):
     """Flow loss of Eq. 3 and regression loss, both scalars, and the data as foretold: patches (B, N, P)."""
 
@@ -41,7 +68,13 @@ class Decoder(Protocol):
     """
 
     def losses(
-        self, patches: Tensor, tokens: Tensor, lengths: Tensor | None, places: Places, loss: TokenizerLoss
+        self,
+        patches: Tensor,
+        tokens: Tensor,
+        lengths: Tensor | None,
+        places: Places,
+        loss: TokenizerLoss,
+        drawn: Drawn,
     ) -> DecoderLosses:
         """Of one pass; a share ``loss.guidance_dropout`` of the images, the first ones, sees D (Eq. 7)."""
         ...

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from v2flow_cli.recipe.schema import Context, Flow, Sampling, TokenizerLoss
 from v2flow_cli.tokenizer.context import MaskedTransformer
-from v2flow_cli.tokenizer.decoder import DecoderLosses, Places, count_dropped
+from v2flow_cli.tokenizer.decoder import DecoderLosses, Drawn, Places, count_dropped
 from v2flow_cli.tokenizer.flow import VelocityNetwork, solve
 from v2flow_cli.tokenizer.guidance import Guided
 from v2flow_cli.tokenizer.masking import gather, random_orders, reveal_schedule, sample_mask_ratio, seeded_orders
@@ -23,7 +23,13 @@ class MaskedDecoder:
         self.context, self.flow, self.masked, self.settings = context, flow, masked, settings
 
     def losses(
-        self, patches: Tensor, tokens: Tensor, lengths: Tensor | None, places: Places, loss: TokenizerLoss
+        self,
+        patches: Tensor,
+        tokens: Tensor,
+        lengths: Tensor | None,
+        places: Places,
+        loss: TokenizerLoss,
+        drawn: Drawn,
     ) -> DecoderLosses:
         """Source: section 2.3."""
         batch, positions, _ = patches.shape
@@ -43,8 +49,6 @@ class MaskedDecoder:
                 rest = (visible, visible_at, hidden_at, hidden_cells)
                 kept = None if lengths is None else lengths[part]
                 contexts.append(self.context(*given, *(x[part] for x in rest), kept, parts[part], places.rate))
-        # Losses in pixels judge what ``decode`` shows by default, so that they train the whole way to it.
-        drawn = bool(loss.pixels or loss.ssim)
         asked = gather(patches, hidden)
         flow, regression, foretold = self.flow.loss(asked, torch.cat(contexts), self.settings, drawn)
         places_of = hidden[..., None].expand(-1, -1, patches.shape[-1])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from v2flow_cli.errors import ModelError
 from v2flow_cli.recipe.schema import FlowTransformer, Sampling, TokenizerLoss
 from v2flow_cli.tokenizer.context import Block, RotaryPositions, nearby, sines
-from v2flow_cli.tokenizer.decoder import DecoderLosses, Places, count_dropped
+from v2flow_cli.tokenizer.decoder import DecoderLosses, Drawn, Places, count_dropped
 from v2flow_cli.tokenizer.flow import TIME_FEATURES, Path, sample_times, solve, time_features
 from v2flow_cli.tokenizer.guidance import Guided
 from v2flow_cli.tokenizer.prefix import TokenEmbedding
@@ -113,15 +113,24 @@ class VelocityTransformer(nn.Module):
         return guess + sigma / power.sqrt() * self.out(x)
 
     def losses(
-        self, patches: Tensor, tokens: Tensor, lengths: Tensor | None, places: Places, loss: TokenizerLoss
+        self,
+        patches: Tensor,
+        tokens: Tensor,
+        lengths: Tensor | None,
+        places: Places,
+        loss: TokenizerLoss,
+        drawn: Drawn,
     ) -> DecoderLosses:
         """The flow loss is that of random times, the regression loss the squared error of the data at t = 1."""
         batch = len(patches)
         memory = self.memory(tokens, lengths, places, count_dropped(loss.guidance_dropout, batch))
         regression, mean = patches.new_zeros(()), patches
-        if loss.regression or loss.pixels or loss.ssim:
+        if loss.regression or drawn.count:
             mean = self._predict(patches, torch.ones(batch, device=patches.device), memory)
             regression = F.mse_loss(mean, patches.float())
+        if drawn.noise_temperature or drawn.num_flow_steps > 1:  # one step is the mean whatever the noise
+            few = torch.arange(batch - drawn.count, batch, device=patches.device)
+            mean = torch.cat([mean[: -drawn.count], self._draw(drawn.noise_like(patches[few]), memory[few], drawn)])
         if not self.settings.share:  # a warm start by regression alone
             return DecoderLosses(patches.new_zeros(()), regression, mean)
         chosen = torch.randperm(batch, device=patches.device)[: max(1, round(self.settings.share * batch))]
@@ -132,6 +141,14 @@ class VelocityTransformer(nn.Module):
             error = (self._predict(data, t, memory) - data.float()).square().mean((1, 2))
             flow_losses.append((self.path.loss_weight(t) * error).mean())
         return DecoderLosses(torch.stack(flow_losses).mean(), regression, mean)
+
+    def _draw(self, noise: Tensor, memory: Memory, drawn: Drawn) -> Tensor:
+        """The data (B, N, P), float32, that ``decode`` finds from ``noise``, with gradients."""
+
+        def predict(z: Tensor, t: float) -> Tensor:
+            return self(z.to(memory.tokens.dtype), torch.full((len(z),), t, device=z.device), memory).float()
+
+        return solve(predict, noise, self.path, drawn.num_flow_steps, drawn.solver)
 
     def _predict(self, data: Tensor, t: Tensor, memory: Memory) -> Tensor:
         """The data (B, N, P), float32, predicted from a point on the path at times t (B,)."""

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from v2flow_cli.recipe.schema import Flow
+from v2flow_cli.tokenizer.decoder import Drawn
 
 T_MIN = 0.05  # times below this are trained as if they were this: 1 / t weights the loss
 
@@ -110,21 +111,22 @@ class VelocityNetwork(nn.Module):
         shift, scale = parts[-2:]
         return condition.data_mean + self.out(F.layer_norm(x, (self.width,)) * (1 + scale) + shift)
 
-    def loss(self, data: Tensor, context: Tensor, settings: Flow, drawn: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """(flow loss of Eq. 3, regression loss, the data foretold) on patches (B, M, P); a time per image and repeat.
+    def loss(self, data: Tensor, context: Tensor, settings: Flow, drawn: Drawn) -> tuple[Tensor, Tensor, Tensor]:
+        """(flow loss of Eq. 3, regression loss, predicted data) on patches (B, M, P); a time per image and repeat.
 
         The regression loss is the squared error of the context's linear prediction alone. The flow loss is that of
         a random ``share`` of the images (0 when there are none): this network costs as much as the context.
-        What is foretold is that regression or, if ``drawn``, what one step without noise makes of it.
+        The predicted data is that regression and, of the last ``drawn.count`` images, what sampling makes of it: the
+        losses of pictures then judge what ``decode`` shows, and train the whole way to it.
         """
         mean = self.regress(context).float()
         regression = F.mse_loss(mean, data.float())
         if not settings.share:  # a warm start by regression alone
             return regression.new_zeros(()), regression, mean
-        foretold = mean
-        if drawn:
-            start, times = torch.zeros_like(data).to(context.dtype), torch.ones(len(data), device=data.device)
-            foretold = self(start, times, self.condition(context)).float()
+        predicted_data = mean
+        if drawn.count:
+            last = slice(len(data) - drawn.count, len(data))
+            predicted_data = torch.cat([mean[: last.start], self._draw(data[last], context[last], drawn)])
         if settings.share < 1:
             chosen = torch.randperm(len(data), device=data.device)[: max(1, round(settings.share * len(data)))]
             data, context = data[chosen], context[chosen]
@@ -139,7 +141,16 @@ class VelocityNetwork(nn.Module):
             predicted = self(z_t.to(context.dtype), t, condition).float()
             error = (predicted - data.float()).square().mean((1, 2))
             losses.append((self.path.loss_weight(t) * error).mean())
-        return torch.stack(losses).mean(), regression, foretold
+        return torch.stack(losses).mean(), regression, predicted_data
+
+    def _draw(self, data: Tensor, context: Tensor, drawn: Drawn) -> Tensor:
+        """Data like ``data`` (B, M, P), float32, as sampling finds it from noise, with gradients."""
+        condition = self.condition(context)
+
+        def predict(z: Tensor, t: float) -> Tensor:
+            return self(z.to(context.dtype), torch.full((len(z),), t, device=z.device), condition).float()
+
+        return solve(predict, drawn.noise_like(data), self.path, drawn.num_flow_steps, drawn.solver)
 
 
 TIME_FEATURES = 128
@@ -162,7 +173,6 @@ def flow_times(steps: int) -> list[float]:
     return [1 - k / steps for k in range(steps + 1)]
 
 
-@torch.no_grad()
 def solve(predict: Predict, noise: Tensor, path: Path, steps: int, solver: str) -> Tensor:
     """Integrate from ``noise`` at t = 1 to data at t = 0 in ``steps`` steps of ``solver``.
 

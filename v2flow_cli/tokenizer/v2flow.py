@@ -25,7 +25,7 @@ from v2flow_cli.runtime.digest import model_digest
 from v2flow_cli.runtime.hub import model_folder
 from v2flow_cli.tokenizer.config import V2FlowConfig
 from v2flow_cli.tokenizer.context import MaskedTransformer, grid_coordinates
-from v2flow_cli.tokenizer.decoder import Decoder, Places
+from v2flow_cli.tokenizer.decoder import Decoder, Drawn, Places
 from v2flow_cli.tokenizer.decoder_masked import MaskedDecoder
 from v2flow_cli.tokenizer.decoder_transformer import VelocityTransformer
 from v2flow_cli.tokenizer.flow import VelocityNetwork
@@ -392,7 +392,8 @@ class V2FlowTokenizer(PreTrainedModel):
             lengths = sample_lengths(settings.nested_dropout, len(latents), settings.max_tokens, latents.device)
         places = self._places(height, width, len(latents), rate)
         tokens = quantized.embeddings.to(latents.dtype)
-        decoded = self.decoder.losses(self._patchify(latents), tokens, lengths, places, loss)
+        drawn = Drawn.of(loss, self.config.section("sampling"), len(latents))
+        decoded = self.decoder.losses(self._patchify(latents), tokens, lengths, places, loss, drawn)
         predicted = self._unpatchify(decoded.patches, *self._patch_grid(height, width))
         return V2FlowOutput(
             decoded.flow,

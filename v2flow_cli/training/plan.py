@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from v2flow_cli.tokenizer.v2flow import V2FlowTokenizer
 from v2flow_cli.training.memory import training_bytes
 from v2flow_cli.training.objectives.autoencoder import AutoencoderObjective
 from v2flow_cli.training.objectives.tokenizer import TokenizerObjective, build_config
+from v2flow_cli.training.perceptual import load_perceptual
 
 
 def plan(recipe: AutoencoderRecipe | TokenizerRecipe) -> dict[str, Any]:
@@ -34,6 +36,7 @@ def plan(recipe: AutoencoderRecipe | TokenizerRecipe) -> dict[str, Any]:
         step = 0
     else:
         spec, shape, missing = named_models(recipe)
+        recipe = _without_missing_features(recipe, missing)
         with torch.device("meta"):
             model = V2FlowTokenizer(build_config(recipe, spec, shape))
             objective = TokenizerObjective(recipe, model)
@@ -76,6 +79,17 @@ def named_models(recipe: TokenizerRecipe) -> tuple[dict[str, Any], tuple[int, in
             except ModelError as error:
                 missing.append(str(error))
     return spec, shape, missing
+
+
+def _without_missing_features(recipe: TokenizerRecipe, missing: list[str]) -> TokenizerRecipe:
+    """``recipe``, without the perceptual loss where its network is not there; ``missing`` then says so."""
+    if recipe.loss.perceptual:
+        try:
+            load_perceptual(recipe.loss.features)
+        except ModelError as error:
+            missing.append(str(error))
+            return dataclasses.replace(recipe, loss=dataclasses.replace(recipe.loss, perceptual=0.0))
+    return recipe
 
 
 def _count(module: torch.nn.Module) -> int:

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import math
 from pathlib import Path
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -13,15 +14,25 @@ from v2flow_cli.errors import ModelError, V2FlowError
 from v2flow_cli.recipe.schema import TokenizerRecipe
 from v2flow_cli.runtime.device import DTYPES
 from v2flow_cli.store.llm_table import load_vocab_embeddings
+from v2flow_cli.tokenizer.decoder import Drawn
 from v2flow_cli.tokenizer.latents import load_autoencoder_spec
 from v2flow_cli.tokenizer.other_decoders import DECODER, FAITHFUL
 from v2flow_cli.tokenizer.v2flow import SECTIONS, V2FlowConfig, V2FlowTokenizer
+from v2flow_cli.training.perceptual import load_perceptual
 
 # What ``save_dtype`` may round. The rest decides ids: vectors are mixtures of thousands of words and differ by less
 # than a hundredth of what they are made of, so that in bf16 every second patch would choose another code.
 ROUNDED = (*DECODER, "latents", "quantizer.codebook")
 
 FLOOR_GRACE_STEPS = 1000  # after the codebook starts, before the usage floor counts
+
+
+class PictureLosses(NamedTuple):
+    """Means over the drawn images, each 0 where it is not asked for."""
+
+    log_mse: Tensor  # natural log of the squared error
+    ssim: Tensor
+    perceptual: Tensor
 
 
 class TokenizerObjective(nn.Module):
@@ -37,6 +48,8 @@ class TokenizerObjective(nn.Module):
             for name, part in model.named_children():
                 if name not in DECODER:
                     part.requires_grad_(False)
+        # In a tuple, so that it is no part of the model: checkpoints, averages and optimizers do not know it.
+        self._perceptual = (load_perceptual(recipe.loss.features),) if recipe.loss.perceptual else ()
 
     def train(self, mode: bool = True) -> TokenizerObjective:
         super().train(mode)
@@ -53,20 +66,23 @@ class TokenizerObjective(nn.Module):
         words, weights = self.recipe.vocabulary, self.recipe.loss
         ramp = min(1.0, step / words.gumbel_ramp_steps) if words.gumbel_ramp_steps else 1.0
         out = self.model(latents, step=step, noise_scale=ramp * words.gumbel_noise, loss=weights)
-        log_mse, ssim = self._in_pixels(images, out.latents)
+        pictures = self._of_pictures(images, out.latents)
         loss = (
             weights.flow * out.flow_loss
             + weights.regression * out.regression_loss
             + weights.commit * out.commit_loss
-            + weights.pixels * log_mse
-            + weights.ssim * (1 - ssim)
+            + weights.pixels * pictures.log_mse
+            + weights.ssim * (1 - pictures.ssim)
+            + weights.perceptual * pictures.perceptual
             - weights.batch_entropy * out.batch_entropy
         )
         drawn = {}
-        if weights.pixels or weights.ssim:
-            drawn["psnr_db"] = -10 / math.log(10) * log_mse.detach()
+        if weights.draws:
+            drawn["psnr_db"] = -10 / math.log(10) * pictures.log_mse.detach()
         if weights.ssim:
-            drawn["ssim"] = ssim.detach()
+            drawn["ssim"] = pictures.ssim.detach()
+        if weights.perceptual:
+            drawn["perceptual_loss"] = pictures.perceptual.detach()
         return {
             "loss": loss,
             **drawn,
@@ -77,26 +93,25 @@ class TokenizerObjective(nn.Module):
             "batch_word_entropy": out.batch_entropy.detach(),
         }
 
-    def _in_pixels(self, images: Tensor | None, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """(log of the squared error, SSIM) of the last images of a batch as the decoder foretells them.
-
-        Pixels span 1 in both. Images that saw the dummy D come first, so a small share never has them.
-        """
+    def _of_pictures(self, images: Tensor | None, latents: Tensor) -> PictureLosses:
+        """Of the last images of a batch, whose ``latents`` the decoder predicted. Pixels span 1 in the first two."""
         weights = self.recipe.loss
         zero = latents.new_zeros(())
-        if images is None or not (weights.pixels or weights.ssim):
-            return zero, zero
+        if images is None or not weights.draws:
+            return PictureLosses(zero, zero, zero)
         from torchmetrics.functional.image import structural_similarity_index_measure
 
-        count = max(1, round(weights.pixel_share * len(images)))
-        wanted = images[-count:].float() / 2 + 0.5
-        drawn = self.model.latents.draw(latents[-count:].to(images.dtype)).float() / 2 + 0.5
-        log_mse = (drawn - wanted).square().mean((1, 2, 3)).log().mean()
-        if not weights.ssim:
-            return log_mse, zero
-        ssim = structural_similarity_index_measure(drawn, wanted, data_range=1.0)
-        assert isinstance(ssim, Tensor)
-        return log_mse, ssim
+        count = Drawn.of(weights, self.recipe.sampling, len(images)).count
+        photos = images[-count:].float()
+        drawn = self.model.latents.draw(latents[-count:].to(images.dtype)).float()
+        log_mse = (drawn / 2 - photos / 2).square().mean((1, 2, 3)).log().mean()
+        ssim, perceptual = zero, zero
+        if weights.ssim:
+            ssim = structural_similarity_index_measure(drawn / 2 + 0.5, photos / 2 + 0.5, data_range=1.0)
+            assert isinstance(ssim, Tensor)
+        for network in self._perceptual:
+            perceptual = network.to(drawn.device)(drawn, photos).mean()
+        return PictureLosses(log_mse, ssim, perceptual)
 
     def reconstruct(self, images: Tensor) -> Tensor:
         """Images (B, 3, S, S) to tokens and back, at the recipe's own sampling; image i has seed i."""

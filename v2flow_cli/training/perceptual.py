@@ -1,0 +1,151 @@
+"""How far apart two pictures are in the features of a network that was trained on photos: LPIPS, and one of files.
+
+``load_perceptual`` gives a module ``(a, b) -> distances (B,)`` of images (B, 3, H, W) in [-1, 1], with gradients: a
+loss for training, and a figure for ``bench``. It is frozen, and computes in float32 whatever autocast says.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from v2flow_cli.errors import ModelError
+from v2flow_cli.runtime.device import without_autocast
+from v2flow_cli.store.files import sha256_of
+from v2flow_cli.store.network_weights import JudgeWeights, weights_url
+
+LPIPS, LPIPS_NET = "lpips", "vgg"  # as a recipe names it; the backbone that is usual for training
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, pixels in [0, 1]
+BLOCKS = (1, 4, 7, 9, 10, 11, 12)  # layers of SqueezeNet 1.1 whose outputs LPIPS compares
+MIN_SIZE = 17  # pixels a side: less leaves the last blocks empty
+
+
+class FeatureNetwork(nn.Module):
+    """The convolutional part of SqueezeNet 1.1; ``forward`` is the distance of two pictures in its seven blocks.
+
+    The distance of a block is the squared difference of its features, each position's normalised to length 1, summed
+    over channels and averaged over positions; that of a picture is the mean over blocks, from 0 to 4. LPIPS
+    (arXiv 1801.03924) without its learned heads.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self) -> None:
+        from torchvision.models import squeezenet1_1
+
+        super().__init__()
+        self.features = squeezenet1_1(weights=None).features
+        self.register_buffer("mean", torch.tensor(MEAN)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(STD)[:, None, None], persistent=False)
+        self.definition = "SqueezeNet 1.1 with random weights"
+
+    def blocks(self, images: Tensor) -> list[Tensor]:
+        """The outputs (B, C, h, w), float32, of the seven blocks for images (B, 3, H, W) in [-1, 1]."""
+        outputs = []
+        with without_autocast(images):
+            x = ((images.float() + 1) / 2 - self.mean) / self.std
+            for number, layer in enumerate(self.features):
+                x = layer(x)
+                if number in BLOCKS:
+                    outputs.append(x)
+        return outputs
+
+    def pooled(self, images: Tensor) -> Tensor:
+        """One vector (B, 512) an image: the last block, averaged over positions."""
+        return self.blocks(images)[-1].mean((2, 3))
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        """Distances (B,) of images in [-1, 1]."""
+        return block_distances(self.blocks(a), self.blocks(b))
+
+
+def block_distances(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+    """Distances (B,) of two pictures' blocks: see ``FeatureNetwork``."""
+    parts = [(_unit(x) - _unit(y)).square().sum(1).mean((1, 2)) for x, y in zip(a, b)]
+    return torch.stack(parts).mean(0)
+
+
+def _unit(features: Tensor) -> Tensor:
+    # rsqrt of a sum above 0: where all features are 0, as on flat areas, a norm has no gradient.
+    return features * torch.rsqrt(features.square().sum(1, keepdim=True) + 1e-10)
+
+
+class Lpips(nn.Module):
+    """LPIPS of the `lpips` package, version 0.1 weights; see ``store.network_weights`` for its backbone's file."""
+
+    def __init__(self, net: str, weights: JudgeWeights) -> None:
+        """Raises:  ModelError when the backbone is not to be had; ValueError for an unknown net."""
+        super().__init__()
+        file = weights.find(net)
+        import lpips
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # torchvision: lpips still says `pretrained=`
+            self.model = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
+        state = torch.hub.load_state_dict_from_url(
+            weights_url(net),
+            model_dir=str(file.parent),
+            file_name=file.name,
+            map_location="cpu",
+            progress=False,
+            weights_only=True,  # tensors only, nothing else is unpickled
+        )
+        # lpips cuts torchvision's `features` into slices and keeps the numbers of the layers.
+        names = {name: re.sub(r"^slice\d+", "features", name) for name in self.model.net.state_dict()}
+        self.model.net.load_state_dict({name: state[original] for name, original in names.items()})
+        self.definition = f"lpips package v0.1, {net} backbone {file.name}"
+        self.eval().requires_grad_(False)
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        """Distances (B,) of images in [-1, 1]."""
+        with without_autocast(a):
+            return self.model(a.float(), b.float()).reshape(len(a))
+
+
+def load_features(path: str | Path) -> FeatureNetwork:
+    """The network of a safetensors file with torchvision's names, with or without ``features.`` before them.
+
+    Raises:  ModelError for a file that is missing, damaged, or holds another network.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ModelError(f"{path}: no such file; expected weights of SqueezeNet 1.1's features (.safetensors).")
+    try:
+        weights = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{path}: cannot be read as safetensors ({error}).") from None
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]):  # first values, which are replaced
+        network = FeatureNetwork()
+    found = {name.removeprefix("features."): w for name, w in weights.items() if not name.startswith("classifier.")}
+    try:
+        network.features.load_state_dict(found)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split()).partition(": ")[2][:160]
+        raise ModelError(f"{path}: not the features of SqueezeNet 1.1 ({reason}).") from None
+    network.definition = f"SqueezeNet 1.1 features of {path.name}, SHA-256 {sha256_of(path)[:12]}"
+    return network.eval().requires_grad_(False)
+
+
+def load_perceptual(features: str) -> FeatureNetwork | Lpips:
+    """What ``loss.features`` of a recipe names: ``lpips``, or a file for ``load_features``.
+
+    Raises:  ModelError where it is not to be had.
+    """
+    if features != LPIPS:
+        return load_features(features)
+    try:
+        return Lpips(LPIPS_NET, JudgeWeights())
+    except ModelError as error:
+        reason = str(error).partition(" Give --download")[0]
+        raise ModelError(
+            f"loss.features is lpips. {reason} Fetch them once with `v2flow bench --lpips-net {LPIPS_NET} --download`, "
+            "or name a file of network weights."
+        ) from None
