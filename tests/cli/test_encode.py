@@ -1,6 +1,7 @@
 """``v2flow encode`` through Typer's runner, on a tiny random tokenizer of 4 tokens of 64 codes."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from typer.testing import CliRunner
 
 from v2flow_cli.cli.app import app
 from v2flow_cli.store.token_file import TokenManifest, read_token_set
+from v2flow_cli.store.token_sets import token_samples
 from v2flow_cli.tokenizer import V2FlowTokenizer
 
 
@@ -58,6 +60,25 @@ def test_ids_do_not_depend_on_batch_size_or_workers(run, folder, tmp_path):
         assert run(folder, "-o", tmp_path / out, *options).exit_code == 0
     for name in TokenManifest.load(tmp_path / "a").files:
         assert (tmp_path / "a" / f"{name}.npy").read_bytes() == (tmp_path / "b" / f"{name}.npy").read_bytes()
+
+
+def test_parquet_lies_beside_the_token_files(run, tars, tmp_path):
+    done = run(tars, "-o", tmp_path / "tokens", "--parquet", "--json")
+    assert done.exit_code == 0, done.stderr
+    path = tmp_path / "tokens" / "tokens-00000.parquet"
+    assert json.loads(done.stdout)["parquet"] == [str(path)]
+    expected = {s.key: (s.captions, s.token_ids.tolist()) for s in read_token_set(tmp_path / "tokens")}
+    found = {s.key: (s.captions, s.token_ids.tolist()) for s in token_samples(path)}
+    assert found == expected and found["odd/1"][0] == ("one", "two")
+    again = run(tars, "-o", tmp_path / "tokens", "--parquet")  # all shards are kept, the table is written anew
+    assert again.exit_code == 0 and str(path) in again.stdout
+
+
+def test_parquet_without_pyarrow_fails_before_anything_is_encoded(run, folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    done = run(folder, "-o", tmp_path / "tokens", "--parquet")
+    assert done.exit_code == 1 and "pip install 'v2flow[parquet]'" in done.stderr
+    assert not (tmp_path / "tokens").exists()
 
 
 def test_files_globs_and_other_sizes(run, folder, tmp_path):

@@ -23,6 +23,7 @@ from v2flow_cli.llm.sequences import collate
 from v2flow_cli.llm.vocabulary import VisualVocabulary, extend_tables
 from v2flow_cli.recipe.load import dump_recipe
 from v2flow_cli.recipe.schema import Lora
+from v2flow_cli.store.token_parquet import write_parquet
 from v2flow_cli.training.llm_checkpoints import list_checkpoints
 from v2flow_cli.training.llm_trainer import save_folder, training_arguments, weights_digest
 from v2flow_cli.training.muon import ADAMW_RMS
@@ -55,6 +56,21 @@ def test_leaves_a_plain_folder_that_knows_its_tokens(recipe, llm_folder, family)
     assert f"{report.eval_loss:.3f} nats" in card and "1 process(es) on " in card
     counts = np.load(Path(recipe.output, "token_counts.npy"), allow_pickle=False)
     assert counts.shape == (64,) and counts.sum() == 12 * 4
+
+
+def test_parquet_trains_as_the_token_files_do_and_is_refused_for_another_tokenizer(recipe, tmp_path, token_set):
+    straight = finetune(recipe, log=print)
+    (table,) = write_parquet(tmp_path / "tokens")
+    with_table = replace(recipe, data=replace(recipe.data, token_sets=(str(table),)), output=str(tmp_path / "table"))
+    assert finetune(with_table, log=print).train_loss == straight.train_loss
+    assert torch.equal(logits_of(recipe.output), logits_of(with_table.output))
+    counts = [np.load(Path(output, "token_counts.npy")) for output in (recipe.output, with_table.output)]
+    assert np.array_equal(*counts)
+    token_set(tmp_path / "others", digest="0" * 16)
+    (table,) = write_parquet(tmp_path / "others")
+    other = replace(recipe, data=replace(recipe.data, token_sets=(str(table),)), output=str(tmp_path / "other"))
+    with pytest.raises(TokenFileError, match="made by tokenizer 0000000000000000, but the model at hand is"):
+        finetune(other, log=print)
 
 
 @pytest.mark.parametrize("kind, mode", [("adamw", "full"), ("adamw", "lora"), ("adamw", "rows"), ("muon", "full")])

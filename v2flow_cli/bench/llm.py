@@ -17,7 +17,8 @@ from v2flow_cli.llm.pairs import encode_photos
 from v2flow_cli.llm.sample import DrawingLM
 from v2flow_cli.llm.sequences import caption_ids, collate, sample
 from v2flow_cli.store.stream import SampleStream
-from v2flow_cli.store.token_file import TokenManifest, TokenSample, read_token_set
+from v2flow_cli.store.token_file import TokenSample
+from v2flow_cli.store.token_sets import is_token_set, token_samples, token_set_manifest
 from v2flow_cli.tokenizer import V2FlowTokenizer
 from v2flow_cli.training.objectives.drawing import TOKEN_COUNTS
 
@@ -60,15 +61,15 @@ def read_captioned(
 
 
 def _read(source: str, tokenizer: V2FlowTokenizer, length: int) -> Iterator[TokenSample]:
-    manifest = TokenManifest.load(Path(source))
-    if manifest is not None:
+    if is_token_set(source):
+        manifest = token_set_manifest(source)
         manifest.check_tokenizer(tokenizer.token_digest, source)
         if not tokenizer.flexible and manifest.tokens_per_image != length:
             raise TokenFileError(
                 f"{source}: {manifest.tokens_per_image} tokens an image, but the LLM draws {length}. Encode them "
                 f"with --tokens {length}."
             )
-        yield from read_token_set(Path(source))
+        yield from token_samples(source)
         return
     photos = SampleStream([source], seed=0).epoch()
     while batch := list(itertools.islice(photos, 8)):

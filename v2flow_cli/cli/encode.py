@@ -40,6 +40,9 @@ def encode(
             metavar="DB", help="Keep the fewest tokens whose picture has this PSNR in dB (flexible tokenizers)."
         ),
     ] = None,
+    parquet: Annotated[
+        bool, typer.Option("--parquet", help="Write the set as Parquet too: key, caption, tokens, height, width.")
+    ] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Images encoded at a time; the ids do not depend on it.")] = 8,
     workers: Annotated[int, typer.Option(min=1, help="Threads that read and decode images.")] = 2,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
@@ -63,6 +66,8 @@ def encode(
 
         v2flow encode shards/ -o shard-tokens/ --batch-size 32 --workers 4
 
+        v2flow encode shards/ -o shard-tokens/ --parquet
+
         v2flow encode imgs/ -o tokens-32/ --model runs/flextok/small --tokens 32
 
         v2flow encode imgs/ -o tokens-18db/ --model runs/flextok/small --max-error 18
@@ -72,6 +77,10 @@ def encode(
     from v2flow_cli.errors import DataError
     from v2flow_cli.store.images import SUFFIXES, expand_input, find_images
 
+    if parquet:
+        from v2flow_cli.store.token_parquet import require_parquet
+
+        require_parquet()
     if tokens is not None and max_error is not None:
         raise DataError("--tokens and --max-error: give one of them; the second chooses the number by itself.")
     kinds = {_kind(expand_input(given)[1], SUFFIXES, given) for given in inputs}
@@ -106,6 +115,11 @@ def encode(
             report = encode_files(encoder, files, out, force=force, tick=tick, ranks=ranks)
         if ranks.rank:
             return  # the first one speaks for all
+    tables = []
+    if parquet:
+        from v2flow_cli.store.token_parquet import write_parquet
+
+        tables = write_parquet(out)
     seconds = time.perf_counter() - start
 
     manifest = report.manifest
@@ -124,6 +138,7 @@ def encode(
                 "short_of_max_error": report.short,
                 "codebook_size": manifest.codebook_size,
                 "tokenizer_digest": manifest.tokenizer_digest,
+                "parquet": [str(path) for path in tables],
                 "seconds": seconds,
                 "failed": failures_json(report.failures),
             }
@@ -137,6 +152,8 @@ def encode(
             f"{out}: {report.images} images in {report.files} files{kept}; "
             f"{length} tokens an image, ids below {manifest.codebook_size:,}"
         )
+        for path in tables:
+            result(str(path))
     if report.short:
         log(f"{report.short} images have less than {max_error:g} dB even with all their tokens, which were kept")
     for failure in report.failures:

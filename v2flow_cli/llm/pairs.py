@@ -6,20 +6,20 @@ import itertools
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from v2flow_cli.errors import DataError, TokenFileError
+from v2flow_cli.errors import DataError
 from v2flow_cli.llm.sequences import caption_ids, sample
 from v2flow_cli.llm.vocabulary import VisualVocabulary
 from v2flow_cli.recipe.schema import TokenPairs
 from v2flow_cli.store.images import open_image
 from v2flow_cli.store.stream import Sample, SampleStream
-from v2flow_cli.store.token_file import TokenManifest, TokenSample, read_token_set
+from v2flow_cli.store.token_file import TokenSample
+from v2flow_cli.store.token_sets import token_samples, token_set_manifest
 from v2flow_cli.tokenizer import V2FlowTokenizer
 
 
@@ -118,7 +118,7 @@ class Samples(torch.utils.data.IterableDataset):
         if self.photos is not None:
             images: Iterator[TokenSample | Sample] = photos or self.photos.epoch()
         else:
-            images = itertools.chain.from_iterable(read_token_set(Path(folder)) for folder in self.data.token_sets)
+            images = itertools.chain.from_iterable(map(token_samples, self.data.token_sets))
         # Which images are held out depends on their key alone: no list to keep, the same in every run.
         limit = self.data.held_out_share * 2**32
         return (image for image in images if (zlib.crc32(image.key.encode()) < limit) == self.held_out)
@@ -194,9 +194,7 @@ def check_data(data: TokenPairs, tokenizer: V2FlowTokenizer) -> tuple[int, int]:
 def _check_token_sets(folders: Sequence[str], digest: str) -> tuple[dict[str, int], int]:
     lengths, images = {}, 0
     for folder in folders:
-        manifest = TokenManifest.load(Path(folder))
-        if manifest is None:
-            raise TokenFileError(f"{folder}: no token manifest in it; expected the output of `v2flow encode`.")
+        manifest = token_set_manifest(folder)
         manifest.check_tokenizer(digest, folder)
         lengths[folder] = manifest.tokens_per_image
         images += manifest.count
@@ -207,6 +205,6 @@ def count_tokens(data: TokenPairs, codebook_size: int) -> np.ndarray:
     """How often each code occurs in the token sets, (K,) uint32: the unigram model that an LLM has to beat."""
     counts = np.zeros(codebook_size, dtype=np.uint32)
     for folder in data.token_sets:
-        for image in read_token_set(Path(folder)):
+        for image in token_samples(folder):
             counts += np.bincount(image.token_ids, minlength=codebook_size).astype(np.uint32)
     return counts

@@ -342,7 +342,7 @@ class LMRecipe:
 class TokenPairs:
     """(caption, tokens) pairs and how they become samples."""
 
-    token_sets: tuple[str, ...]  # folders that `v2flow encode` wrote, from tars where captions are wanted
+    token_sets: tuple[str, ...]  # folders that `v2flow encode` wrote, or its Parquet files; tars give captions
     caption_dropout: float  # share of samples whose caption is left empty, for --llm-cfg
     max_caption_tokens: int  # longer captions are cut
     train_on_prompt: bool  # False: labels on the answer alone

@@ -71,7 +71,11 @@ class TokenManifest:
 
     def save(self, folder: Path) -> None:
         """Write ``folder/manifest.json``."""
-        record = {
+        write_bytes(folder / MANIFEST, json.dumps(self.record(), indent=1, ensure_ascii=False).encode())
+
+    def record(self) -> dict[str, Any]:
+        """The manifest as it lies in JSON."""
+        return {
             "format": FORMAT,
             "format_version": 2 if self.variable_length else 1,
             "tokenizer_digest": self.tokenizer_digest,
@@ -82,7 +86,6 @@ class TokenManifest:
             "count": self.count,
             "files": self.files,
         }
-        write_bytes(folder / MANIFEST, json.dumps(record, indent=1, ensure_ascii=False).encode())
 
     @classmethod
     def load(cls, folder: Path) -> TokenManifest | None:
@@ -99,6 +102,11 @@ class TokenManifest:
             raise TokenFileError(f"{path}: cannot be read as JSON ({error}).") from error
         if not isinstance(record, dict) or record.get("format") != FORMAT:
             return None
+        return cls.of_record(record, path)
+
+    @classmethod
+    def of_record(cls, record: dict[str, Any], path: Path) -> TokenManifest:
+        """What ``record()`` gave, read from ``path``.  Raises: TokenFileError as ``load``."""
         version: Any = record.get("format_version")
         if not _is_count(version):
             raise TokenFileError(f"{path}: format_version is {version!r}; expected {FORMAT_VERSION}.")
@@ -106,10 +114,6 @@ class TokenManifest:
             raise TokenFileError(
                 f"{path}: format version {version}; this v2flow reads up to {FORMAT_VERSION}. Update v2flow."
             )
-        return cls._parse(record, path)
-
-    @classmethod
-    def _parse(cls, record: dict[str, Any], path: Path) -> TokenManifest:
         digest: Any = record.get("tokenizer_digest")
         size: Any = record.get("image_size")
         files: Any = record.get("files")

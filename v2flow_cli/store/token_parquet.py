@@ -1,0 +1,170 @@
+"""Token sets as Parquet: a row an image, which ``datasets`` and every table tool read.
+
+    key: string | caption: string, the first one, or null | captions: list<string> | tokens: list<uint16 or uint32> |
+    height, width: int32, pixels
+
+The file's metadata holds, under ``v2flow``, what ``manifest.json`` says of the set: above all the tokenizer's digest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from v2flow_cli.errors import TokenFileError, foreign_errors
+from v2flow_cli.runtime.extras import require
+from v2flow_cli.store.files import publishing
+from v2flow_cli.store.token_file import TokenManifest, TokenSample, read_token_set
+
+ROWS_PER_FILE = 100_000
+ROWS_PER_GROUP = 4096  # in memory at a time
+METADATA = b"v2flow"
+COLUMNS = ("key", "caption", "captions", "tokens", "height", "width")
+
+
+def require_parquet() -> Any:
+    """``pyarrow.parquet``.  Raises: MissingExtra where it is not installed."""
+    return require("pyarrow.parquet", "Parquet")
+
+
+def write_parquet(folder: Path) -> list[Path]:
+    """Write the token set in ``folder`` as ``tokens-00000.parquet``, ... beside its files; returns these.
+
+    They get their names when all are whole; what an earlier call wrote is replaced.
+    Raises: TokenFileError and DataError for a set that cannot be read; ModelError where the files cannot be written.
+    """
+    parquet, manifest = require_parquet(), TokenManifest.load(folder)
+    if manifest is None:
+        raise TokenFileError(f"{folder}: no token manifest in it; expected the output of `v2flow encode`.")
+    names = []
+    with (
+        foreign_errors(f"{folder}: the Parquet files cannot be written", kind=TokenFileError),
+        publishing(folder, ".parquet-") as partial,
+    ):
+        groups = _groups(read_token_set(folder))
+        group = next(groups, None)
+        while group is not None:
+            names.append(f"tokens-{len(names):05d}.parquet")
+            schema, rows = _schema(manifest), 0
+            with parquet.ParquetWriter(partial / names[-1], schema, compression="zstd") as writer:
+                while group is not None and rows < ROWS_PER_FILE:
+                    writer.write_table(_table(group, manifest, schema))
+                    rows, group = rows + len(group), next(groups, None)
+    for old in folder.glob("tokens-*.parquet"):
+        if old.name not in names:
+            old.unlink()
+    return [folder / name for name in names]
+
+
+def parquet_files(source: str | Path) -> list[Path]:
+    """The Parquet files that ``source`` names, a file or a folder of them; empty where it names something else."""
+    path = Path(source)
+    if path.is_dir():
+        return sorted(path.glob("*.parquet"))
+    return [path] if path.suffix == ".parquet" else []
+
+
+def load_parquet_manifest(files: Sequence[Path]) -> TokenManifest:
+    """Whose tokens ``files`` hold, by their metadata.
+
+    Raises: TokenFileError for a file that is missing, damaged, without our metadata or columns, or of another set than
+            the first.
+    """
+    parquet = require_parquet()
+    found = []
+    for path in files:
+        if not path.is_file():
+            raise TokenFileError(f"{path}: no such file.")
+        with foreign_errors(f"{path}: not a whole Parquet file", kind=TokenFileError):
+            file = parquet.ParquetFile(path)
+            record = (file.schema_arrow.metadata or {}).get(METADATA)
+            record = None if record is None else json.loads(record)
+            columns, rows = set(file.schema_arrow.names), file.metadata.num_rows
+        if not isinstance(record, dict):
+            raise TokenFileError(
+                f"{path}: no tokenizer digest in its metadata; expected what `encode --parquet` wrote. A program "
+                "that rewrites such a file has to keep the schema's metadata."
+            )
+        missing = [name for name in COLUMNS if name not in columns]
+        if missing:
+            raise TokenFileError(f"{path}: no column {missing[0]}; expected {', '.join(COLUMNS)}.")
+        if not rows:
+            raise TokenFileError(f"{path}: no row in it.")
+        found.append(TokenManifest.of_record({**record, "files": {str(path): rows}, "count": rows}, path))
+    for path, manifest in zip(files, found):
+        if not manifest.same_tokens(found[0]):
+            raise TokenFileError(
+                f"{path}: tokens of tokenizer {manifest.tokenizer_digest} at {manifest.image_size}; {files[0]} has "
+                f"{found[0].tokenizer_digest} at {found[0].image_size}. Keep them in folders of their own."
+            )
+    return dataclasses.replace(found[0], files={k: v for manifest in found for k, v in manifest.files.items()})
+
+
+def read_parquet(files: Sequence[Path]) -> Iterator[TokenSample]:
+    """Every row of ``files``, a group at a time.
+
+    Raises: TokenFileError as ``load_parquet_manifest``, and for ids out of range or of a wrong number.
+    """
+    parquet, manifest = require_parquet(), load_parquet_manifest(files)
+    for path in files:
+        with foreign_errors(f"{path}: not a whole Parquet file", kind=TokenFileError):
+            for batch in parquet.ParquetFile(path).iter_batches(ROWS_PER_GROUP, columns=["key", "captions", "tokens"]):
+                for row in batch.to_pylist():
+                    yield _sample(row, manifest, path)
+
+
+def _sample(row: dict[str, Any], manifest: TokenManifest, path: Path) -> TokenSample:
+    key, captions, tokens = row["key"], row["captions"], row["tokens"]
+    ids, (length, variable) = np.array(tokens or (), dtype=np.int64), manifest.lengths
+    if not isinstance(key, str) or not all(isinstance(caption, str) for caption in captions or ()):
+        raise TokenFileError(f"{path}: a row's key is {key!r} and its captions {captions!r}; expected strings.")
+    if not 0 < len(ids) <= length or (not variable and len(ids) != length):
+        raise TokenFileError(f"{path}: {key}: {len(ids)} tokens; expected {'1 to ' * variable}{length}.")
+    if not 0 <= ids.min() <= ids.max() < manifest.codebook_size:
+        raise TokenFileError(f"{path}: {key}: an id outside [0, {manifest.codebook_size}).")
+    return TokenSample(key, tuple(captions or ()), ids)
+
+
+def _groups(samples: Iterator[TokenSample]) -> Iterator[list[TokenSample]]:
+    group: list[TokenSample] = []
+    for sample in samples:
+        group.append(sample)
+        if len(group) == ROWS_PER_GROUP:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _schema(manifest: TokenManifest) -> Any:
+    arrow = require("pyarrow", "Parquet")
+    ids = arrow.uint16() if manifest.codebook_size <= 65_536 else arrow.uint32()
+    types = (
+        arrow.string(),
+        arrow.string(),
+        arrow.list_(arrow.string()),
+        arrow.list_(ids),
+        arrow.int32(),
+        arrow.int32(),
+    )
+    record = {key: value for key, value in manifest.record().items() if key not in ("files", "count")}
+    return arrow.schema(list(zip(COLUMNS, types)), metadata={METADATA: json.dumps(record)})
+
+
+def _table(group: Sequence[TokenSample], manifest: TokenManifest, schema: Any) -> Any:
+    arrow = require("pyarrow", "Parquet")
+    height, width = manifest.image_size
+    columns = [
+        [sample.key for sample in group],
+        [sample.captions[0] if sample.captions else None for sample in group],
+        [list(sample.captions) for sample in group],
+        [sample.token_ids for sample in group],
+        [height] * len(group),
+        [width] * len(group),
+    ]
+    return arrow.table([arrow.array(values, type=field.type) for values, field in zip(columns, schema)], schema=schema)
