@@ -16,6 +16,7 @@ from v2flow_cli.llm.load import context_length, load_llm
 from v2flow_cli.llm.sampling import DEFAULT_LLM
 from v2flow_cli.llm.sequences import caption_ids, caption_prompt_ids, prompt_ids
 from v2flow_cli.llm.vocabulary import VisualVocabulary
+from v2flow_cli.runtime.device import tf32
 
 STOPPED = -1  # after the end of a picture of flexible length
 
@@ -71,6 +72,7 @@ class DrawingLM:
         return prompt_ids(self.vocabulary, words)
 
     @torch.inference_mode()
+    @tf32(False)
     def generate(
         self,
         prompts: str | Sequence[str],
@@ -153,6 +155,7 @@ class DrawingLM:
             handle.remove()
 
     @torch.inference_mode()
+    @tf32(False)
     def caption(self, token_ids: Tensor, *, seed: int = 0, temperature: float = 0.0, max_tokens: int = 64) -> str:
         """What the image ``token_ids`` (L,) shows, in words; temperature 0 takes the likeliest word each time.
 

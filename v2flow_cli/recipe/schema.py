@@ -51,7 +51,8 @@ class TrainLoop:
     precision: Literal["auto", "fp32", "bf16"]  # auto: bf16 where the hardware is fast at it
     max_minutes: float = 0.0  # stop (and save) after this wall time; 0 means no limit
     log_every: int = 20  # steps
-    save_every: int = 500  # steps
+    save_minutes: float = 5.0  # wall time between checkpoints; 0: none but by save_every
+    save_every: int = 0  # steps between checkpoints, beside those by save_minutes; 0: none
     save_dtype: Literal["fp32", "bf16"] = "fp32"  # of the finished model on disk, but for what makes ids
     keep_checkpoints: int = 2
     skip_bad_steps: int = 0  # steps of non-finite loss or gradient to skip before the run stops
@@ -305,7 +306,8 @@ class LMTrainLoop:
     max_minutes: float = 0.0  # stop (and save) after this wall time, resumed parts included; 0 means no limit
     gradient_checkpointing: bool = False  # recompute activations: less memory, a third more time
     log_every: int = 20  # steps
-    save_every: int = 500  # steps
+    save_minutes: float = 5.0  # wall time between checkpoints; 0: none but by save_every
+    save_every: int = 0  # steps between checkpoints, beside those by save_minutes; 0: none
     eval_every: int = 0  # steps between held-out losses on the way; 0: only at the end
     keep_checkpoints: int = 1
     skip_bad_steps: int = 0  # steps of non-finite loss or gradient to skip before the run stops; they count as steps

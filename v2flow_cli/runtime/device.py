@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import platform
+import threading
 import time
+from collections.abc import Iterator
 
 import torch
 
@@ -50,6 +53,35 @@ def without_autocast(tensor: torch.Tensor) -> torch.autocast:
     """A context in which nothing on the device of ``tensor`` is computed in less than its own type."""
     kind = tensor.device.type  # "meta" while a run is planned
     return torch.autocast(kind if torch.amp.is_autocast_available(kind) else "cpu", enabled=False)
+
+
+_TF32_LOCK = threading.Lock()
+_tf32_uses: list[tuple[object, bool, bool]] = []  # of each open context: itself, matrix products, convolutions
+
+
+@contextlib.contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """Within it, float32 products on a GPU may (or may not) round their factors to 10 bits of mantissa.
+
+    torch's own default allows it in convolutions. Training allows it everywhere, because only training reads those
+    numbers; what a user reads (ids, images) is computed without it. The setting is global, so that of the context that
+    was entered last holds, in all threads; when all are left, the setting from before them is back.
+    """
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    mine = (object(), allowed, allowed)
+    with _TF32_LOCK:
+        if not _tf32_uses:
+            _tf32_uses.append((object(), matmul.allow_tf32, cudnn.allow_tf32))
+        _tf32_uses.append(mine)
+        matmul.allow_tf32 = cudnn.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        with _TF32_LOCK:
+            _tf32_uses.remove(mine)
+            _, matmul.allow_tf32, cudnn.allow_tf32 = _tf32_uses[-1]
+            if len(_tf32_uses) == 1:
+                _tf32_uses.clear()
 
 
 def describe_hardware() -> str:

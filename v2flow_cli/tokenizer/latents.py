@@ -85,9 +85,7 @@ def load_autoencoder_spec(path_or_id: str) -> tuple[dict[str, Any], dict[str, Te
             f"{path_or_id}: an autoencoder of class {name!r}; expected V2FlowAutoencoder, "
             f"{', '.join(DIFFUSERS_CLASSES)}, or the word pixels."
         )
-    import diffusers
-
-    model = getattr(diffusers, name).from_pretrained(folder)
+    model = _diffusers_class(name).from_pretrained(folder)
     spec = {k: v for k, v in dict(model.config).items() if not k.startswith("_")}
     return {"class": name, **spec}, model.state_dict()
 
@@ -110,10 +108,20 @@ def _build(kind: str | None, spec: dict[str, Any]) -> nn.Module:
     if kind == "V2FlowAutoencoder":
         return V2FlowAutoencoder(V2FlowAutoencoderConfig(**spec))
     if kind in DIFFUSERS_CLASSES:
-        import diffusers
-
-        return getattr(diffusers, kind).from_config(spec)
+        return _diffusers_class(kind).from_config(spec)
     raise ModelError(f"An autoencoder of class {kind!r} is not known; expected {', '.join(DIFFUSERS_CLASSES)} or ours.")
+
+
+def _diffusers_class(name: str) -> Any:
+    """Imported only for an autoencoder of diffusers: our own needs no such package."""
+    try:
+        import diffusers
+    except ImportError as error:
+        raise ModelError(
+            f"An autoencoder of class {name} needs the package diffusers, which cannot be imported ({error}). "
+            "Install it: pip install diffusers."
+        ) from None
+    return getattr(diffusers, name)
 
 
 def _geometry(kind: str | None, model: Any) -> tuple[int, int, float, float]:

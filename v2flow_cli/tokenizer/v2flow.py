@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from v2flow_cli.errors import ModelError, reason_of
 from v2flow_cli.recipe.schema import FSQ, FlowTransformer, Registers, Resampler, Sampling, TokenizerLoss
 from v2flow_cli.runtime.batch_invariant import on_single_threads
-from v2flow_cli.runtime.device import without_autocast
+from v2flow_cli.runtime.device import tf32, without_autocast
 from v2flow_cli.runtime.digest import model_digest
 from v2flow_cli.runtime.hub import model_folder
 from v2flow_cli.tokenizer.config import V2FlowConfig
@@ -274,6 +274,7 @@ class V2FlowTokenizer(PreTrainedModel):
     # -- image -> token ids --------------------------------------------------------------------------------
 
     @torch.no_grad()
+    @tf32(False)
     def encode(self, images: Tensor, num_tokens: int | None = None) -> Tensor:
         """Token ids (B, L) int64 of images (B, 3, H, W) in [-1, 1]; deterministic.
 
@@ -323,6 +324,7 @@ class V2FlowTokenizer(PreTrainedModel):
     # -- token ids -> image --------------------------------------------------------------------------------
 
     @torch.no_grad()
+    @tf32(False)
     def decode(
         self,
         token_ids: Tensor,
@@ -489,6 +491,7 @@ class V2FlowTokenizer(PreTrainedModel):
         copy_decoders(self._decoder_files, Path(save_directory))
 
     @torch.no_grad()
+    @tf32(False)
     def autoencode(self, images: Tensor) -> Tensor:
         """Images through the autoencoder alone: the ceiling of any reconstruction."""
         return self.latents.decode(self.latents.encode(images.to(self.device, self.dtype)))

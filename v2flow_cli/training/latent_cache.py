@@ -22,6 +22,7 @@ from torch import Tensor
 
 from v2flow_cli.errors import ModelError, V2FlowError
 from v2flow_cli.recipe.schema import TokenizerRecipe
+from v2flow_cli.runtime.device import tf32
 from v2flow_cli.runtime.digest import model_digest
 from v2flow_cli.runtime.processes import raise_everywhere
 from v2flow_cli.store.failures import Failure
@@ -155,6 +156,7 @@ def _check(record: Path, found: dict[str, Any], facts: dict[str, Any]) -> None:
 
 
 @torch.no_grad()
+@tf32(False)
 def _compute(recipe: TokenizerRecipe, autoencoder: Latents, rank: int, ranks: int, device: torch.device) -> LatentCache:
     batch_size = recipe.train.batch_size // recipe.train.accumulate // ranks
     loader = crop_loader(recipe.data, batch_size, seed=recipe.train.seed, start=0, rank=rank, world_size=ranks)

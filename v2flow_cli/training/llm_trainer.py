@@ -20,7 +20,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from v2flow_cli.errors import ModelError
 from v2flow_cli.recipe.schema import LMTrainLoop, Optimizer
-from v2flow_cli.runtime.device import pick_device, pick_dtype
+from v2flow_cli.runtime.device import pick_device, pick_dtype, tf32
 from v2flow_cli.runtime.processes import losing_contact, maximum, prepare_cpu_launch, world_size
 from v2flow_cli.store.files import publishing
 from v2flow_cli.training.checkpoint import Interrupted, stop_requested
@@ -114,8 +114,10 @@ class RunClock(TrainerCallback, ExportableState):
     def __init__(self, train: LMTrainLoop, recipe: str, log: Log) -> None:
         self.max_minutes, self.skip_bad_steps = train.max_minutes, train.skip_bad_steps
         self.sequences_per_step, self.recipe, self.log = train.batch_size, recipe, log
+        self.precision = train.precision
         self.bad_steps = 0  # skipped so far
         self.seconds_before = 0.0  # of the runs that this one continues
+        self.save_minutes, self.saved_seconds = train.save_minutes, 0.0  # and when the last checkpoint was due
         self.started = time.monotonic()
         self.last_loss = math.nan
         self.signals: list[int] = []  # received; see ``stop_requested``
@@ -154,15 +156,20 @@ class RunClock(TrainerCallback, ExportableState):
         self.last_loss = next((logs["loss"] for logs in reversed(state.log_history) if "loss" in logs), math.nan)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.started = time.monotonic()
+        self.started, self.saved_seconds = time.monotonic(), self.seconds_before
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.saved_seconds = self.seconds
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.ignore_data_skip:  # a stream, of which Trainer would count the steps since the resume
             state.epoch = state.global_step / state.max_steps
         if state.global_step == state.max_steps:
             control.should_log = True  # also between two multiples of log_every
-        # Processes must leave the loop at the same step: what stops one of them stops all.
-        late, self.interrupted = map(bool, maximum([self.time_is_up, bool(self.signals)], args.device))
+        # Processes must leave the loop, and save, at the same step: what stops one of them stops all.
+        due = bool(self.save_minutes) and self.seconds - self.saved_seconds > 60 * self.save_minutes
+        flags = [self.time_is_up, bool(self.signals), due or control.should_save]
+        late, self.interrupted, control.should_save = map(bool, maximum(flags, args.device))
         if (late or self.interrupted) and state.global_step < state.max_steps:
             if not self.interrupted:
                 self.log(f"time limit: {self.max_minutes:g} minutes, stopping after step {state.global_step}")
@@ -199,6 +206,7 @@ def training_arguments(
             f"train.batch_size is {train.batch_size}; expected a multiple of accumulate x processes "
             f"({train.accumulate} x {processes})."
         )
+    device = pick_device()
     arguments = TrainingArguments(
         output_dir=str(Path(output) / "checkpoints"),
         max_steps=train.steps,
@@ -212,12 +220,13 @@ def training_arguments(
         warmup_steps=optimizer.warmup_steps,
         lr_scheduler_type="cosine" if optimizer.schedule == "cosine" else "constant_with_warmup",
         max_grad_norm=optimizer.clip_norm,
-        bf16=pick_dtype(train.precision, pick_device()) == torch.bfloat16,
+        bf16=pick_dtype(train.precision, device) == torch.bfloat16,
+        use_cpu=device.type == "cpu",  # without it Trainer refuses bf16 on a CPU
         seed=train.seed,
         data_seed=train.seed,
         logging_steps=train.log_every,
         logging_nan_inf_filter=False,
-        save_steps=train.save_every,
+        save_steps=train.save_every or train.steps,  # those by minutes are the clock's
         eval_strategy="steps" if train.eval_every else "no",
         eval_steps=train.eval_every or None,
         save_total_limit=train.keep_checkpoints,
@@ -264,7 +273,8 @@ def run(
         late = bool(clock.max_minutes) and clock.seconds_before > 60 * clock.max_minutes
         trainer.finished = late or state.global_step >= trainer.args.max_steps
         trainer.first_sample = state.global_step * clock.sequences_per_step
-    with stop_requested() as clock.signals, losing_contact(lambda: on_samples(trainer.place, trainer.keys)):
+    contact = losing_contact(lambda: on_samples(trainer.place, trainer.keys))
+    with tf32(clock.precision != "fp32"), stop_requested() as clock.signals, contact:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if clock.interrupted and trainer.state.global_step < trainer.args.max_steps:
         raise Interrupted(trainer.state.global_step)
@@ -309,6 +319,10 @@ def save_folder(
         return
     dtype = torch.bfloat16 if save_dtype == "bf16" else torch.float32
     state_dict = {name: tensor.to(dtype) for name, tensor in (state_dict or model.state_dict()).items()}
+    # Copies are no longer one tensor in memory, by which save_pretrained would know a tied table.
+    for copy, source in model.all_tied_weights_keys.items():
+        if copy in state_dict and source in state_dict and torch.equal(state_dict[copy], state_dict[source]):
+            del state_dict[copy]
     model.to(dtype)  # save_pretrained writes the model's own dtype into the config
     model.config.use_cache = True  # Trainer turns it off
     if hasattr(model.config, "v2flow"):

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from v2flow_cli.errors import ModelError, V2FlowError
 from v2flow_cli.recipe import AutoencoderRecipe, TokenizerRecipe, dump_recipe
 from v2flow_cli.recipe.schema import TrainLoop
-from v2flow_cli.runtime.device import pick_dtype
+from v2flow_cli.runtime.device import pick_dtype, tf32
 from v2flow_cli.runtime.processes import losing_contact, maximum, prepare_cpu_launch, raise_everywhere
 from v2flow_cli.store.files import publishing, write_bytes
 from v2flow_cli.training.card import write_card
@@ -145,9 +146,12 @@ def train(
         loader = crop_loader(recipe.data, micro_batch, seed=loop.seed, start=start, rank=rank, world_size=ranks)
         batches = iter(loader)
     watch = Watch(accelerator, folder, dump_recipe(recipe), recipe.data, loop.seed)
-    run_start, earlier_seconds = time.monotonic(), state.seconds
+    run_start, earlier_seconds, saved_seconds = time.monotonic(), state.seconds, state.seconds
     keys: list[str] = []
-    with stop_requested() as stop, losing_contact(lambda: on_samples(f"step {state.step}, rank {rank}", keys)):
+    # What only training reads may be rounded; `precision: fp32` asks for float32 in it too.
+    rounding = tf32(recipe.train.precision != "fp32")
+    contact = losing_contact(lambda: on_samples(f"step {state.step}, rank {rank}", keys))
+    with rounding, stop_requested() as stop, contact:
         while state.step < loop.steps and not (loop.max_minutes and state.seconds > 60 * loop.max_minutes):
             set_learning_rate(optimizer, learning_rate_at(state.step, recipe.optimizer, loop.steps))
             torch.manual_seed(_step_seed(loop.seed, state.step + state.bad_steps, rank))
@@ -177,9 +181,10 @@ def train(
                 watch.grid(objective, state.step)
             at_step(state.step)
             interrupted = any(maximum([float(bool(stop))], accelerator.device))
-            if interrupted or state.step % loop.save_every == 0:
+            due = bool(loop.save_minutes) and state.seconds - saved_seconds > 60 * loop.save_minutes
+            if interrupted or due or (loop.save_every and state.step % loop.save_every == 0):
                 save()
-                saved_step = state.step
+                saved_step, saved_seconds = state.step, state.seconds
             if interrupted:
                 raise Interrupted(state.step)
         save()
@@ -213,14 +218,12 @@ def _export(objective: AutoencoderObjective | TokenizerObjective, folder: Path, 
 
 def _accelerator(loop: TrainLoop, folder: Path) -> Accelerator:
     prepare_cpu_launch()
-    precision = loop.precision
-    if precision == "auto":
-        device = Accelerator().device
-        precision = "bf16" if pick_dtype("auto", device) is torch.bfloat16 else "fp32"
+    dtype = pick_dtype(loop.precision, PartialState().device)
+    AcceleratorState._reset_state()  # an earlier training in this process may have had another precision
     # A step in which no image, or every image, sees the dummy D leaves some weights without a gradient.
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
     return Accelerator(
-        mixed_precision="bf16" if precision == "bf16" else "no",
+        mixed_precision="bf16" if dtype is torch.bfloat16 else "no",
         kwargs_handlers=[unused],
         **tracker_options(loop.tracker, folder),
     )

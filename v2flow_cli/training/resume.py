@@ -17,6 +17,7 @@ FREE_TO_CHANGE = {
     "max_minutes",
     "log_every",
     "save_every",
+    "save_minutes",
     "eval_every",
     "sample_every",
     "save_dtype",

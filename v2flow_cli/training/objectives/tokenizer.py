@@ -19,6 +19,7 @@ from v2flow_cli.tokenizer.latents import load_autoencoder_spec
 from v2flow_cli.tokenizer.other_decoders import DECODER, FAITHFUL
 from v2flow_cli.tokenizer.v2flow import SECTIONS, V2FlowConfig, V2FlowTokenizer
 from v2flow_cli.training.perceptual import load_perceptual
+from v2flow_cli.training.ssim import ssim
 
 # What ``save_dtype`` may round. The rest decides ids: vectors are mixtures of thousands of words and differ by less
 # than a hundredth of what they are made of, so that in bf16 every second patch would choose another code.
@@ -99,19 +100,15 @@ class TokenizerObjective(nn.Module):
         zero = latents.new_zeros(())
         if images is None or not weights.draws:
             return PictureLosses(zero, zero, zero)
-        from torchmetrics.functional.image import structural_similarity_index_measure
-
         count = Drawn.of(weights, self.recipe.sampling, len(images)).count
         photos = images[-count:].float()
         drawn = self.model.latents.draw(latents[-count:].to(images.dtype)).float()
         log_mse = (drawn / 2 - photos / 2).square().mean((1, 2, 3)).log().mean()
-        ssim, perceptual = zero, zero
-        if weights.ssim:
-            ssim = structural_similarity_index_measure(drawn / 2 + 0.5, photos / 2 + 0.5, data_range=1.0)
-            assert isinstance(ssim, Tensor)
+        similarity = ssim(drawn / 2 + 0.5, photos / 2 + 0.5) if weights.ssim else zero
+        perceptual = zero
         for network in self._perceptual:
             perceptual = network.to(drawn.device)(drawn, photos).mean()
-        return PictureLosses(log_mse, ssim, perceptual)
+        return PictureLosses(log_mse, similarity, perceptual)
 
     def reconstruct(self, images: Tensor) -> Tensor:
         """Images (B, 3, S, S) to tokens and back, at the recipe's own sampling; image i has seed i."""
