@@ -30,7 +30,7 @@ def artist(drawing, tmp_path):
     return DrawingLM.from_pretrained(tmp_path / "llm")
 
 
-PROMPTS = ["a red fox", "two dogs on a beach near the water", "a red fox", ""]
+PROMPTS = ["a red fox", "two dogs on a beach near the water", "a red fox", "", "a red fox " * 8]
 
 
 def draw(artist, rows, **settings):
@@ -40,9 +40,9 @@ def draw(artist, rows, **settings):
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 2.5])
 def test_a_row_does_not_depend_on_its_batch(artist, guidance_scale):
-    rows = [(0, 5), (1, 5), (2, 6), (0, 7)]
+    rows = [(0, 5), (1, 5), (4, 5), (2, 6), (0, 7)]
     together = draw(artist, rows, guidance_scale=guidance_scale)
-    assert together.shape == (4, 12) and together.min() >= 0 and together.max() < 64
+    assert together.shape == (5, 12) and together.min() >= 0 and together.max() < 64
     for row, alone in zip(rows, together):
         assert torch.equal(draw(artist, [row], guidance_scale=guidance_scale)[0], alone)
     assert len({tuple(row.tolist()) for row in together}) > 1
@@ -71,8 +71,8 @@ def test_greedy_equals_generate_with_the_logits_processor(artist, drawing):
         eos_token_id=1,
         pad_token_id=2,
     )[:, width:]
-    assert out[:, 12].tolist() == [vocabulary.end_image_id] * 4 and out[:, 13].tolist() == [1] * 4
-    mine = artist.generate(PROMPTS, seeds=[0] * 4, temperature=0.0)
+    assert out[:, 12].tolist() == [vocabulary.end_image_id] * 5 and out[:, 13].tolist() == [1] * 5
+    mine = artist.generate(PROMPTS, seeds=[0] * 5, temperature=0.0)
     assert torch.equal(out[:, :12] - vocabulary.visual_token_offset, mine)
 
 
@@ -135,9 +135,11 @@ def test_samples_of_one_prompt_share_its_prefill(artist, monkeypatch):
 
     monkeypatch.setattr(artist.model, "forward", recorded)
     draw(artist, [(0, 1), (0, 2), (0, 3), (1, 1)], guidance_scale=2.0)
-    width = max(len(artist.prompt(text)) for text in PROMPTS[:2])
     # Two prompts and the empty one are read once each; then four pictures go on, each with and without its prompt.
-    assert shapes == [((3, width), "StaticCache"), *[((8, 1), "StaticCache")] * 11]
+    assert shapes == [*[((1, 32), "StaticCache")] * 3, *[((8, 1), "StaticCache")] * 11]
+    shapes.clear()
+    artist.generate(["a red fox", "a red fox " * 8], seeds=[1, 1])
+    assert sorted(set(shape for shape, _ in shapes)) == [(1, 1), (1, 32), (1, 64)]  # widths are not mixed
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from v2flow_cli.runtime.batch_invariant import on_single_threads
+from v2flow_cli.runtime.batch_invariant import each_row_alone, on_single_threads
 
 
 @pytest.fixture(autouse=True)
@@ -65,3 +65,17 @@ def test_one_thread_needs_no_other():
     ran_in = []
     on_single_threads(lambda image: ran_in.append(threading.get_ident()) or image, torch.ones(3, 1))
     assert set(ran_in) == {threading.get_ident()} and torch.get_num_threads() == 1
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_row_rounds_alike_in_any_batch(bias: bool) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(256, 704, bias), torch.nn.Linear(704, 300, bias))
+    rows = torch.randn(9, 1, 256)
+    with torch.no_grad(), each_row_alone(model):
+        alone = torch.cat(on_single_threads(model, rows))
+        for size in (2, 5, 9):
+            assert torch.equal(torch.cat(on_single_threads(model, rows, size)), alone)
+    assert all("forward" not in vars(layer) for layer in model)
+    with torch.no_grad():
+        torch.testing.assert_close(model(rows), alone)

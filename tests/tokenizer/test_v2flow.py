@@ -29,7 +29,7 @@ def test_decode_shapes_seeds_and_batches(tiny_tokenizer):
     together = tiny_tokenizer.decode(ids, seeds=[3, 4, 5])
     assert together.shape == (3, 3, 64, 64) and together.abs().max() <= 1
     alone = tiny_tokenizer.decode(ids[1:2], seeds=[4])
-    assert torch.allclose(together[1:2], alone, atol=1e-5)
+    assert torch.equal(together[1:2], alone)
     assert not torch.allclose(alone, tiny_tokenizer.decode(ids[1:2], seeds=[9]), atol=1e-3)
 
 
@@ -112,7 +112,7 @@ def test_a_dropped_image_sees_no_token(tiny_tokenizer):
 
 
 def test_losses_in_pixels_see_what_one_step_without_noise_decodes(tiny_tokenizer):
-    model, x = tiny_tokenizer, images(2)
+    model, x = tiny_tokenizer, images(1)
     model.config.context |= {"mask_ratio_min": 1.0}  # every patch is hidden, as in one round
     loss = TokenizerLoss(1.0, 1.0, commit=0.0, batch_entropy=0.0, guidance_dropout=0.0, ssim=1.0)
     trained = model(model.latents.encode(x), step=10, noise_scale=0.0, loss=loss).latents

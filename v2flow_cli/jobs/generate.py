@@ -89,6 +89,44 @@ def about(picture: Picture, settings: Settings, models: Mapping[str, str]) -> di
     return record | asdict(settings) | dict(models)
 
 
+def draw_images(
+    llm: DrawingLM,
+    image_tokenizer: V2FlowTokenizer,
+    pictures: Sequence[Picture],
+    settings: Settings,
+    dtype: torch.dtype = torch.float32,
+    tick: Callable[[], None] = lambda: None,
+) -> list[tuple[torch.Tensor, Image.Image]]:
+    """Token ids (L,) on the CPU and image of each of ``pictures``, drawn as one batch; ``tick`` as in ``draw``."""
+    token_ids = llm.generate(
+        [p.prompt for p in pictures],
+        seeds=[p.seed for p in pictures],
+        temperature=[p.temperature for p in pictures],
+        top_k=settings.top_k,
+        top_p=settings.top_p,
+        guidance_scale=settings.llm_guidance_scale,
+        tick=tick,
+    )
+    kind = image_tokenizer.device.type
+    lengths = (token_ids != STOPPED).sum(1).tolist()
+    drawn: dict[int, tuple[torch.Tensor, Image.Image]] = {}
+    with torch.inference_mode(), torch.autocast(kind, dtype, enabled=dtype != torch.float32):
+        for length in sorted(set(lengths)):
+            rows = [i for i, found in enumerate(lengths) if found == length]
+            decoded = image_tokenizer.decode(
+                token_ids[rows, :length],
+                guidance_scale=settings.guidance_scale,
+                num_mask_steps=settings.num_mask_steps,
+                num_flow_steps=settings.num_flow_steps,
+                solver=settings.solver,
+                guidance=settings.guidance,
+                seeds=[pictures[i].seed for i in rows],
+            )
+            for i, image in zip(rows, image_tokenizer.image_processor.to_pil(decoded)):
+                drawn[i] = token_ids[i, :length].cpu(), image
+    return [drawn[i] for i in range(len(pictures))]
+
+
 def draw_pictures(
     llm: DrawingLM,
     image_tokenizer: V2FlowTokenizer,
@@ -102,41 +140,16 @@ def draw_pictures(
     tick: Callable[[int], None] = lambda advance: None,
 ) -> Iterator[tuple[Picture, Image.Image]]:
     """Draws and writes ``pictures`` as ``out``/NAME.png in batches, and yields each with its image."""
-    device, models = image_tokenizer.device, model_digests(llm, image_tokenizer)
+    models = model_digests(llm, image_tokenizer)
     for first in range(0, len(pictures), batch_size):
         batch = pictures[first : first + batch_size]
-        token_ids = llm.generate(
-            [p.prompt for p in batch],
-            seeds=[p.seed for p in batch],
-            temperature=[p.temperature for p in batch],
-            top_k=settings.top_k,
-            top_p=settings.top_p,
-            guidance_scale=settings.llm_guidance_scale,
-        )
-        lengths = (token_ids != STOPPED).sum(1).tolist()
-        images: list[Image.Image | None] = [None] * len(batch)
-        with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            for length in sorted(set(lengths)):
-                rows = [i for i, found in enumerate(lengths) if found == length]
-                decoded = image_tokenizer.decode(
-                    token_ids[rows, :length],
-                    guidance_scale=settings.guidance_scale,
-                    num_mask_steps=settings.num_mask_steps,
-                    num_flow_steps=settings.num_flow_steps,
-                    solver=settings.solver,
-                    guidance=settings.guidance,
-                    seeds=[batch[i].seed for i in rows],
-                )
-                for i, image in zip(rows, image_tokenizer.image_processor.to_pil(decoded)):
-                    images[i] = image
+        drawn = draw_images(llm, image_tokenizer, batch, settings, dtype)
         if save_tokens:
-            ids = token_ids.cpu().numpy()
-            rows_of = {p.name: row[:n] for p, row, n in zip(batch, ids, lengths)}
+            rows_of = {p.name: ids.numpy() for p, (ids, _) in zip(batch, drawn)}
             _save_tokens(out, rows_of, image_tokenizer, llm.vocabulary.tokens_per_image)
-        for picture, drawn in zip(batch, images):
-            assert drawn is not None
-            write_png(out / f"{picture.name}.png", drawn, about(picture, settings, models))
-            yield picture, drawn
+        for picture, (_, image) in zip(batch, drawn):
+            write_png(out / f"{picture.name}.png", image, about(picture, settings, models))
+            yield picture, image
         tick(len(batch))
 
 

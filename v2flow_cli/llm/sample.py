@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,8 +17,10 @@ from v2flow_cli.llm.load import context_length, load_llm
 from v2flow_cli.llm.sampling import DEFAULT_LLM
 from v2flow_cli.llm.sequences import caption_ids, caption_prompt_ids, prompt_ids
 from v2flow_cli.llm.vocabulary import VisualVocabulary
+from v2flow_cli.runtime.batch_invariant import each_row_alone, on_single_threads
 from v2flow_cli.runtime.device import tf32
 
+PROMPT_MULTIPLE = 32  # prompts are padded to a multiple of this width: a row's padding is a matter of its own prompt
 STOPPED = -1  # after the end of a picture of flexible length
 
 
@@ -91,7 +94,8 @@ class DrawingLM:
         Args:    seeds, one for each prompt, or the first, from which the others count up; temperature, one for each
                  or one for all, 0 takes the likeliest token; top_k 0 and top_p 1 cut nothing; guidance follows
                  uncond + scale (cond - uncond) on logits, the empty prompt being unconditional; ``tick`` is called
-                 after every position. A row depends on its own prompt, seed and settings, not on the batch.
+                 after every position of the first row. A row depends on its own prompt, seed and settings; on a CPU
+                 it is bit-equal alone and in any batch.
         Raises:  DataError for no prompt, one that is too long, and another number of seeds or temperatures.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -104,55 +108,102 @@ class DrawingLM:
             )
         if not all(0 <= t < math.inf for t in temperatures):
             raise DataError(f"temperature is {temperature}; expected numbers from 0 up.")
-        v, device = self.vocabulary, self.model.device
-        length, start, end = v.tokens_per_image, v.visual_token_offset, v.end_image_id - v.visual_token_offset
+        device = self.model.device
+        length = self.vocabulary.tokens_per_image
         uniforms = torch.stack(
             [torch.rand(length, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in seeds]
         ).to(device)  # (B, L)
         heat = torch.tensor(temperatures, device=device, dtype=torch.float32)  # (B,)
-        guided = guidance_scale != 1.0
-        unique = list(dict.fromkeys(prompts))
-        rows = [unique.index(prompt) for prompt in prompts] + [len(unique)] * (len(prompts) if guided else 0)
-        ids, mask = _left_pad([self.prompt(p) for p in unique] + ([self.prompt("")] if guided else []), device)
+        encoded = [self.prompt(prompt) for prompt in prompts]
+        widths = [-(-len(ids) // PROMPT_MULTIPLE) * PROMPT_MULTIPLE for ids in encoded]
+        empty = self.prompt("") if guidance_scale != 1.0 else None
+
+        def draw_rows(rows: Tensor) -> Tensor:
+            pick_rows = functools.partial(pick, temperatures=heat[rows], top_k=top_k, top_p=top_p)
+            of_rows = [encoded[row] for row in rows.tolist()]
+            report = tick if 0 in rows else lambda: None
+            return self._draw_rows(of_rows, empty, widths[rows[0]], uniforms[rows], pick_rows, guidance_scale, report)
+
+        drawn = torch.full(uniforms.shape, STOPPED, device=device)
+        with each_row_alone(self.model):
+            for width in sorted(set(widths)):
+                rows = torch.tensor([row for row, own in enumerate(widths) if own == width])
+                if device.type == "cpu":
+                    part = -(-len(rows) // torch.get_num_threads())
+                    drawn[rows] = torch.cat(on_single_threads(draw_rows, rows, part))
+                else:
+                    drawn[rows] = draw_rows(rows)
+        return drawn
+
+    def _draw_rows(
+        self,
+        prompts: Sequence[list[int]],
+        empty: list[int] | None,
+        width: int,
+        uniforms: Tensor,
+        pick_rows: Callable[[Tensor, Tensor], Tensor],
+        guidance_scale: float,
+        tick: Callable[[], None],
+    ) -> Tensor:
+        """Image tokens (B, L) of prompt ids that are all padded to ``width``; guided where ``empty`` ids are given."""
+        v = self.vocabulary
+        length, start, end = v.tokens_per_image, v.visual_token_offset, v.end_image_id - v.visual_token_offset
+        unique = list(dict.fromkeys(map(tuple, prompts)))
+        rows = [unique.index(tuple(prompt)) for prompt in prompts]
+        if empty is not None:
+            rows += [len(unique)] * len(prompts)
+            unique.append(tuple(empty))
+        cache, logits, mask, positions = self._prefill(unique, width, width + length)
         # Samples of one prompt share its prefill: the cache is computed once for each and then spread over the rows.
-        select = torch.tensor(rows, device=device)
-        positions = (mask.cumsum(1) - 1).clamp_min(0)
-        cache = StaticCache(config=self.model.config, max_cache_len=ids.shape[1] + length)
-        given = dict(past_key_values=cache, use_cache=True)
-        out = self._last(input_ids=ids, attention_mask=mask, position_ids=positions, **given)
+        select = torch.tensor(rows, device=uniforms.device)
         cache.reorder_cache(select)
-        logits, mask, positions = out.logits[:, -1][select], mask[select], positions[select, -1:]
-        drawn = torch.full((len(prompts), length), STOPPED, device=device)
-        going = torch.ones(len(prompts), dtype=torch.bool, device=device)
+        logits, mask, positions = logits[select], mask[select], positions[select]
+        drawn = torch.full(uniforms.shape, STOPPED, device=uniforms.device)
+        going = torch.ones(len(prompts), dtype=torch.bool, device=uniforms.device)
         for step in range(length):
             scores = logits[:, start : start + end + 1].float()  # visual ids and the two marks
-            if guided:
+            if empty is not None:
                 cond, uncond = scores.chunk(2)
                 scores = uncond + guidance_scale * (cond - uncond)
             if v.flexible and step:
                 scores[:, v.codebook_size : end] = -torch.inf  # begin of image
             else:
                 scores = scores[:, : v.codebook_size]
-            token = pick(scores, uniforms[:, step], heat, top_k, top_p)
+            token = pick_rows(scores, uniforms[:, step])
             going &= token < v.codebook_size
             drawn[going, step] = token[going]
             tick()
             if step + 1 == length or (v.flexible and not going.any()):
                 break
-            token = (token + start).repeat(2 if guided else 1)
+            token = (token + start).repeat(1 if empty is None else 2)
             mask, positions = torch.cat([mask, mask[:, :1] * 0 + 1], 1), positions + 1
-            out = self._last(input_ids=token[:, None], attention_mask=mask, position_ids=positions, **given)
+            given = dict(attention_mask=mask, position_ids=positions, past_key_values=cache)
+            out = self._last(input_ids=token[:, None], **given)
             logits = out.logits[:, -1]
         return drawn
 
+    def _prefill(
+        self, prompts: Sequence[Sequence[int]], width: int, max_length: int
+    ) -> tuple[StaticCache, Tensor, Tensor, Tensor]:
+        """(cache, last logits (U, V), mask (U, width), last positions (U, 1)) of U prompts, each computed alone."""
+        caches, logits = [], []
+        ids, mask = _left_pad(prompts, width, self.model.device)
+        positions = (mask.cumsum(1) - 1).clamp_min(0)
+        for row in range(len(prompts)):
+            one = slice(row, row + 1)
+            caches.append(StaticCache(config=self.model.config, max_cache_len=max_length))
+            given = dict(attention_mask=mask[one], position_ids=positions[one], past_key_values=caches[-1])
+            out = self._last(input_ids=ids[one], **given)
+            logits.append(out.logits[:, -1])
+        cache = caches[0]
+        for layer, *others in zip(*(c.layers for c in caches)):
+            layer.keys = torch.cat([layer.keys, *(other.keys for other in others)])
+            layer.values = torch.cat([layer.values, *(other.values for other in others)])
+        return cache, torch.cat(logits), mask, positions[:, -1:]
+
     def _last(self, **inputs: Any) -> Any:
         """The model's outputs with logits (B, 1, V) of the last position alone."""
-        head = self.model.get_output_embeddings()
-        handle = head.register_forward_pre_hook(lambda _, given: (given[0][:, -1:], *given[1:]))
-        try:
-            return self.model(**inputs)
-        finally:
-            handle.remove()
+        return self.model(**inputs, use_cache=True, logits_to_keep=1)
 
     @torch.inference_mode()
     @tf32(False)
@@ -232,9 +283,8 @@ class TextOnly(LogitsProcessor):
         return scores
 
 
-def _left_pad(prompts: Sequence[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Ids and attention mask, each (B, T), of prompts that end together."""
-    width = max(map(len, prompts))
-    ids = [[0] * (width - len(p)) + p for p in prompts]
+def _left_pad(prompts: Sequence[Sequence[int]], width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ids and attention mask, each (B, width), of prompts that end together."""
+    ids = [[0] * (width - len(p)) + list(p) for p in prompts]
     mask = [[0] * (width - len(p)) + [1] * len(p) for p in prompts]
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)

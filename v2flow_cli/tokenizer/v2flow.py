@@ -341,7 +341,8 @@ class V2FlowTokenizer(PreTrainedModel):
         Args:    lengths, one per image: decode only the first so many ids of a row, where the length is flexible
                  (default: those before the first negative one, as ``DrawingLM.generate`` ends a row);
                  height, width in pixels (default: the square image with L tokens, the config's size where the
-                 length is flexible); ``seeds``, one per image, make each independent of its batch;
+                 length is flexible); ``seeds``, one per image, make each independent of its batch,
+                 bit by bit on a CPU, where each image has one thread to itself;
                  ``decoder``, one of ``decoder_names`` (default: the one it was loaded with);
                  ``sampling``, fields of the recipe's section, which where missing or None are the config's.
         Raises:  ValueError for ids out of range, or an L that fits no image; ModelError for sampling settings
@@ -365,14 +366,22 @@ class V2FlowTokenizer(PreTrainedModel):
         seeds = list(range(len(token_ids))) if seeds is None else list(seeds)
         if not len(seeds) == len(counts) == len(token_ids):
             raise ValueError(f"{len(seeds)} seeds and {len(counts)} lengths for {len(token_ids)} images")
-        tokens = self.quantizer.embed(token_ids.to(self.device)).to(self.dtype)
-        kept = torch.tensor(counts, device=self.device) if self.flexible else None
-        rows, columns = self._patch_grid(height, width)
-        noise = settings.noise_temperature * self._seeded_noise(seeds, rows * columns)
+
+        def decode_rows(rows: Tensor) -> Tensor:
+            own = [seeds[row] for row in rows.tolist()]
+            tokens = self.quantizer.embed(token_ids[rows].to(self.device)).to(self.dtype)
+            kept = torch.tensor([counts[row] for row in rows.tolist()], device=self.device) if self.flexible else None
+            noise = settings.noise_temperature * self._seeded_noise(own, patch_rows * patch_columns)
+            places = self._places(height, width, len(tokens), rate)
+            patches = self.decoder.sample(tokens, kept, places, noise, own, settings)
+            return self.latents.decode(self._unpatchify(patches, patch_rows, patch_columns))
+
+        patch_rows, patch_columns = self._patch_grid(height, width)
         rate = 0 if self.flexible else self._rate(token_ids.shape[1], height, width)
-        places = self._places(height, width, len(tokens), rate)
-        patches = self.decoder.sample(tokens, kept, places, noise, seeds, settings)
-        return self.latents.decode(self._unpatchify(patches, rows, columns))
+        every = torch.arange(len(token_ids))
+        if self.device.type == "cpu" and len(token_ids):
+            return torch.cat(on_single_threads(decode_rows, every))
+        return decode_rows(every)
 
     # -- training ------------------------------------------------------------------------------------------
 
