@@ -26,6 +26,10 @@ def finetune_llm(
     approximate: Annotated[
         bool, typer.Option("--approximate", help="Let --resume go on with another number of processes, not exactly.")
     ] = False,
+    push: Annotated[
+        str | None, typer.Option(metavar="REPO", help="Upload the finished model to the hub, as OWNER/NAME, private.")
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="Let everybody see what --push makes.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Report sizes and estimates, then stop.")] = False,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> None:
@@ -38,6 +42,8 @@ def finetune_llm(
         v2flow finetune-llm recipes/tiny/lm.yaml --set train.steps=20 --set output=runs/my-lm
 
         v2flow finetune-llm recipes/default/llm.yaml --resume
+
+        v2flow finetune-llm recipes/default/llm.yaml --push me/my-llm --set card.license=apache-2.0
     """
     from v2flow_cli.recipe import FinetuneRecipe, LMRecipe, load_recipe
 
@@ -61,18 +67,23 @@ def finetune_llm(
             result_json(estimates)
         return
 
+    from v2flow_cli.cli.push import prepare_push, push_result
     from v2flow_cli.training.checkpoint import Interrupted
 
+    prepare_push(push, public, spec.card.license)
     try:
         report = run(log=log, resume=resume, approximate=approximate)
     except Interrupted as stop:
         log(f"{stop}; continue with --resume")
         raise typer.Exit(EXIT_INTERRUPTED) from None
+    page = push_result(push, report.output)
     if json_:
-        result_json(dataclasses.asdict(report))
+        result_json({**dataclasses.asdict(report), "pushed": page})
         return
     held_out = "" if report.eval_loss is None else f", held out {report.eval_loss:.3f}"
     result(
         f"{report.output}: {report.parameters:,} parameters, {report.steps} steps in {report.minutes:.1f} minutes, "
         f"loss {report.train_loss:.3f}{held_out} nats a token"
     )
+    if page:
+        result(page)

@@ -21,6 +21,10 @@ def train(
     approximate: Annotated[
         bool, typer.Option("--approximate", help="Let --resume go on with another number of processes, not exactly.")
     ] = False,
+    push: Annotated[
+        str | None, typer.Option(metavar="REPO", help="Upload the finished model to the hub, as OWNER/NAME, private.")
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="Let everybody see what --push makes.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Validate, report sizes, and stop.")] = False,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> None:
@@ -31,6 +35,8 @@ def train(
         v2flow train recipes/default/tokenizer.yaml --dry-run
 
         v2flow train recipes/tiny/autoencoder.yaml --set data.sources=[photos/] --set output=runs/ae
+
+        v2flow train recipes/default/tokenizer.yaml --push me/my-tokenizer --set card.license=cc-by-4.0
 
         accelerate launch -m v2flow_cli.cli.app train recipes/default/tokenizer.yaml --resume
     """
@@ -49,16 +55,21 @@ def train(
                 result(f"{key}: {value:,}" if isinstance(value, int) else f"{key}: {value}")
         return
 
+    from v2flow_cli.cli.push import prepare_push, push_result
     from v2flow_cli.training.checkpoint import Interrupted
     from v2flow_cli.training.loop import train as run
 
+    prepare_push(push, public, tree.card.license)
     try:
         with steps_bar("train", tree.train.steps) as at_step:
             trained = run(tree, resume=resume, log=log, approximate=approximate, at_step=at_step)
     except Interrupted as stop:
         log(f"{stop}; continue with --resume")
         raise typer.Exit(EXIT_INTERRUPTED) from None
+    page = push_result(push, trained.folder)
     if json_:
-        result_json({**trained.__dict__, "folder": str(trained.folder)})
+        result_json({**trained.__dict__, "folder": str(trained.folder), "pushed": page})
     else:
         result(f"{trained.folder}: {trained.steps} steps, {trained.images} images, {trained.seconds / 60:.1f} minutes")
+        if page:
+            result(page)

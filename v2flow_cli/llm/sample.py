@@ -14,9 +14,10 @@ from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBa
 
 from v2flow_cli.errors import DataError, ModelError
 from v2flow_cli.llm.load import context_length, load_llm
-from v2flow_cli.llm.sampling import DEFAULT_LLM
+from v2flow_cli.llm.sampling import DEFAULT_LLM, stored_sampling
 from v2flow_cli.llm.sequences import caption_ids, caption_prompt_ids, prompt_ids
 from v2flow_cli.llm.vocabulary import VisualVocabulary
+from v2flow_cli.recipe.schema import DrawSampling
 from v2flow_cli.runtime.batch_invariant import each_row_alone, on_single_threads
 from v2flow_cli.runtime.device import tf32
 
@@ -31,8 +32,14 @@ class DrawingLM:
     """
 
     def __init__(
-        self, model: PreTrainedModel, text_tokenizer: PreTrainedTokenizerBase, vocabulary: VisualVocabulary, name: str
+        self,
+        model: PreTrainedModel,
+        text_tokenizer: PreTrainedTokenizerBase,
+        vocabulary: VisualVocabulary,
+        name: str,
+        sampling: DrawSampling | None = None,
     ) -> None:
+        self.sampling = sampling or DrawSampling()  # what ``generate`` does unless asked
         self.model, self.text_tokenizer, self.vocabulary, self.name = model, text_tokenizer, vocabulary, name
         self.digest = getattr(model.config, "v2flow", {}).get("weights_digest", "")
 
@@ -57,7 +64,7 @@ class DrawingLM:
         hub = dict(revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
         model, text_tokenizer = load_llm(name, dtype, **hub)
         vocabulary = VisualVocabulary.of(model.config, name)
-        return cls(model.to(device).eval(), text_tokenizer, vocabulary, name)
+        return cls(model.to(device).eval(), text_tokenizer, vocabulary, name, stored_sampling(name, **hub))
 
     def prompt(self, text: str) -> list[int]:
         """Prompt ids of ``text``; the empty text is the unconditional prompt.
@@ -81,10 +88,10 @@ class DrawingLM:
         prompts: str | Sequence[str],
         *,
         seeds: int | Sequence[int] = 0,
-        temperature: float | Sequence[float] = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        guidance_scale: float = 1.0,
+        temperature: float | Sequence[float] | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        guidance_scale: float | None = None,
         tick: Callable[[], None] = lambda: None,
     ) -> Tensor:
         """Image tokens (B, L) int64 in [0, K), one row for each prompt; ``V2FlowTokenizer.decode`` draws them.
@@ -93,11 +100,15 @@ class DrawingLM:
 
         Args:    seeds, one for each prompt, or the first, from which the others count up; temperature, one for each
                  or one for all, 0 takes the likeliest token; top_k 0 and top_p 1 cut nothing; guidance follows
-                 uncond + scale (cond - uncond) on logits, the empty prompt being unconditional; ``tick`` is called
-                 after every position of the first row. A row depends on its own prompt, seed and settings; on a CPU
-                 it is bit-equal alone and in any batch.
+                 uncond + scale (cond - uncond) on logits, the empty prompt being unconditional; what is None is the
+                 LLM's own (``sampling``); ``tick`` is called after every position of the first row. A row depends on
+                 its own prompt, seed and settings; on a CPU it is bit-equal alone and in any batch.
         Raises:  DataError for no prompt, one that is too long, and another number of seeds or temperatures.
         """
+        own = self.sampling
+        temperature = own.temperature if temperature is None else temperature
+        top_k, top_p = own.top_k if top_k is None else top_k, own.top_p if top_p is None else top_p
+        guidance_scale = own.guidance_scale if guidance_scale is None else guidance_scale
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         seeds = [seeds + i for i in range(len(prompts))] if isinstance(seeds, int) else list(seeds)
         temperatures = [temperature] * len(prompts) if isinstance(temperature, int | float) else list(temperature)

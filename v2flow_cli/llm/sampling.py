@@ -21,12 +21,12 @@ def store_sampling(model: Any, sampling: DrawSampling) -> None:
     model.generation_config.update(do_sample=True, **asdict(sampling))
 
 
-def stored_sampling(name: str | Path) -> DrawSampling:
+def stored_sampling(name: str | Path, **hub: Any) -> DrawSampling:
     """What the folder or hub id ``name`` says; the defaults of ``DrawSampling`` where it says nothing.
 
     Raises:  ModelError for a folder that is not there, or values that are no sampling settings.
     """
-    path = model_folder(name, (FILE,)) / FILE
+    path = model_folder(name, (FILE,), **hub) / FILE
     if not path.is_file():
         return DrawSampling()
     try:

@@ -61,6 +61,14 @@ class TrainLoop:
 
 
 @dataclass(frozen=True)
+class Card:
+    """What the model card says that a training does not know."""
+
+    license: str = "unknown"  # of the trained model, as the hub spells it: apache-2.0, cc-by-4.0, ...
+    datasets: tuple[str, ...] = ()  # hub ids of the data sets it was trained on
+
+
+@dataclass(frozen=True)
 class AutoencoderModel:
     """The small convolutional autoencoder, f8: images (3, H, W) to latents (C, H/8, W/8)."""
 
@@ -91,6 +99,7 @@ class AutoencoderRecipe:
     optimizer: Optimizer
     train: TrainLoop
     output: str  # folder of the trained model
+    card: Card = Card()  # licence and data sets, for the model card
 
 
 @dataclass(frozen=True)
@@ -291,6 +300,7 @@ class TokenizerRecipe:
     output: str  # folder of the trained model
     init_from: str = ""  # a tokenizer folder to start from, of the same shapes; the context may be deeper
     freeze_tokens: bool = False  # train the decoder alone; every id keeps its meaning
+    card: Card = Card()  # licence and data sets, for the model card
 
 
 @dataclass(frozen=True)
@@ -338,6 +348,7 @@ class LMRecipe:
     optimizer: Optimizer
     train: LMTrainLoop
     output: str  # folder of the trained model
+    card: Card = Card()  # licence and data sets, for the model card
 
 
 @dataclass(frozen=True)
@@ -397,6 +408,7 @@ class FinetuneRecipe:
     sampling: DrawSampling = DrawSampling()
     sample_every: int = 0  # steps between sample pictures in OUTPUT/samples; 0 draws none
     sample_prompts: tuple[str, ...] = ("a red fox", "a boat on the sea")  # what they show
+    card: Card = Card()  # licence and data sets, for the model card
 
 
 Recipe = AutoencoderRecipe | TokenizerRecipe | LMRecipe | FinetuneRecipe

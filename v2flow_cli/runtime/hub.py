@@ -7,10 +7,11 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from v2flow_cli.errors import ModelError, reason_of
+from v2flow_cli.errors import ModelError, foreign_errors, reason_of
 
 REPO_ID = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")  # NAME or OWNER/NAME
 WEIGHTS = ("*.safetensors",)
+PAGES = ("README.md", "recipe.yaml")
 SETTINGS = ("*.json", "*.jinja", "*.txt", "*.model", "*.npy")  # configs, and what text tokenizers need
 
 
@@ -39,7 +40,7 @@ def model_folder(
     if path.exists():
         raise ModelError(f"{name}: a file; expected the folder of a model, or a hub id.")
     text = str(name)
-    if not REPO_ID.fullmatch(text) or ("/" in text and path.parent.is_dir()):
+    if not may_be_hub_id(text):
         raise ModelError(f"{text}: no such folder.{_similar(path)}")
     from huggingface_hub import snapshot_download
 
@@ -57,6 +58,49 @@ def model_folder(
         where = f"{text} (revision {revision})" if revision else text
         raise ModelError(f"{where}: {_reason(error, local_files_only)}.") from error
     return Path(found)
+
+
+def may_be_hub_id(name: str) -> bool:
+    """True for NAME, and for OWNER/NAME where no folder OWNER lies here."""
+    return bool(REPO_ID.fullmatch(name)) and ("/" not in name or not Path(name).parent.is_dir())
+
+
+def create_repository(repo_id: str, *, public: bool = False) -> None:
+    """A repository for a model on the hub, private unless ``public``; one that exists stays as visible as it is.
+
+    Raises:  ModelError where the id is none, or the user may not write there.
+    """
+    if not REPO_ID.fullmatch(repo_id):
+        raise ModelError(f"--push {repo_id}: not a repository id; expected OWNER/NAME.")
+    from huggingface_hub import HfApi
+
+    with foreign_errors(
+        f"--push {repo_id}: the hub gives no place to write",
+        "Log in with a token that may write (`hf auth login`, or HF_TOKEN), or leave --push out.",
+    ):
+        HfApi().create_repo(repo_id, private=not public, exist_ok=True)
+
+
+def push_model(folder: Path, repo_id: str) -> str:
+    """Upload the model in ``folder``, without checkpoints and logs, as one commit; returns the page's address.
+
+    Raises:  ModelError where the hub does not take it.
+    """
+    from huggingface_hub import HfApi
+
+    with foreign_errors(
+        f"--push {repo_id}: the model is whole in {folder}, but could not be uploaded",
+        "Run the same command with --resume to push it again.",
+    ):
+        api = HfApi()
+        api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            allow_patterns=[*SETTINGS, *WEIGHTS, *PAGES],
+            ignore_patterns=["*/*"],
+            commit_message="Model trained by v2flow",
+        )
+        return f"{api.endpoint}/{repo_id}"
 
 
 def _similar(path: Path) -> str:

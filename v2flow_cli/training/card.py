@@ -1,10 +1,66 @@
-"""The model card that ``train`` leaves in the output folder: what was run, on what, for how long."""
+"""Model cards: what the hub reads at their top, and for ``train`` what was run, on what, for how long."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCardData
+
 from v2flow_cli.recipe import AutoencoderRecipe, TokenizerRecipe
-from v2flow_cli.recipe.schema import Registers
+from v2flow_cli.recipe.schema import Card, Registers
 from v2flow_cli.runtime.device import describe_hardware
+from v2flow_cli.runtime.hub import may_be_hub_id
+
+
+def front_matter(
+    facts: Card,
+    output: str,
+    *,
+    library: str,
+    task: str,
+    made_from: Iterable[str],
+    data: Iterable[str],
+    metrics: Mapping[str, float],
+    split: str,
+) -> str:
+    """The YAML at the top of a model card: licence, library, task, data sets, base models, metrics as model-index.
+
+    Args:    output, folder of the model, whose name it gets; library and task, as the hub calls them; made_from, names
+             of models, of which hub ids become base models; data, sources that the metrics were taken on, and their
+             split, "train" or "validation".
+    """
+    names = ", ".join(map(source_name, data))
+    results = [
+        EvalResult(
+            task_type=task,
+            dataset_type=facts.datasets[0] if facts.datasets else "custom",
+            dataset_name=names,
+            dataset_split=split,
+            metric_type=name,
+            metric_value=round(value, 4),
+        )
+        for name, value in metrics.items()
+        if math.isfinite(value)
+    ]
+    base_models = [name for name in dict.fromkeys(made_from) if "/" in name and may_be_hub_id(name)]
+    card = ModelCardData(
+        license=facts.license,
+        library_name=library,
+        pipeline_tag=task,
+        tags=["v2flow"],
+        datasets=list(facts.datasets) or None,
+        base_model=base_models or None,
+        model_name=Path(output).name if results else None,
+        eval_results=results or None,
+    )
+    return f"---\n{card.to_yaml()}\n---\n"
+
+
+def source_name(source: str) -> str:
+    """A source of data as a card names it: of an absolute path its last part, since the rest is of no use elsewhere."""
+    return Path(source).name if Path(source).is_absolute() else source
 
 
 def write_card(
@@ -30,13 +86,16 @@ def write_card(
             f"of `{recipe.latents.autoencoder}`."
         )
         use = "v2flow encode imgs/ -o tokens/ --model FOLDER"
+        task, made_from = "image-feature-extraction", (recipe.latents.autoencoder, words, recipe.init_from)
     else:
         title = "An image autoencoder"
         what = f"{recipe.model.latent_channels} latent channels at 1/8 resolution, for v2flow tokenizers."
         use = "v2flow train recipes/default/tokenizer.yaml --set latents.autoencoder=FOLDER"
-    losses = ", ".join(f"{name.removeprefix('train/')} {value:.4g}" for name, value in metrics.items())
+        task, made_from = "image-to-image", ()
+    metrics = {name.removeprefix("train/"): value for name, value in metrics.items()}
+    losses = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
     rows = {
-        "data": ", ".join(recipe.data.sources),
+        "data": ", ".join(map(source_name, recipe.data.sources)),
         "training": f"{steps:,} steps of {recipe.train.batch_size} crops of {recipe.data.crop_size} px "
         f"({images:,} crops)",
         "hardware, wall time": f"{processes} process(es) on {describe_hardware()}, {precision}, "
@@ -45,5 +104,14 @@ def write_card(
         "made by": "`v2flow train` with `recipe.yaml` in this folder",
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
-    head = "---\nlibrary_name: v2flow\ntags: [v2flow]\n---\n"
+    head = front_matter(
+        recipe.card,
+        recipe.output,
+        library="v2flow",
+        task=task,
+        made_from=made_from,
+        data=recipe.data.sources,
+        metrics={name: value for name, value in metrics.items() if name != "grad_norm"},
+        split="train",
+    )
     return f"{head}\n# {title}\n\n{what}\n\n    {use}\n\n| | |\n|---|---|\n{table}\n"

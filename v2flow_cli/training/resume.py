@@ -28,6 +28,8 @@ FREE_TO_CHANGE = {
     "output",
     "tracker",
     "grid_every",
+    "license",
+    "datasets",
 }
 
 

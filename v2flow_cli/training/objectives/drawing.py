@@ -37,6 +37,7 @@ from v2flow_cli.recipe.schema import FinetuneRecipe, Lora
 from v2flow_cli.runtime.device import describe_hardware
 from v2flow_cli.runtime.hub import SETTINGS, model_folder
 from v2flow_cli.tokenizer import V2FlowTokenizer
+from v2flow_cli.training.card import front_matter, source_name
 from v2flow_cli.training.llm_trainer import (
     LMTrainer,
     Log,
@@ -326,12 +327,18 @@ def _card(
     speed, size = report.sequences_per_second, recipe.train.batch_size
     hardware = f"{report.processes} process(es) on {describe_hardware()}"
     loss = "none held out" if report.eval_loss is None else f"{report.eval_loss:.3f} nats on {held_out} images"
-    return f"""---
-library_name: transformers
-pipeline_tag: text-to-image
-tags: [v2flow]
----
-
+    sources = recipe.data.token_sets or recipe.data.photos
+    head = front_matter(
+        recipe.card,
+        recipe.output,
+        library="transformers",
+        task="text-to-image",
+        made_from=(recipe.llm, recipe.tokenizer),
+        data=sources,
+        metrics={} if report.eval_loss is None else {"loss": report.eval_loss},
+        split="validation",
+    )
+    return f"""{head}
 # A language model that draws
 
 `{recipe.llm}` taught {vocabulary.codebook_size:,} visual tokens by `v2flow finetune-llm`: given a caption, it writes
@@ -342,7 +349,7 @@ causal LM; the ids of the visual tokens and of the prompt stand in `config.json`
 
 | | |
 |---|---|
-| data | {", ".join(recipe.data.token_sets or recipe.data.photos)} ({images:,} images) |
+| data | {", ".join(map(source_name, sources))} ({images:,} images) |
 | image tokenizer | digest {vocabulary.tokenizer_digest} |
 | parameters | {report.parameters:,} |
 | trained | mode {recipe.mode}, {report.steps:,} steps of {size} samples |

@@ -23,6 +23,7 @@ from v2flow_cli.errors import DataError
 from v2flow_cli.recipe.load import dump_recipe
 from v2flow_cli.recipe.schema import LMModel, LMRecipe
 from v2flow_cli.runtime.device import describe_hardware
+from v2flow_cli.training.card import front_matter, source_name
 from v2flow_cli.training.llm_trainer import (
     LMTrainer,
     Log,
@@ -212,11 +213,17 @@ def _card(recipe: LMRecipe, report: TrainingReport, tokens: int) -> str:
     speed = report.sequences_per_second * recipe.block_size
     seen = report.steps * recipe.train.batch_size * recipe.block_size
     hardware = f"{report.processes} process(es) on {describe_hardware()}"
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
----
-
+    head = front_matter(
+        recipe.card,
+        recipe.output,
+        library="transformers",
+        task="text-generation",
+        made_from=(),
+        data=recipe.text,
+        metrics={"loss": report.eval_loss} if report.eval_loss is not None else {},
+        split="validation",
+    )
+    return f"""{head}
 # A small language model for v2flow
 
 A Llama-architecture LM of {report.parameters:,} parameters over {recipe.model.vocab_size:,} byte-level BPE words.
@@ -225,7 +232,7 @@ It is the text side of a v2flow model: its vocabulary table is what the image to
 
 | | |
 |---|---|
-| text | {", ".join(recipe.text)} ({tokens:,} tokens) |
+| text | {", ".join(map(source_name, recipe.text))} ({tokens:,} tokens) |
 | seen | {report.steps:,} steps of {recipe.train.batch_size} x {recipe.block_size} tokens ({seen:,} tokens) |
 | hardware, wall time | {hardware}, {report.minutes:.1f} minutes, {speed:,.0f} tokens/s |
 | training loss at the end | {report.train_loss:.3f} nats a token |
