@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from v2flow_cli.errors import ModelError
-from v2flow_cli.runtime.hub import model_folder
+from v2flow_cli.errors import foreign_errors
+from v2flow_cli.runtime.hub import SETTINGS, model_folder
 
 
-@contextlib.contextmanager
-def loading(name: str) -> Iterator[None]:
+def loading(name: str) -> AbstractContextManager[None]:
     """Turns what transformers raises for a folder or hub id that is no causal LM into a ModelError."""
-    try:
-        yield
-    except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ModelError(
-            f"llm {name}: cannot be loaded as a causal LM ({reason}). Give a Hugging Face model folder or hub id; "
-            "recipes/default/lm.yaml makes one."
-        ) from error
+    return foreign_errors(
+        f"llm {name}: cannot be loaded as a causal LM",
+        "Give a Hugging Face model folder or hub id; recipes/default/lm.yaml makes one.",
+    )
+
+
+def load_config(name: str) -> tuple[Any, PreTrainedTokenizerBase]:
+    """Config and text tokenizer of the LLM in a folder or on the hub, without its weights.  Raises: ModelError."""
+    folder = model_folder(name, SETTINGS)
+    with loading(name):  # code that comes with a model is never run, nor asked about at the keyboard
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        return config, AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def load_llm(name: str, dtype: torch.dtype, **hub: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -37,9 +39,10 @@ def load_llm(name: str, dtype: torch.dtype, **hub: Any) -> tuple[PreTrainedModel
     disable_progress_bar()
     folder = model_folder(name, **hub)
     with loading(name):
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype), AutoTokenizer.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
+        return model, AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def context_length(config: Any) -> float:
     """Positions that the LLM was made for; infinite where its config does not say."""
-    return getattr(config, "max_position_embeddings", None) or math.inf
+    return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None) or math.inf

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,9 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase, StaticCache
+from transformers import DynamicCache, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase, StaticCache
+from transformers.cache_utils import Cache
 
-from v2flow_cli.errors import DataError, ModelError
+from v2flow_cli.errors import DataError, ModelError, foreign_errors
 from v2flow_cli.llm.load import context_length, load_llm
 from v2flow_cli.llm.sampling import DEFAULT_LLM, stored_sampling
 from v2flow_cli.llm.sequences import caption_ids, caption_prompt_ids, prompt_ids
@@ -21,6 +23,7 @@ from v2flow_cli.recipe.schema import DrawSampling
 from v2flow_cli.runtime.batch_invariant import each_row_alone, on_single_threads
 from v2flow_cli.runtime.device import tf32
 
+CACHES = ("static", "dynamic")  # of keys and values, the preferred first: it need not be copied as it grows
 PROMPT_MULTIPLE = 32  # prompts are padded to a multiple of this width: a row's padding is a matter of its own prompt
 STOPPED = -1  # after the end of a picture of flexible length
 
@@ -195,14 +198,14 @@ class DrawingLM:
 
     def _prefill(
         self, prompts: Sequence[Sequence[int]], width: int, max_length: int
-    ) -> tuple[StaticCache, Tensor, Tensor, Tensor]:
+    ) -> tuple[Cache, Tensor, Tensor, Tensor]:
         """(cache, last logits (U, V), mask (U, width), last positions (U, 1)) of U prompts, each computed alone."""
         caches, logits = [], []
         ids, mask = _left_pad(prompts, width, self.model.device)
         positions = (mask.cumsum(1) - 1).clamp_min(0)
         for row in range(len(prompts)):
             one = slice(row, row + 1)
-            caches.append(StaticCache(config=self.model.config, max_cache_len=max_length))
+            caches.append(new_cache(self.vocabulary.cache, self.model.config, max_length))
             given = dict(attention_mask=mask[one], position_ids=positions[one], past_key_values=caches[-1])
             out = self._last(input_ids=ids[one], **given)
             logits.append(out.logits[:, -1])
@@ -213,8 +216,11 @@ class DrawingLM:
         return cache, torch.cat(logits), mask, positions[:, -1:]
 
     def _last(self, **inputs: Any) -> Any:
-        """The model's outputs with logits (B, 1, V) of the last position alone."""
-        return self.model(**inputs, use_cache=True, logits_to_keep=1)
+        """The model's outputs; its logits are of the last position alone where it can leave out the others."""
+        kept = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(self.model.forward).parameters else {}
+        advice = "Fine-tune it again with this version of v2flow, which tries that before the training."
+        with foreign_errors(f"{self.name}: {type(self.model).__name__} cannot draw token by token", advice):
+            return self.model(**inputs, use_cache=True, **kept)
 
     @torch.inference_mode()
     @tf32(False)
@@ -241,6 +247,11 @@ class DrawingLM:
                 **sampling,
             )
         return " ".join(self.text_tokenizer.decode(out[0, prompt.shape[1] :], skip_special_tokens=True).split())
+
+
+def new_cache(kind: str, config: Any, length: int) -> Cache:
+    """An empty key-value cache of a ``kind`` of CACHES, for ``length`` positions."""
+    return StaticCache(config=config, max_cache_len=length) if kind == "static" else DynamicCache(config=config)
 
 
 def pick(scores: Tensor, uniforms: Tensor, temperatures: Tensor, top_k: int, top_p: float) -> Tensor:

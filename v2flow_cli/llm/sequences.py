@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from v2flow_cli.errors import ModelError
+from v2flow_cli.errors import ModelError, foreign_errors
 from v2flow_cli.llm.loss import IGNORE
 from v2flow_cli.llm.vocabulary import VisualVocabulary
 
@@ -30,20 +30,28 @@ def prompt_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], t
     """Ids before and after the caption: the chat template's single user turn, or nothing where there is none.
 
     BOS stands in front exactly once if the template writes it or the tokenizer adds it by itself.
-    Raises: ModelError for a template that changes or drops the user's words.
+    Raises: ModelError for a template that fails, or changes, drops or doubles the user's words.
     """
     before, after = "", ""
+    advice = (
+        "Mend the template in a copy of the LLM's folder (chat_template.jinja, or chat_template in "
+        "tokenizer_config.json), or delete it: the caption alone is then the prompt."
+    )
     if tokenizer.chat_template:
         turn = [{"role": "user", "content": _MARK}]
-        text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-        before, mark, after = text.partition(_MARK)
-        if not mark:
-            raise ModelError("the LLM's chat template does not repeat the user's words; v2flow cannot prompt it.")
-    prefix = tokenizer(before, add_special_tokens=False)["input_ids"] if before else []
-    suffix = tokenizer(after, add_special_tokens=False)["input_ids"] if after else []
-    bos = tokenizer.bos_token_id
-    if bos is not None and bos not in prefix and tokenizer("a")["input_ids"][0] == bos:
-        prefix = [bos, *prefix]
+        with foreign_errors("the LLM's chat template fails on a single turn of the user", advice):
+            text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        if (count := text.count(_MARK)) != 1:
+            raise ModelError(
+                f"the LLM's chat template repeats the user's words {count} times; expected once, unchanged. {advice}"
+            )
+        before, _, after = text.partition(_MARK)
+    with foreign_errors("the LLM's text tokenizer cannot tokenize its chat template", advice):
+        prefix = tokenizer(before, add_special_tokens=False)["input_ids"] if before else []
+        suffix = tokenizer(after, add_special_tokens=False)["input_ids"] if after else []
+        bos = tokenizer.bos_token_id
+        if bos is not None and bos not in prefix and tokenizer("a")["input_ids"][:1] == [bos]:
+            prefix = [bos, *prefix]
     return tuple(prefix), tuple(suffix)
 
 

@@ -1,7 +1,8 @@
 """Where visual tokens sit among the LLM's own, and what their rows start from (section 2.4).
 
-The ids of a model that draws, for a table of V rows (V may exceed the text tokenizer's words, as in Qwen: spare
-rows stay what they are) and a codebook of K entries:
+The ids of a model that draws, for a codebook of K entries and V, the larger of the rows of its table (more than the
+text tokenizer's words in Qwen: spare rows stay what they are) and the text tokenizer's highest id + 1 (more than the
+rows where somebody added tokens and no rows: those get new ones):
 
     [0, V) text, untouched | [V, V + K) visual tokens | V + K begin of image | V + K + 1 end of image
 
@@ -42,6 +43,7 @@ class VisualVocabulary:
     eos_id: int | None  # follows end_image_id
     flexible: bool = False  # 1 to tokens_per_image ids an image, instead of exactly that many
     captions: bool = False  # also taught image to text
+    cache: str = "static"  # the kind of key-value cache that the LLM draws with, of ``sample.CACHES``
 
     @classmethod
     def of(cls, config: Any, where: str) -> VisualVocabulary:
@@ -79,6 +81,35 @@ class VisualVocabulary:
         return (ids >= self.visual_token_offset) & (ids < self.visual_token_offset + self.codebook_size)
 
 
+def text_ids(tokenizer: PreTrainedTokenizerBase, rows: int) -> int:
+    """V, the first id that neither a table of ``rows`` nor ``tokenizer`` uses."""
+    return max(rows, 1 + max(tokenizer.get_vocab().values(), default=-1))
+
+
+def check_extendable(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises: ModelError for a tokenizer that is no fast BPE one, knows visual tokens already, or would read them."""
+    if not tokenizer.is_fast:
+        raise ModelError("the LLM has no fast tokenizer (tokenizer.json); v2flow adds its tokens to that file.")
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    if model.get("type") != "BPE":
+        raise ModelError(
+            f"the LLM's tokenizer is of type {model.get('type')}; v2flow extends BPE ones. Take an LLM with a "
+            "byte-level or SentencePiece BPE tokenizer."
+        )
+    if any(name in model["vocab"] for name in (BEGIN_IMAGE, END_IMAGE, VISUAL.format(0))):
+        raise ModelError(
+            "the LLM has visual tokens already; fine-tune the LLM that it was made from, or go on with "
+            "--set new_rows=kept."
+        )
+    pre_tokenizer, name = tokenizer.backend_tokenizer.pre_tokenizer, VISUAL.format(0)
+    whole = pre_tokenizer is None or len(pre_tokenizer.pre_tokenize_str(name)) == 1
+    if model.get("ignore_merges") and whole:  # then a word of the vocabulary needs no merge to be read
+        raise ModelError(
+            "the LLM's tokenizer would read the name of a visual token in a caption as the token (BPE with "
+            "ignore_merges, and text split at spaces alone). Take another LLM."
+        )
+
+
 def add_visual_tokens(tokenizer: PreTrainedTokenizerBase, offset: int, codebook_size: int) -> PreTrainedTokenizerBase:
     """A copy of ``tokenizer`` that can name ids ``offset`` to ``offset + codebook_size + 1``, but never reads them.
 
@@ -86,22 +117,14 @@ def add_visual_tokens(tokenizer: PreTrainedTokenizerBase, offset: int, codebook_
     ever tokenized as one of them, and loading stays fast (16,386 added tokens cost most of a second). Ids below
     ``offset`` that have no name yet get one, since the library warns of holes.
 
-    Raises:  ModelError for a tokenizer that is not a fast BPE one, or that knows such names already.
+    Raises:  ModelError as ``check_extendable``.
     """
-    if not tokenizer.is_fast:
-        raise ModelError("the LLM has no fast tokenizer (tokenizer.json); v2flow adds its tokens to that file.")
+    check_extendable(tokenizer)
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         path = Path(folder, "tokenizer.json")
         tree = json.loads(path.read_text(encoding="utf-8"))
-        if tree["model"].get("type") != "BPE":
-            raise ModelError(f"the LLM's tokenizer is of type {tree['model'].get('type')}; v2flow extends BPE ones.")
         words: dict[str, int] = tree["model"]["vocab"]
-        if any(name in words for name in (BEGIN_IMAGE, END_IMAGE, VISUAL.format(0))):
-            raise ModelError(
-                "the LLM has visual tokens already; fine-tune the LLM that it was made from, or go on with "
-                "--set new_rows=kept."
-            )
         named = set(words.values())
         added = {token["id"]: token["content"] for token in tree["added_tokens"]}
         for unnamed in (i for i in range(offset) if i not in named):
@@ -112,22 +135,40 @@ def add_visual_tokens(tokenizer: PreTrainedTokenizerBase, offset: int, codebook_
         return AutoTokenizer.from_pretrained(folder)
 
 
+def table_rows(model: PreTrainedModel) -> tuple[int, int]:
+    """(fewest, most) rows of a model's input and output table, which mostly agree."""
+    rows = [len(table.weight) for table in (model.get_input_embeddings(), model.get_output_embeddings())]
+    return min(rows), max(rows)
+
+
 def extend_tables(
-    model: PreTrainedModel, text_size: int, codebook_size: int, codebook: Tensor | None, seed: int
+    model: PreTrainedModel,
+    text_size: int,
+    codebook_size: int,
+    codebook: Tensor | None,
+    seed: int,
+    offset: int | None = None,
 ) -> str:
     """Add rows for ``codebook_size`` visual tokens and two marks to the input and output tables; a line for the log.
 
-    New rows of a table become mean + (code - codebook mean) x scale, with the mean of the table's first ``text_size``
-    rows and the scale that gives their root-mean-square distance from it. A codebook (K, D) of another width than
-    the table is first turned into it by a seeded semi-orthogonal map, which keeps angles (exactly where the table is
-    wider). Without a codebook, and for the two marks, codes are Gaussian. Existing rows stay bit-identical.
+    They begin at row ``offset``, V; without it, after the larger table. Rows before it that a table lacks are for words
+    that the tokenizer got later. New rows of a table become mean + (code - codebook mean) x scale, with the mean of the
+    table's first ``text_size`` rows and the scale that gives their root-mean-square distance from it. A codebook (K, D)
+    of another width than the table is first turned into it by a seeded semi-orthogonal map, which keeps angles (exactly
+    where the table is wider). Without a codebook, and for marks and words, codes are Gaussian. Existing rows stay
+    bit-identical.
     Departs (D12): the paper takes the codes as they are; moved and scaled they neither dominate nor vanish at first.
     """
-    before = model.get_input_embeddings().weight.shape[0]
-    model.resize_token_embeddings(before + codebook_size + 2, mean_resizing=False)
+    rows_before = [len(table.weight) for table in (model.get_input_embeddings(), model.get_output_embeddings())]
+    fewest, most = min(rows_before), max(rows_before)
+    offset = most if offset is None else offset
+    model.resize_token_embeddings(offset + codebook_size + 2, mean_resizing=False)
     generator = torch.Generator().manual_seed(seed)
-    tables = {id(table.weight): table.weight for table in (model.get_input_embeddings(), model.get_output_embeddings())}
-    width = next(iter(tables.values())).shape[1]
+    embed, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tables = [(embed.weight, rows_before[0])]
+    if head.weight is not embed.weight:
+        tables.append((head.weight, rows_before[1]))
+    width = embed.weight.shape[1]
     marks = torch.randn(2, width, generator=generator)
     if codebook is None:
         codes, said = torch.randn(codebook_size, width, generator=generator), "Gaussian rows"
@@ -136,14 +177,17 @@ def extend_tables(
         if codes.shape[1] != width:
             said += f", turned from width {codes.shape[1]} to {width} by a random semi-orthogonal map"
             codes = codes @ torch.nn.init.orthogonal_(torch.empty(codes.shape[1], width), generator=generator)
-    for weight in tables.values():
-        text = weight.detach()[:text_size].float().cpu()
+    words = torch.randn(offset - fewest, width, generator=generator)
+    for weight, first in tables:
+        text = weight.detach()[: min(text_size, first)].float().cpu()
         centre = text.mean(0)
         spread = (text - centre).pow(2).sum(1).mean().sqrt()
-        rows = torch.cat([_centred(codes), _centred(marks)]) * spread + centre
+        rows = torch.cat([_centred(words), _centred(codes), _centred(marks)]) * spread + centre
         with torch.no_grad():
-            weight[before:] = rows.to(weight)
-    return f"{codebook_size + 2:,} rows added to {len(tables)} table(s) of {before:,} x {width}: {said}"
+            weight[first:] = rows[first - fewest :].to(weight)
+    if len(words):
+        said = f"{len(words)} for words of the tokenizer that had none, {said}"
+    return f"{len(words) + codebook_size + 2:,} rows added to {len(tables)} table(s) of {fewest:,} x {width}: {said}"
 
 
 def _centred(codes: Tensor) -> Tensor:

@@ -102,7 +102,8 @@ class LMTrainer(SafeCheckpoints):
         tables = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
         parameters = dict(model.named_parameters(remove_duplicate=False))
         matrices = super().get_decay_parameter_names(model)
-        return [name for name in matrices if id(parameters[name]) not in tables]
+        # Trainer also names parameters that are None.
+        return [name for name in matrices if name in parameters and id(parameters[name]) not in tables]
 
 
 class RunClock(TrainerCallback, ExportableState):

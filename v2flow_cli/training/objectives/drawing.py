@@ -15,6 +15,7 @@ import functools
 import io
 import itertools
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,20 +23,27 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, set_seed
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from v2flow_cli.errors import DataError, ModelError
 from v2flow_cli.llm.caption_contrast import caption_contrast_loss, middle_layer
-from v2flow_cli.llm.load import context_length, load_llm, loading
+from v2flow_cli.llm.load import context_length, load_config, load_llm, loading
 from v2flow_cli.llm.loss import IGNORE, labelled_losses
 from v2flow_cli.llm.pairs import Part, Samples, check_data, count_tokens
+from v2flow_cli.llm.rehearsal import rehearse
 from v2flow_cli.llm.sampling import store_sampling
 from v2flow_cli.llm.sequences import collate, prompt_frame
-from v2flow_cli.llm.vocabulary import VisualVocabulary, add_visual_tokens, extend_tables
+from v2flow_cli.llm.vocabulary import (
+    VisualVocabulary,
+    add_visual_tokens,
+    check_extendable,
+    extend_tables,
+    table_rows,
+    text_ids,
+)
 from v2flow_cli.recipe.load import dump_recipe
 from v2flow_cli.recipe.schema import FinetuneRecipe, Lora
 from v2flow_cli.runtime.device import describe_hardware
-from v2flow_cli.runtime.hub import SETTINGS, model_folder
 from v2flow_cli.tokenizer import V2FlowTokenizer
 from v2flow_cli.training.card import front_matter, source_name
 from v2flow_cli.training.llm_trainer import (
@@ -160,17 +168,19 @@ def finetune(recipe: FinetuneRecipe, *, log: Log, resume: bool = False, approxim
     arguments = training_arguments(recipe.optimizer, recipe.train, recipe.output, ignore_data_skip=True)
     # Adapters leave the LLM's weights alone, so those may stay in bf16; what is trained is kept in float32.
     dtype = torch.bfloat16 if recipe.mode == "lora" and arguments.bf16 else torch.float32
+    checked = check_llm(recipe, image_tokenizer, length)
     model, text_tokenizer = load_llm(recipe.llm, dtype)
     codebook = image_tokenizer.codebook if recipe.new_rows == "codebook" else None
     codebook_size = image_tokenizer.config.codebook_size
     captions = recipe.data.image_to_text_share > 0
-    if recipe.new_rows == "kept":
-        vocabulary = _kept_vocabulary(model.config, recipe, image_tokenizer)
-        vocabulary = dataclasses.replace(vocabulary, captions=captions or vocabulary.captions)
+    if checked.vocabulary is not None:
+        captions = captions or checked.vocabulary.captions
+        vocabulary = dataclasses.replace(checked.vocabulary, captions=captions, cache=checked.cache)
+        first_new_row = vocabulary.visual_token_offset
     else:
-        offset = model.get_input_embeddings().weight.shape[0]
-        log(extend_tables(model, len(text_tokenizer), codebook_size, codebook, recipe.train.seed))
-        prefix, suffix = prompt_frame(text_tokenizer)
+        first_new_row, rows = table_rows(model)
+        offset = text_ids(text_tokenizer, rows)
+        log(extend_tables(model, len(text_tokenizer), codebook_size, codebook, recipe.train.seed, offset))
         vocabulary = VisualVocabulary(
             visual_token_offset=offset,
             codebook_size=codebook_size,
@@ -178,17 +188,17 @@ def finetune(recipe: FinetuneRecipe, *, log: Log, resume: bool = False, approxim
             end_image_id=offset + codebook_size + 1,
             tokens_per_image=length,
             tokenizer_digest=image_tokenizer.token_digest,
-            prompt_prefix=prefix,
-            prompt_suffix=suffix,
+            prompt_prefix=checked.prefix,
+            prompt_suffix=checked.suffix,
             eos_id=text_tokenizer.eos_token_id,
             flexible=image_tokenizer.flexible,
             captions=captions,
+            cache=checked.cache,
         )
         text_tokenizer = add_visual_tokens(text_tokenizer, offset, codebook_size)
     model.config.v2flow = vocabulary.record()
-    check_context(model.config, vocabulary, recipe.data.max_caption_tokens)
     set_seed(recipe.train.seed)  # adapters start from random numbers
-    model = choose_trained(model, recipe.mode, recipe.lora, vocabulary.visual_token_offset)
+    model = choose_trained(model, recipe.mode, recipe.lora, first_new_row)
     if recipe.train.gradient_checkpointing:
         model.gradient_checkpointing_enable()
         model.enable_input_require_grads()
@@ -243,26 +253,59 @@ def plan(recipe: FinetuneRecipe) -> dict[str, int | float]:
     """Sizes and rough estimates of a run, from configs alone.  Raises: as ``finetune`` for inputs that do not fit."""
     image_tokenizer = V2FlowTokenizer.from_pretrained(recipe.tokenizer)
     length, images = check_data(recipe.data, image_tokenizer)
-    with loading(recipe.llm):
-        folder = model_folder(recipe.llm, SETTINGS)
-        config, text_tokenizer = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-    if recipe.new_rows == "kept":
-        offset = _kept_vocabulary(config, recipe, image_tokenizer).visual_token_offset
+    checked = check_llm(recipe, image_tokenizer, length)
+    with loading(recipe.llm), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(checked.config)
+    if checked.vocabulary is not None:
+        first_new_row = checked.vocabulary.visual_token_offset
     else:
-        offset = model.get_input_embeddings().weight.shape[0]
+        first_new_row, rows = table_rows(model)
+        offset = text_ids(checked.text_tokenizer, rows)
         model.resize_token_embeddings(offset + image_tokenizer.config.codebook_size + 2, mean_resizing=False)
-    vocab_size = model.get_input_embeddings().weight.shape[0]
+    tables = {id(t.weight): t.weight for t in (model.get_input_embeddings(), model.get_output_embeddings())}
+    vocab_size = len(model.get_input_embeddings().weight)
     parameters = model.num_parameters()
-    model = choose_trained(model, recipe.mode, recipe.lora, offset)
+    model = choose_trained(model, recipe.mode, recipe.lora, first_new_row)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if recipe.mode == "rows":
-        trained -= offset * model.config.hidden_size * (1 if model.config.tie_word_embeddings else 2)
-    sequence = sum(map(len, prompt_frame(text_tokenizer))) + 3 + recipe.data.max_caption_tokens + length
+        trained -= sum(first_new_row * table.shape[1] for table in tables.values())
+    config = checked.config.get_text_config(decoder=True)
     return {"images": images, "tokens_per_image": length} | estimate(
-        recipe.train, parameters, trained, sequence, vocab_size, config
+        recipe.train, parameters, trained, checked.longest, vocab_size, config
     )
+
+
+@dataclass(frozen=True)
+class CheckedLLM:
+    """What is known of an LLM before its weights are loaded."""
+
+    config: Any
+    text_tokenizer: PreTrainedTokenizerBase
+    vocabulary: VisualVocabulary | None  # of one that draws already, and goes on with its rows
+    prefix: tuple[int, ...]  # ids before the caption
+    suffix: tuple[int, ...]  # and after it
+    longest: int  # tokens of a sample
+    cache: str  # the kind that it draws with
+
+
+def check_llm(recipe: FinetuneRecipe, image_tokenizer: V2FlowTokenizer, length: int) -> CheckedLLM:
+    """``recipe.llm`` without its weights, if it can be taught pictures of ``length`` tokens and draw them.
+
+    Raises:  ModelError for one whose architecture, text tokenizer, chat template or context does not allow it.
+    """
+    config, text_tokenizer = load_config(recipe.llm)
+    checkpointing = recipe.train.gradient_checkpointing
+    cache = rehearse(config, recipe.llm, contrast=bool(recipe.caption_contrast), checkpointing=checkpointing)
+    vocabulary = None
+    if recipe.new_rows == "kept":
+        vocabulary = _kept_vocabulary(config, recipe, image_tokenizer)
+        prefix, suffix = vocabulary.prompt_prefix, vocabulary.prompt_suffix
+    else:
+        check_extendable(text_tokenizer)
+        prefix, suffix = prompt_frame(text_tokenizer)
+    frame = len(prefix) + len(suffix)
+    longest = check_context(config, frame, recipe.data.max_caption_tokens, length)
+    return CheckedLLM(config, text_tokenizer, vocabulary, prefix, suffix, longest, cache)
 
 
 def _kept_vocabulary(config: Any, recipe: FinetuneRecipe, image_tokenizer: V2FlowTokenizer) -> VisualVocabulary:
@@ -272,15 +315,18 @@ def _kept_vocabulary(config: Any, recipe: FinetuneRecipe, image_tokenizer: V2Flo
     return vocabulary
 
 
-def check_context(config: Any, vocabulary: VisualVocabulary, caption_tokens: int) -> None:
-    """Raises: ModelError where the longest sample does not fit the LLM's positions."""
-    frame = len(vocabulary.prompt_prefix) + len(vocabulary.prompt_suffix) + 3  # the two marks and EOS
-    longest, limit = frame + caption_tokens + vocabulary.tokens_per_image, context_length(config)
+def check_context(config: Any, frame: int, caption_tokens: int, image_tokens: int) -> int:
+    """Tokens of the longest sample.  Raises: ModelError where it does not fit the LLM's positions.
+
+    Args:  frame, tokens of the chat template around a caption.
+    """
+    longest, limit = frame + 3 + caption_tokens + image_tokens, context_length(config)  # the two marks and EOS
     if longest > limit:
         raise ModelError(
-            f"a sample takes up to {longest} tokens ({caption_tokens} of caption, {vocabulary.tokens_per_image} of "
-            f"image), but the LLM's context is {limit}. Lower data.max_caption_tokens, or take another LLM."
+            f"a sample takes up to {longest} tokens ({caption_tokens} of caption, {image_tokens} of image), but the "
+            f"LLM's context is {limit}. Lower data.max_caption_tokens, or take another LLM."
         )
+    return longest
 
 
 def choose_trained(model: PreTrainedModel, mode: str, lora: Lora | None, offset: int) -> Any:

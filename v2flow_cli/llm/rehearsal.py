@@ -1,0 +1,163 @@
+"""Whether a causal LM can be taught to draw, found out on a small copy of it before anything is trained.
+
+The copy has random weights, few layers and few words. It goes through what training and drawing will ask of it: new
+rows in its tables, a loss with gradients, and pictures drawn token by token from a key-value cache, with prompts of
+different lengths side by side. What it draws has to be what its training pass, without a cache, finds likeliest. That
+fails for models whose earlier positions see later ones, and where cache, padding or positions are not what we think.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedModel
+
+from v2flow_cli.errors import ModelError, foreign_errors, reason_of
+from v2flow_cli.llm.caption_contrast import middle_layer
+from v2flow_cli.llm.loss import IGNORE, labelled_losses
+from v2flow_cli.llm.sample import CACHES, DrawingLM
+from v2flow_cli.llm.sequences import prompt_ids
+from v2flow_cli.llm.vocabulary import VisualVocabulary
+
+WORDS, CODES, LENGTH, LAYERS, WINDOW = 32, 16, 8, 2, 4
+PROMPTS = ("\x03", "\x05\x06\x07\x08\x09\x0a")  # each character is the id of a word
+PARAMETERS_AT_MOST = 400_000_000  # of a copy that is run; a wider model is trusted
+NEAR_TIE = 1e-3  # of the logits' standard deviation: float32 rounds differently with and without a cache
+ADVICE = "Take another causal LM, such as a Llama, Qwen, Mistral, Gemma or GPT-NeoX."
+
+
+class _Actor(DrawingLM):
+    """The small copy in the place of the LLM."""
+
+    def prompt(self, text: str) -> list[int]:
+        return prompt_ids(self.vocabulary, [ord(c) for c in text])
+
+
+def rehearse(config: Any, name: str, *, contrast: bool = False, checkpointing: bool = False) -> str:
+    """The kind of key-value cache, of ``sample.CACHES``, that an LLM with this ``config`` draws with.
+
+    Args:    name, of the LLM, for messages; contrast, a layer in its middle is trained too; checkpointing, of its
+             activations.
+    Raises:  ModelError for an architecture that cannot be built, taught, or draw afterwards, with the reason.
+    """
+    check_architecture(config, name)
+    with foreign_errors(f"llm {name}: cannot be built as a causal LM", ADVICE):
+        small = _first_that_builds(small_copies(config))
+        if small is None:
+            return CACHES[0]
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(0)
+            model = _build(small)
+            for matrix in (p for p in model.parameters() if p.ndim > 1):
+                matrix.normal_(std=matrix.shape[-1] ** -0.5)  # else logits hardly depend on what the model reads
+    with foreign_errors(f"llm {name}: {type(model).__name__} cannot be trained on token ids alone", ADVICE):
+        _train(model, contrast, checkpointing)
+    reasons = []
+    for kind in CACHES:
+        try:
+            if wrong := _draws_wrongly(model.eval(), kind):
+                reasons.append(wrong)
+            else:
+                return kind
+        except Exception as error:
+            reasons.append(reason_of(error.__cause__ or error))
+    raise ModelError(f"llm {name}: {type(model).__name__} cannot draw token by token ({reasons[-1]}). {ADVICE}")
+
+
+def check_architecture(config: Any, name: str) -> None:
+    """Raises: ModelError for an encoder-decoder, and for what transformers has no causal LM of."""
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(f"llm {name}: a {config.model_type} is an encoder-decoder; expected a decoder alone. {ADVICE}")
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ModelError(
+            f"llm {name}: a model of type {config.model_type}, of which transformers has no causal LM that takes text "
+            f"alone. {ADVICE}"
+        )
+
+
+def small_copies(config: Any) -> Iterator[Any]:
+    """``config`` with few words and windows that a short sequence fills: with few layers, and with all of them."""
+    for layers in (LAYERS, None):
+        small = copy.deepcopy(config)
+        for part in {id(c): c for c in (small, small.get_text_config(decoder=True))}.values():
+            before = getattr(part, "num_hidden_layers", None)
+            most = {"vocab_size": WORDS, "sliding_window": WINDOW}
+            if layers and isinstance(before, int) and before > layers:
+                most["num_hidden_layers"] = layers
+                for key, value in part.to_dict().items():
+                    if isinstance(value, list) and len(value) == before:
+                        setattr(part, key, value[-layers:])  # such as the kinds of the layers; the last differ most
+            for key, limit in most.items():
+                if isinstance(value := getattr(part, key, None), int) and value > limit:
+                    setattr(part, key, limit)
+            for key, value in (("bos_token_id", None), ("eos_token_id", None), ("pad_token_id", 0)):
+                if getattr(part, key, None) is not None:
+                    setattr(part, key, value)
+        yield small
+
+
+def _first_that_builds(copies: Iterator[Any]) -> Any:
+    """The first of ``copies`` that transformers builds; None where it is too large to be run.  Raises: as it does."""
+    failure: Exception | None = None
+    for small in copies:
+        try:
+            with torch.device("meta"):
+                size = sum(p.numel() for p in _build(small).parameters())
+        except Exception as error:  # such as a number of layers that another setting depends on
+            failure = failure or error
+        else:
+            return small if size <= PARAMETERS_AT_MOST else None
+    assert failure is not None
+    raise failure
+
+
+def _build(config: Any) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+
+
+def _vocabulary(cache: str) -> VisualVocabulary:
+    first = WORDS + CODES
+    return VisualVocabulary(WORDS, CODES, first, first + 1, LENGTH, "", (1,), (2,), None, cache=cache)
+
+
+def _train(model: PreTrainedModel, contrast: bool, checkpointing: bool) -> None:
+    """New rows, and one pass forward and back, as ``training.objectives.drawing`` makes them."""
+    rows = WORDS + CODES + 2
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    tables = [model.get_input_embeddings(), model.get_output_embeddings()]
+    if None in tables:
+        raise ModelError("it has no output table that new words can be added to")
+    if any(len(table.weight) != rows for table in tables):
+        raise ModelError("its tables of words do not grow")
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+        model.enable_input_require_grads()
+    ids = torch.tensor([[1, 5, 2, WORDS + CODES, *range(WORDS, WORDS + 8)]])
+    labels = ids.clone()
+    labels[:, :4] = IGNORE
+    early = (middle_layer(model), ids == WORDS + CODES) if contrast else None
+    found = labelled_losses(model.train(), tables[1], ids, labels, early)
+    found.losses.mean().backward()
+    if not torch.isfinite(tables[0].weight.grad).all():
+        raise ModelError("its gradients are not finite")
+    model.zero_grad()
+    if checkpointing:
+        model.gradient_checkpointing_disable()
+
+
+@torch.inference_mode()
+def _draws_wrongly(model: PreTrainedModel, kind: str) -> str:
+    """What is wrong with pictures drawn with this kind of cache; empty where nothing is."""
+    actor = _Actor(model, None, _vocabulary(kind), "")  # type: ignore[arg-type]
+    drawn = actor.generate(PROMPTS, temperature=0.0)
+    for prompt, token_ids in zip(PROMPTS, drawn):
+        before = actor.prompt(prompt)
+        ids = torch.tensor([[*before, *(token_ids + WORDS).tolist()]])
+        logits = model(input_ids=ids, use_cache=False).logits[0, len(before) - 1 : -1, WORDS : WORDS + CODES]
+        behind = logits.amax(-1) - logits.gather(1, token_ids[:, None])[:, 0]
+        if not (behind <= NEAR_TIE * logits.std()).all():
+            return "with a key-value cache it finds other tokens likeliest than in training"
+    return ""
