@@ -12,6 +12,7 @@ from torch import Tensor
 
 from v2flow_cli.errors import DataError, ModelError
 from v2flow_cli.tokenizer import V2FlowTokenizer
+from v2flow_cli.tokenizer.preprocess import image_to_tensor
 
 POINTS = 2000  # of each kind, drawn at random where there are more
 WORD_COLOUR, TOKEN_COLOUR = (150, 150, 150), (208, 72, 40)
@@ -51,7 +52,7 @@ def photo_tokens(
             f"where quantizer.code_size is {words.shape[1]}."
         )
     size = tokenizer.config.image_size
-    ids = [tokenizer.encode(tokenizer.image_processor.preprocess_one(image, size)[None])[0] for _, image in photos]
+    ids = [tokenizer.encode(image_to_tensor(image, size)[None])[0] for _, image in photos]
     if not ids:
         raise DataError("bench --alignment: no photo was given.")
     return codebook[torch.cat(ids)]

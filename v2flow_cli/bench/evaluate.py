@@ -21,8 +21,7 @@ from v2flow_cli.bench.protocol import Protocol, library_versions
 from v2flow_cli.errors import DataError
 from v2flow_cli.jobs.decode import image_seed
 from v2flow_cli.runtime.processes import Processes, gather_texts
-from v2flow_cli.tokenizer import V2FlowImageProcessor
-from v2flow_cli.tokenizer.preprocess import to_uint8
+from v2flow_cli.tokenizer.preprocess import image_to_tensor, to_uint8
 
 
 @dataclass(frozen=True)
@@ -203,10 +202,10 @@ def batches(
     photos: Iterable[tuple[str, Image.Image]], size: int, batch_size: int, seed: int = 0
 ) -> Iterator[tuple[list[str], Batch]]:
     """(names, batch) of the photos at ``size`` pixels, through the one crop of the product."""
-    processor, stream = V2FlowImageProcessor(size=size), iter(photos)
+    stream = iter(photos)
     while chunk := list(itertools.islice(stream, batch_size)):
         names = [name for name, _ in chunk]
-        images = torch.stack([processor.preprocess_one(image) for _, image in chunk])
+        images = torch.stack([image_to_tensor(image, size) for _, image in chunk])
         yield names, Batch(images, to_uint8(images), tuple(image_seed(seed, name) for name in names))
 
 

@@ -191,12 +191,13 @@ def _caption(
 ) -> None:
     """One line a picture, seed and temperature: what the LLM says it shows."""
     from v2flow_cli.store.images import open_image
+    from v2flow_cli.tokenizer.preprocess import image_to_tensor
 
     photos = [(path, open_image(path, str(path))) for path in paths]
     image_tokenizer, llm, _ = _models(model, tokenizer, None, device, dtype)
     said = []
     for path, photo in photos:
-        pixels = image_tokenizer.image_processor.preprocess(photo)["pixel_values"].to(image_tokenizer.device)
+        pixels = image_to_tensor(photo, image_tokenizer.config.image_size)[None].to(image_tokenizer.device)
         (token_ids,) = image_tokenizer.encode(pixels, llm.vocabulary.tokens_per_image)
         for seed in seeds:
             for temperature in temperatures:

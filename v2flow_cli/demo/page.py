@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from v2flow_cli.bench.report.page import DrawnPicture
     from v2flow_cli.store.images import FoundFile
     from v2flow_cli.tokenizer import V2FlowTokenizer
+    from v2flow_cli.tokenizer.preprocess import to_pil
 
 GUIDANCE_SCALES = (1.0, 3.0)
 TEMPERATURES = (0.5, 0.9, 1.3)
@@ -173,7 +174,7 @@ def _draw(
     with progress(f"a sentence to pictures: {prompt}", drawer.vocabulary.tokens_per_image) as tick:
         token_ids = drawer.generate([prompt] * count, seeds=[0] * count, temperature=TEMPERATURES, tick=tick)
     with inference(tokenizer, dtype):
-        images = tokenizer.image_processor.to_pil(tokenizer.decode(token_ids, seeds=[0] * count))
+        images = to_pil(tokenizer.decode(token_ids, seeds=[0] * count))
     for temperature, image in zip(TEMPERATURES, images):
         buffer = io.BytesIO()
         image.save(buffer, "PNG")

@@ -21,6 +21,7 @@ from v2flow_cli.store.images import FoundFile
 from v2flow_cli.store.shards import safe_key
 from v2flow_cli.store.token_file import TokenManifest, find_manifest, load_samples, load_token_ids, row_of
 from v2flow_cli.tokenizer import V2FlowTokenizer
+from v2flow_cli.tokenizer.preprocess import to_pil
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def decode_files(
         seeds = [image_seed(seed, key) for _, key, _ in batch]
         with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             images = tokenizer.decode(token_ids, lengths=lengths, height=height, width=width, seeds=seeds, **sampling)
-        for image, (_, _, target) in zip(tokenizer.image_processor.to_pil(images), batch):
+        for image, (_, _, target) in zip(to_pil(images), batch):
             buffer = io.BytesIO()
             image.save(buffer, "PNG")
             write_bytes(target, buffer.getvalue())

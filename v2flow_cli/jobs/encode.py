@@ -26,6 +26,7 @@ from v2flow_cli.store.shard_index import SampleIndex
 from v2flow_cli.store.shards import Verify, captions_of, index_shard, open_shard, read_member
 from v2flow_cli.store.token_file import TokenManifest, load_samples, save_samples, save_token_ids
 from v2flow_cli.tokenizer import V2FlowTokenizer
+from v2flow_cli.tokenizer.preprocess import image_to_tensor
 
 Tick = Callable[[int], None]
 ALONE = Processes()
@@ -112,7 +113,7 @@ class SetEncoder:
         except DataError as error:
             reason = str(error).removeprefix(f"{name}: ").removeprefix(f"{source}: ")
             return key, Failure(source, reason, None if isinstance(content, Path) else key)
-        return key, self.tokenizer.image_processor.preprocess_one(image, self.image_size)
+        return key, image_to_tensor(image, self.image_size)
 
     def _encode_batch(self, batch: list[tuple[str, Tensor]], tick: Tick) -> Iterator[tuple[str, np.ndarray]]:
         device = self.tokenizer.device

@@ -20,6 +20,7 @@ from v2flow_cli.llm.sample import STOPPED, DrawingLM
 from v2flow_cli.store.files import write_bytes
 from v2flow_cli.store.token_file import TokenManifest, save_token_ids
 from v2flow_cli.tokenizer import V2FlowTokenizer
+from v2flow_cli.tokenizer.preprocess import to_pil
 
 RECORD = "generated.jsonl"
 
@@ -122,7 +123,7 @@ def draw_images(
                 guidance=settings.guidance,
                 seeds=[pictures[i].seed for i in rows],
             )
-            for i, image in zip(rows, image_tokenizer.image_processor.to_pil(decoded)):
+            for i, image in zip(rows, to_pil(decoded)):
                 drawn[i] = token_ids[i, :length].cpu(), image
     return [drawn[i] for i in range(len(pictures))]
 

@@ -21,6 +21,7 @@ from v2flow_cli.store.stream import Sample, SampleStream
 from v2flow_cli.store.token_file import TokenSample
 from v2flow_cli.store.token_sets import token_samples, token_set_manifest
 from v2flow_cli.tokenizer import V2FlowTokenizer
+from v2flow_cli.tokenizer.preprocess import image_to_tensor
 
 
 @dataclass(frozen=True)
@@ -158,8 +159,7 @@ def encode_photos(tokenizer: V2FlowTokenizer, photos: Sequence[Sample], length: 
     size = tokenizer.config.image_size
     names = [f"{photo.source}/{photo.key}" for photo in photos]
     images = [
-        tokenizer.image_processor.preprocess_one(open_image(photo.image, name), size)
-        for photo, name in zip(photos, names)
+        image_to_tensor(open_image(photo.image, name), size) for photo, name in zip(photos, names)
     ]
     return list(tokenizer.encode(torch.stack(images), length).cpu().numpy())
 

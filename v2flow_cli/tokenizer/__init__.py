@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from v2flow_cli.tokenizer.config import V2FlowConfig
-    from v2flow_cli.tokenizer.preprocess import V2FlowImageProcessor
+    from v2flow_cli.tokenizer.image_processor import V2FlowImageProcessor
     from v2flow_cli.tokenizer.v2flow import V2FlowTokenizer
 
 __all__ = ["V2FlowConfig", "V2FlowImageProcessor", "V2FlowTokenizer"]
 
-_MODULES = {"V2FlowConfig": "config", "V2FlowImageProcessor": "preprocess", "V2FlowTokenizer": "v2flow"}
+_MODULES = {"V2FlowConfig": "config", "V2FlowImageProcessor": "image_processor", "V2FlowTokenizer": "v2flow"}
 
 
 def __getattr__(name: str) -> Any:

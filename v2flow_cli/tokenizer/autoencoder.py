@@ -7,7 +7,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers.configuration_utils import PretrainedConfig
+
+from v2flow_cli.tokenizer.pretrained import PretrainedModule
 
 
 class V2FlowAutoencoderConfig(PretrainedConfig):
@@ -59,13 +61,11 @@ class ResidualBlock(nn.Module):
         return x + self.mix(F.silu(self.spatial(self.norm(x))))
 
 
-class V2FlowAutoencoder(PreTrainedModel):
+class V2FlowAutoencoder(PretrainedModule):
     """Images (B, 3, H, W) in [-1, 1] to raw latents (B, C, H/8, W/8) and back; ``latents.py`` applies the scale."""
 
     config_class = V2FlowAutoencoderConfig
     config: V2FlowAutoencoderConfig
-    base_model_prefix = "autoencoder"
-    main_input_name = "images"
     downsampling = 8
 
     def __init__(self, config: V2FlowAutoencoderConfig) -> None:
@@ -91,10 +91,6 @@ class V2FlowAutoencoder(PreTrainedModel):
             nn.Conv2d(d // 2, 48, 3, padding=1),
             nn.PixelShuffle(4),
         )
-        self.post_init()
-
-    def _init_weights(self, module: nn.Module) -> None:
-        pass  # torch's own initialisation, and the zeros set in ResidualBlock
 
     def encode(self, images: Tensor) -> Tensor:
         """Raw latents (B, C, H/8, W/8)."""

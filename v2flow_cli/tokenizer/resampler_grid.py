@@ -7,12 +7,11 @@ import random
 
 import torch
 import torch.nn.functional as F
-from timm.layers import LayerNorm2d
-from timm.models.regnet import RegStage
 from torch import Tensor, nn
 
 from v2flow_cli.recipe.schema import Resampler
 from v2flow_cli.tokenizer.context import grid_cells, grid_coordinates, grid_parts
+from v2flow_cli.tokenizer.reg_stage import RegStage
 
 REFERENCE_PX = 256  # token counts are given for images of this side
 REFERENCE_GRIDS = {64: (8, 8), 128: (8, 16), 256: (16, 16)}
@@ -37,11 +36,11 @@ class GridResampler(nn.Module):
         self.other_shares = settings.other_shares
         self.size_multiple = REFERENCE_PX // min(REFERENCE_GRIDS[settings.tokens_per_256px])  # pixels
         self.stem = nn.Conv2d(in_channels, width, 3, padding=1)
-        self.before = _reg_stage(settings.depth[0], width)
+        self.before = RegStage(settings.depth[0], width)
         self.downsample, *others = (_downsampler(width, n, REFERENCE_PX // pixels_per_latent) for n in self.lengths)
         if others:
             self.other_downsample = nn.ModuleList(others)
-        self.after = _reg_stage(settings.depth[1], width)
+        self.after = RegStage(settings.depth[1], width)
         self.readout = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
 
     def token_grid(self, height: int, width: int, rate: int = 0) -> tuple[int, int]:
@@ -94,11 +93,3 @@ def _downsampler(width: int, tokens: int, side: int) -> nn.Module:
     if (split[0] * side, split[1] * side) == (rows, columns):
         return nn.ConvTranspose2d(width, width, split, stride=split)
     raise ValueError(f"{side} x {side} latents do not divide into {rows} x {columns} tokens at 256 px")
-
-
-def _reg_stage(depth: int, width: int) -> nn.Module:
-    if not depth:
-        return nn.Identity()
-    return RegStage(
-        depth=depth, in_chs=width, out_chs=width, stride=1, dilation=1, act_layer=nn.SiLU, norm_layer=LayerNorm2d
-    )

@@ -10,12 +10,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from v2flow_cli.errors import ModelError, reason_of
 from v2flow_cli.recipe.schema import FSQ, FlowTransformer, Registers, Resampler, Sampling, TokenizerLoss
@@ -41,12 +40,15 @@ from v2flow_cli.tokenizer.other_decoders import (
     settings_of,
 )
 from v2flow_cli.tokenizer.prefix import sample_lengths
-from v2flow_cli.tokenizer.preprocess import V2FlowImageProcessor
+from v2flow_cli.tokenizer.pretrained import PretrainedModule
 from v2flow_cli.tokenizer.quantizer_ema import EMAQuantizer
 from v2flow_cli.tokenizer.quantizer_fsq import FSQQuantizer
 from v2flow_cli.tokenizer.resampler_grid import REFERENCE_PX, GridResampler
 from v2flow_cli.tokenizer.resampler_registers import RegisterResampler
 from v2flow_cli.tokenizer.vocabulary import VocabularyProjection
+
+if TYPE_CHECKING:
+    from v2flow_cli.tokenizer.image_processor import V2FlowImageProcessor
 
 EMBEDDED_MODEL = Path(__file__).resolve().parents[1] / "assets" / "default" / "tokenizer"
 SECTIONS = ("vocabulary", "resampler", "quantizer", "context", "flow", "sampling")  # of the recipe
@@ -65,7 +67,7 @@ class V2FlowOutput:
     latents: Tensor  # (B, C, h, w) as foretold; visible patches as they came
 
 
-class V2FlowTokenizer(PreTrainedModel):
+class V2FlowTokenizer(PretrainedModule):
     """Images to sequences of discrete tokens in an LLM's vocabulary space, and back.
 
     ``V2FlowTokenizer.from_pretrained()`` loads the embedded model; pass a folder or a hub id for another.
@@ -73,9 +75,6 @@ class V2FlowTokenizer(PreTrainedModel):
 
     config_class = V2FlowConfig
     config: V2FlowConfig
-    base_model_prefix = "v2flow"
-    main_input_name = "images"
-    image_processor: V2FlowImageProcessor
 
     def __init__(self, config: V2FlowConfig) -> None:
         super().__init__(config)
@@ -99,8 +98,6 @@ class V2FlowTokenizer(PreTrainedModel):
         self.decoder_name = FAITHFUL
         self._decoder_files: dict[str, Path | None] = {}  # of the other decoders
         self._decoders: dict[str, V2FlowTokenizer] = {}  # this tokenizer with each decoder that was asked for
-        self.image_processor = V2FlowImageProcessor(size=config.image_size)
-        self.post_init()
 
     def _build_decoder(self, code_size: int) -> None:
         context, flow = self.config.section("context"), self.config.section("flow")
@@ -163,8 +160,12 @@ class V2FlowTokenizer(PreTrainedModel):
         load_decoder(parts, self._decoder_files.get(name), settings[SHA256], name, place)
         return other.train(self.training)
 
-    def _init_weights(self, module: nn.Module) -> None:
-        pass  # each part initialises itself; parameters of the frozen autoencoder are loaded
+    @functools.cached_property
+    def image_processor(self) -> V2FlowImageProcessor:
+        """The preprocessing of its images, as transformers knows it."""
+        from v2flow_cli.tokenizer.image_processor import V2FlowImageProcessor
+
+        return V2FlowImageProcessor(size=self.config.image_size)
 
     # -- sizes ---------------------------------------------------------------------------------------------
 
@@ -461,35 +462,27 @@ class V2FlowTokenizer(PreTrainedModel):
 
         Args:    decoder, one of its ``decoder_names`` (default: the one that the model names);
                  revision, token, cache_dir, local_files_only: of a hub id, as ``runtime.hub.model_folder`` takes them;
-                 kwargs, as PreTrainedModel.from_pretrained takes them; dtype is float32 unless it is given.
+                 kwargs, as PretrainedModule.from_pretrained takes them: dtype (default: float32), config.
         Raises:  ModelError for anything that is not a complete v2flow tokenizer, and a decoder that it does not have.
         """
         place = EMBEDDED_MODEL if path_or_id is None else path_or_id
         folder = model_folder(
             place, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
         )
-        kwargs.setdefault("dtype", torch.float32)
         try:
             config, _ = V2FlowConfig.get_config_dict(folder)
             if config.get("model_type") != V2FlowConfig.model_type:
                 found = f"a model of type {config['model_type']!r}" if "model_type" in config else "no model"
                 raise ModelError(f"{place}: {found}; expected a v2flow tokenizer (a folder written by `v2flow train`).")
-            # Mismatches are reported, so that the check below can name them; none is ever ignored.
-            model, info = super().from_pretrained(
-                str(folder), output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
-            )
+            model = super().from_pretrained(folder, name=str(place), **kwargs)
         except ModelError:
             raise
         except Exception as error:  # transformers and safetensors each raise their own kinds
             raise ModelError(f"{place}: not a loadable v2flow tokenizer ({reason_of(error)}).") from error
-        wrong = {k: sorted(map(str, v)) for k, v in info.items() if v and k != "error_msgs"}
-        if wrong or info.get("error_msgs"):
-            kind, names = next(iter(wrong.items()), ("errors", info.get("error_msgs")))
-            raise ModelError(f"{place}: the weights do not fit the config ({kind}: {', '.join(names[:3])}).")
         for name in model.config.decoders or {}:  # one that is missing is told when it is asked for
             file = folder / decoder_file(name)
             model._decoder_files[name] = file if file.is_file() else None
-        return model.eval().with_decoder(decoder)
+        return model.with_decoder(decoder)
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Write ``config.json``, ``model.safetensors``, ``preprocessor_config.json``, and the other decoders' files."""

@@ -1,0 +1,99 @@
+"""Model folders as transformers lays them out, without its ``PreTrainedModel``.
+
+Importing that class takes as long as importing torch twice more (torch._dynamo, torch.distributed.tensor, torchvision,
+scipy), of which a tokenizer uses nothing. ``AutoModel`` asks of a model no more than ``config_class`` and
+``from_pretrained``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers.configuration_utils import PretrainedConfig
+from transformers.utils.hub import PushToHubMixin
+
+from v2flow_cli.errors import ModelError
+
+WEIGHTS = "model.safetensors"
+AUTO_OPTIONS = ("adapter_kwargs", "code_revision", "force_download", "trust_remote_code", "_commit_hash", "_from_auto")
+
+Model = TypeVar("Model", bound="PretrainedModule")
+
+
+class PretrainedModule(nn.Module, PushToHubMixin):
+    """A module whose ``config`` builds it, with ``from_pretrained``, ``save_pretrained`` and ``push_to_hub``."""
+
+    config_class: ClassVar[type[PretrainedConfig]]
+    config: Any
+
+    def __init__(self, config: PretrainedConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the first floating-point parameter."""
+        return next(p.dtype for p in self.parameters() if p.is_floating_point())
+
+    @classmethod
+    def from_pretrained(
+        cls: type[Model],
+        folder: str | Path,
+        *,
+        config: PretrainedConfig | None = None,
+        dtype: torch.dtype = torch.float32,
+        name: str | None = None,
+        **options: Any,
+    ) -> Model:
+        """The model in a folder, in eval mode; no random number is drawn.
+
+        Args:    config, instead of the folder's; dtype of all floating-point weights; name, what messages call the
+                 folder; options, no others than those in which ``AutoModel`` says how it got here.
+        Raises:  ModelError where weights are missing, left over or of another shape; OSError and what safetensors
+                 raises for files that are missing or damaged; TypeError for another option.
+        """
+        unknown = sorted(options.keys() - set(AUTO_OPTIONS))
+        if unknown:
+            raise TypeError(f"{cls.__name__}.from_pretrained has no option {unknown[0]}.")
+        folder = Path(folder)
+        if config is None:
+            config = cls.config_class.from_pretrained(folder)
+        config.name_or_path = name or str(folder)
+        weights = load_file(folder / WEIGHTS)
+        with torch.random.fork_rng(devices=[]):  # first values, which are replaced, must not change a training's noise
+            model = cls(config)
+        model._check_fit(weights, config.name_or_path)
+        model.to(dtype).load_state_dict(weights)
+        return model.eval()
+
+    def _check_fit(self, weights: Mapping[str, Tensor], name: str) -> None:
+        mine = self.state_dict()
+        wrong = {
+            "missing": mine.keys() - weights.keys(),
+            "unexpected": weights.keys() - mine.keys(),
+            "of another shape": {k for k in mine.keys() & weights.keys() if mine[k].shape != weights[k].shape},
+        }
+        for kind, names in wrong.items():
+            if names:
+                listed = ", ".join(sorted(names)[:3])
+                raise ModelError(f"{name}: the weights do not fit the config ({kind}: {listed}).")
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """Write ``config.json`` and ``model.safetensors``."""
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.config.dtype = str(self.dtype).removeprefix("torch.")
+        self.config.architectures = [type(self).__name__]
+        self.config.save_pretrained(folder)
+        weights = {name: tensor.detach().contiguous() for name, tensor in self.state_dict().items()}
+        save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
