@@ -28,7 +28,7 @@ def test_prints_one_json_object_and_logs_to_stderr(recipe):
     assert report["steps"] == 10 and report["eval_loss"] > 0
     assert "step 10/10" in ran.stderr
     again = invoke(*recipe)
-    assert again.exit_code == 1 and "already holds a model" in again.stderr
+    assert again.exit_code == 1 and "already holds a run (checkpoints/checkpoint-10)" in again.stderr
     resumed = invoke(*recipe, "--resume")
     assert resumed.exit_code == 0 and "resuming from" in resumed.stderr
     assert "10 steps" in resumed.stdout and "nats a token" in resumed.stdout
@@ -39,6 +39,11 @@ def test_dry_run_writes_nothing(recipe, tmp_path):
     assert json.loads(ran.stdout)["parameters"] > 10_000
     assert not (tmp_path / "lm").exists()
     assert "parameters: " in invoke(*recipe, "--dry-run").stdout
+    (tmp_path / "lm").mkdir()
+    (tmp_path / "lm" / "config.json").write_text("{}")
+    taken = invoke(*recipe, "--dry-run")
+    assert taken.exit_code == 1 and taken.stdout == "" and "already holds a run (config.json)" in taken.stderr
+    assert invoke(*recipe, "--dry-run", "--resume").exit_code == 0
 
 
 @pytest.mark.parametrize(

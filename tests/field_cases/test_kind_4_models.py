@@ -1,4 +1,4 @@
-"""Kind 4: other people's models and libraries. An LLM draws after fine-tuning, or is refused before it, in a sentence."""
+"""Kind 4: other people's models and libraries. An LLM draws after fine-tuning, or is refused before it."""
 
 import json
 import shutil

@@ -83,7 +83,7 @@ def test_resume_equals_not_stopping(recipe, tmp_path, kind, mode):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(finetuning, "RunClock", lambda *given: StopAt(3, *given))
         finetune(stopped, log=print)
-    with pytest.raises(ModelError, match=r"already holds a model or checkpoints.*--resume"):
+    with pytest.raises(ModelError, match=r"already holds a run.*--resume"):
         finetune(stopped, log=print)
     resumed = finetune(stopped, log=print, resume=True)
     assert resumed.steps == straight.steps == 6

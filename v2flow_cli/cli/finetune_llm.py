@@ -60,7 +60,7 @@ def finetune_llm(
         assert isinstance(spec, LMRecipe)  # one of the kinds asked for
         plan, run = partial(language_model.plan, spec), partial(language_model.pretrain, spec)
     if dry_run:
-        for key, value in (estimates := plan()).items():
+        for key, value in (estimates := plan(resume=resume)).items():
             if not json_:
                 result(f"{key}: {value:,.4g}" if isinstance(value, float) else f"{key}: {value:,}")
         if json_:

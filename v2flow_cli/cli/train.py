@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from v2flow_cli.cli.console import log, result, result_json, steps_bar
+from v2flow_cli.cli.console import fail, log, result, result_json, steps_bar
 from v2flow_cli.cli.endings import EXIT_INTERRUPTED
 
 
@@ -47,12 +47,18 @@ def train(
     if dry_run:
         from v2flow_cli.training.plan import plan
 
-        report = plan(tree)
+        report = plan(tree, resume)
+        missing = report.get("missing", [])
         if json_:
             result_json(report)
         else:
             for key, value in report.items():
-                result(f"{key}: {value:,}" if isinstance(value, int) else f"{key}: {value}")
+                if key != "missing":
+                    result(f"{key}: {value:,}" if isinstance(value, int) else f"{key}: {value}")
+        for reason in missing:
+            log(f"missing: {reason}")
+        if missing:
+            fail(f"{recipe}: the run would not start; {len(missing)} reason(s) above.")
         return
 
     from v2flow_cli.cli.push import prepare_push, push_result

@@ -108,7 +108,7 @@ def _similar(path: Path) -> str:
     if not path.parent.is_dir():
         return ""
     names = [folder.name for folder in path.parent.iterdir() if folder.is_dir()]
-    close = difflib.get_close_matches(path.name, names, n=1)
+    close = difflib.get_close_matches(path.name, names, n=1, cutoff=0.7)
     return f" Did you mean {path.parent / close[0]}?" if close else ""
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from v2flow_cli.runtime.processes import losing_contact, maximum, prepare_cpu_la
 from v2flow_cli.store.files import publishing
 from v2flow_cli.training.checkpoint import Interrupted, stop_requested
 from v2flow_cli.training.guard import on_samples, skip_or_stop, what_is_wrong
-from v2flow_cli.training.llm_checkpoints import SafeCheckpoints, list_checkpoints, newest_checkpoint, remove_unsealed
+from v2flow_cli.training.llm_checkpoints import SafeCheckpoints, newest_checkpoint, remove_unsealed
 from v2flow_cli.training.muon import Muon
 from v2flow_cli.training.resume import check_same_ranks, check_same_recipe
 
@@ -279,26 +278,6 @@ def run(
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if clock.interrupted and trainer.state.global_step < trainer.args.max_steps:
         raise Interrupted(trainer.state.global_step)
-
-
-def check_output(output: str | Path, resume: bool) -> None:
-    """Make the output folder. Raises ModelError where it cannot be written, or holds a run that would be lost."""
-    folder = Path(output)
-    if folder.exists() and not folder.is_dir():
-        raise ModelError(f"output {output} is a file; expected a folder to write the model to.")
-    if not resume and ((folder / "config.json").exists() or list_checkpoints(folder / "checkpoints")):
-        raise ModelError(
-            f"output {output} already holds a model or checkpoints. Continue it with --resume, choose "
-            "another folder with --set output=FOLDER, or delete it."
-        )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ModelError(
-            f"output {output} cannot be written ({error.strerror}). Choose another with --set output=FOLDER."
-        ) from None
 
 
 def save_folder(

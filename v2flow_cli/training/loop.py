@@ -22,7 +22,7 @@ from v2flow_cli.runtime.device import pick_dtype, tf32
 from v2flow_cli.runtime.processes import losing_contact, maximum, prepare_cpu_launch, raise_everywhere
 from v2flow_cli.store.files import publishing, write_bytes
 from v2flow_cli.training.card import write_card
-from v2flow_cli.training.checkpoint import Interrupted, list_checkpoints, load_newest, save_checkpoint, stop_requested
+from v2flow_cli.training.checkpoint import Interrupted, load_newest, save_checkpoint, stop_requested
 from v2flow_cli.training.crops import CropBatch, crop_loader
 from v2flow_cli.training.guard import BadSamples, on_samples, skip_or_stop, what_is_wrong
 from v2flow_cli.training.latent_cache import LatentBatch, cached_batches
@@ -30,6 +30,7 @@ from v2flow_cli.training.meter import Meter
 from v2flow_cli.training.objectives.autoencoder import AutoencoderObjective
 from v2flow_cli.training.objectives.tokenizer import TokenizerObjective
 from v2flow_cli.training.optimizer import build_optimizer, learning_rate_at, set_learning_rate
+from v2flow_cli.training.output import check_output
 from v2flow_cli.training.resume import check_same_ranks, check_same_recipe
 from v2flow_cli.training.state import (
     TrainState,
@@ -90,7 +91,7 @@ def train(
             "multiple of their product."
         )
     checkpoints = folder / "checkpoints"
-    _guard_output(folder, checkpoints, resume)
+    check_output(recipe.output, resume)
 
     set_seed(loop.seed)  # the same initial weights on every rank
     objective = build_objective(recipe).to(accelerator.device)
@@ -274,8 +275,3 @@ def _next(batches: Iterator[CropBatch | LatentBatch | V2FlowError]) -> tuple[Cro
 
 def _step_seed(seed: int, step: int, rank: int) -> int:
     return (seed * 1_000_003 + step) * 4099 + rank
-
-
-def _guard_output(folder: Path, checkpoints: Path, resume: bool) -> None:
-    if not resume and (list_checkpoints(checkpoints) or (folder / "model.safetensors").exists()):
-        raise ModelError(f"{folder}: already holds a run. Continue it with --resume, or give another `output`.")

@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from v2flow_cli.errors import ModelError
+from v2flow_cli.errors import ModelError, V2FlowError
 from v2flow_cli.recipe import AutoencoderRecipe, TokenizerRecipe
 from v2flow_cli.store.known_models import AUTOENCODERS, VOCABULARIES
 from v2flow_cli.store.llm_table import vocab_shape
+from v2flow_cli.store.stream import SampleStream
 from v2flow_cli.tokenizer.latents import PIXELS, load_autoencoder_spec
 from v2flow_cli.tokenizer.v2flow import V2FlowTokenizer
 from v2flow_cli.training.memory import training_bytes
 from v2flow_cli.training.objectives.autoencoder import AutoencoderObjective
-from v2flow_cli.training.objectives.tokenizer import TokenizerObjective, build_config
+from v2flow_cli.training.objectives.tokenizer import TokenizerObjective, build_config, load_start
+from v2flow_cli.training.output import check_output
 from v2flow_cli.training.perceptual import load_perceptual
 
 
-def plan(recipe: AutoencoderRecipe | TokenizerRecipe) -> dict[str, Any]:
+def plan(recipe: AutoencoderRecipe | TokenizerRecipe, resume: bool = False) -> dict[str, Any]:
     """Parameters, tokens an image, bits a pixel, memory, and passes over the data of ``recipe``; makes no weights.
 
-    Memory is that of float32 with one training crop on one device. What the recipe names and is not there (earlier
-    stages that have not run, hub models that cannot be reached) is said under ``missing``.
+    Memory is that of float32 with one training crop on one device. Why the run would not start (data that is not
+    there, earlier stages that have not run, hub models that cannot be reached, an output that holds another run and is
+    not to ``resume``) is said under ``missing``, a sentence each.
     """
     loop = recipe.train
     report: dict[str, Any] = {"kind": recipe.kind, "output": recipe.output}
@@ -52,6 +56,7 @@ def plan(recipe: AutoencoderRecipe | TokenizerRecipe) -> dict[str, Any]:
     memory = training_bytes(objective, recipe.data.crop_size, step)
     report.update({f"{name}_bytes": size for name, size in memory.items()})
     report["steps"], report["images"] = loop.steps, loop.steps * loop.batch_size
+    missing += _unusable(recipe, resume)
     if missing:
         report["missing"] = missing
     return report
@@ -90,6 +95,23 @@ def _without_missing_features(recipe: TokenizerRecipe, missing: list[str]) -> To
             missing.append(str(error))
             return dataclasses.replace(recipe, loss=dataclasses.replace(recipe.loss, perceptual=0.0))
     return recipe
+
+
+def _unusable(recipe: AutoencoderRecipe | TokenizerRecipe, resume: bool) -> list[str]:
+    """What a run would find wrong with data, the tokenizer to start from, and output."""
+    checks: list[Callable[[], object]] = [
+        lambda: SampleStream(recipe.data.sources, seed=0),
+        lambda: check_output(recipe.output, resume),
+    ]
+    if isinstance(recipe, TokenizerRecipe) and recipe.init_from:
+        checks.append(lambda: load_start(recipe))
+    problems = []
+    for check in checks:
+        try:
+            check()
+        except V2FlowError as error:
+            problems.append(str(error))
+    return problems
 
 
 def _count(module: torch.nn.Module) -> int:

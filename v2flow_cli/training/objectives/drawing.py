@@ -51,13 +51,13 @@ from v2flow_cli.training.llm_trainer import (
     Log,
     RunClock,
     TrainingReport,
-    check_output,
     estimate,
     optimizer_class,
     run,
     save_folder,
     training_arguments,
 )
+from v2flow_cli.training.output import check_output
 from v2flow_cli.training.sample_pictures import SamplePictures
 
 HELD_OUT_MAX = 512  # images that the held-out loss is taken on
@@ -249,8 +249,9 @@ def finetune(recipe: FinetuneRecipe, *, log: Log, resume: bool = False, approxim
     return report
 
 
-def plan(recipe: FinetuneRecipe) -> dict[str, int | float]:
+def plan(recipe: FinetuneRecipe, resume: bool = False) -> dict[str, int | float]:
     """Sizes and rough estimates of a run, from configs alone.  Raises: as ``finetune`` for inputs that do not fit."""
+    check_output(recipe.output, resume)
     image_tokenizer = V2FlowTokenizer.from_pretrained(recipe.tokenizer)
     length, images = check_data(recipe.data, image_tokenizer)
     checked = check_llm(recipe, image_tokenizer, length)

@@ -29,13 +29,13 @@ from v2flow_cli.training.llm_trainer import (
     Log,
     RunClock,
     TrainingReport,
-    check_output,
     estimate,
     optimizer_class,
     run,
     save_folder,
     training_arguments,
 )
+from v2flow_cli.training.output import check_output
 
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
 # A single turn: the instruction on a line of its own after one BOS, then the answer and EOS.
@@ -109,8 +109,12 @@ def pretrain(recipe: LMRecipe, *, log: Log, resume: bool = False, approximate: b
     return report
 
 
-def plan(recipe: LMRecipe) -> dict[str, int | float]:
-    """Sizes and rough estimates of a run, without running it.  Raises: DataError for text that is missing."""
+def plan(recipe: LMRecipe, resume: bool = False) -> dict[str, int | float]:
+    """Sizes and rough estimates of a run, without running it.
+
+    Raises:  DataError for text that is missing; ModelError for an output that may not be written.
+    """
+    check_output(recipe.output, resume)
     files = find_text(recipe.text)
     with torch.device("meta"):
         model = LlamaForCausalLM(llama_config(recipe.model, recipe.model.vocab_size))

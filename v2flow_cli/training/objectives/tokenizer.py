@@ -171,14 +171,20 @@ def _build(recipe: TokenizerRecipe) -> V2FlowTokenizer:
     return model
 
 
+def load_start(recipe: TokenizerRecipe) -> V2FlowTokenizer:
+    """The tokenizer that ``init_from`` names.  Raises: ModelError where it is none, or of other shapes."""
+    start = V2FlowTokenizer.from_pretrained(recipe.init_from, decoder=FAITHFUL)
+    _check_same_shapes(start.config, recipe)
+    return start
+
+
 def _continue(recipe: TokenizerRecipe) -> V2FlowTokenizer:
     """The weights of ``init_from`` under the settings of the recipe: another stage, not the old one resumed.
 
     A deeper decoder starts as the given one: the blocks that it has more pass everything through unchanged at first
     (arXiv 1511.05641).
     """
-    start = V2FlowTokenizer.from_pretrained(recipe.init_from, decoder=FAITHFUL)
-    _check_same_shapes(start.config, recipe)
+    start = load_start(recipe)
     vocab_size, code_size = start.config.vocab_shape
     config = build_config(recipe, start.config.autoencoder or {}, (vocab_size, code_size))
     if recipe.freeze_tokens:

@@ -1,0 +1,32 @@
+"""The folder that a training writes to: whether it may be, which a dry run asks as the run does."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from v2flow_cli.errors import ModelError, reason_of
+from v2flow_cli.store.paths import user_path
+
+OTHER = "choose another folder with --set output=FOLDER"
+
+
+def check_output(output: str | Path, resume: bool) -> None:
+    """Raises: ModelError where the output folder cannot be written, or holds a run that would be lost; makes nothing."""
+    folder = user_path(output)
+    holds = [*folder.glob("checkpoints/step-*"), *folder.glob("checkpoints/checkpoint-*")]
+    holds += [path for name in ("model.safetensors", "config.json") if (path := folder / name).exists()]
+    if holds and not resume:
+        raise ModelError(
+            f"output {output}: already holds a run ({holds[0].relative_to(folder)}). Continue it with --resume, "
+            f"{OTHER}, or delete it."
+        )
+    place = folder
+    while not place.exists() and place != place.parent:
+        place = place.parent  # the nearest that exists has to be a folder that can be written
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        what = f"output {output}: cannot be written" + (f", since {place} cannot" if place != folder else "")
+        raise ModelError(f"{what} ({reason_of(error)}); {OTHER}.") from error
