@@ -3,7 +3,7 @@
     python docs/make_default_model_figures.py
     python docs/make_default_model_figures.py drawings   # one of curves, reconstructions, tradeoff, drawings
 
-The curves need what `make default-model` leaves in runs/default/. The photos are those that scikit-image carries;
+The curves need what `make default-model` leaves in runs/default/. The photos are those of the package;
 everything else comes from the embedded model.
 """
 

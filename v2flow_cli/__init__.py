@@ -12,7 +12,6 @@ and registered with transformers' Auto classes when those are imported (``auto_c
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING, Any
 
 from v2flow_cli import auto_classes
@@ -24,20 +23,20 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["DrawingLM", "V2FlowImageProcessor", "V2FlowTokenizer", "__version__"]
 
-_MODULES = {
-    "DrawingLM": "v2flow_cli.llm.sample",
-    "V2FlowImageProcessor": "v2flow_cli.tokenizer",
-    "V2FlowTokenizer": "v2flow_cli.tokenizer",
-}
-
 auto_classes.install()
 
 
 def __getattr__(name: str) -> Any:
     """The public classes, imported at their first use (PEP 562)."""
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_MODULES[name]), name)
+    if name == "DrawingLM":
+        from v2flow_cli.llm.sample import DrawingLM
+
+        return DrawingLM
+    if name in ("V2FlowImageProcessor", "V2FlowTokenizer"):
+        from v2flow_cli import tokenizer
+
+        return getattr(tokenizer, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

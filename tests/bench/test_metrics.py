@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.ndimage import gaussian_filter, uniform_filter
+from scipy.special import stdtrit
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from v2flow_cli.bench import metrics
@@ -116,3 +117,8 @@ def test_bytes_and_bits() -> None:
     assert metrics.token_bytes(3, 4) == 1  # 6 bits
     assert metrics.token_bytes(3, 5) == 2  # 9 bits
     assert metrics.bits_per_pixel(448, 256, 256) == pytest.approx(14 / 256)
+
+
+@pytest.mark.parametrize("degrees", [1, 2, 3, 10, 195, 49_999])
+def test_the_quantile_of_students_t_is_scipys(degrees):
+    assert metrics.student_t_97_5(degrees) == pytest.approx(float(stdtrit(degrees, 0.975)), rel=1e-9)

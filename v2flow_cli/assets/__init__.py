@@ -1,27 +1,19 @@
-"""The embedded default model (``default/tokenizer``, ``default/llm``) and the sample photos.
-
-The photos are those that scikit-image carries, so none is stored here.
-"""
+"""The embedded default model (``default/tokenizer``, ``default/llm``) and the sample photos (``photos``)."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-SAMPLE_PHOTOS = ("astronaut", "chelsea", "coffee", "rocket", "motorcycle_right")
+PHOTOS = Path(__file__).resolve().parent / "photos"
+SAMPLE_PHOTOS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "hubble_deep_field.jpg")
 
 
 def sample_photos() -> list[tuple[str, Image]]:
-    """(name, RGB image) of the five photos in the installed scikit-image, in a fixed order."""
-    from importlib.resources import files
-
+    """(name, RGB image) of the five sample photos, in a fixed order."""
     from v2flow_cli.store.images import open_image
 
-    folder = files("skimage") / "data"
-    found = []
-    for name in SAMPLE_PHOTOS:
-        file = next(file for suffix in (".png", ".jpg") if (file := folder / f"{name}{suffix}").is_file())
-        found.append((name, open_image(file.read_bytes(), name=file.name)))
-    return found
+    return [(name.partition(".")[0], open_image(PHOTOS / name, name)) for name in SAMPLE_PHOTOS]

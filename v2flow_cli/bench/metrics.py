@@ -5,13 +5,13 @@ Figures are per image, never per batch. Images here are 8-bit tensors (B, H, W, 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from scipy.special import stdtrit
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 from torchmetrics.functional.image import structural_similarity_index_measure
@@ -79,7 +79,19 @@ def estimate(values: Sequence[float]) -> Estimate:
     if n < 2 or not math.isfinite(mean):
         return Estimate(mean, math.nan, n)
     variance = math.fsum((v - mean) ** 2 for v in values) / (n - 1)
-    return Estimate(mean, float(stdtrit(n - 1, 0.975)) * math.sqrt(variance / n), n)
+    return Estimate(mean, student_t_97_5(n - 1) * math.sqrt(variance / n), n)
+
+
+@functools.cache
+def student_t_97_5(degrees: int) -> float:
+    """The 97.5% quantile of Student's t with ``degrees`` of freedom, at least 1: half the width of a 95% interval."""
+    from mpmath import betainc, findroot  # torch brings it; SciPy would take 140 MB for this one number
+
+    def outside(t: float) -> float:
+        """Probability of more than t on either side, less the 5% that are wanted."""
+        return betainc(degrees / 2, 0.5, 0, degrees / (degrees + t * t), regularized=True) - 0.05
+
+    return float(findroot(outside, (1.95, 12.8), solver="anderson", tol=1e-20))
 
 
 @dataclass(frozen=True)

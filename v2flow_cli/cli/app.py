@@ -50,7 +50,6 @@ app = typer.Typer(
     name="v2flow",
     help="Pictures as words of a language model: images to tokens, tokens to images, and LLMs that draw.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # plain help: drawing it with rich costs a third of the half second it may take
 )

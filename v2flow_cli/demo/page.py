@@ -32,9 +32,7 @@ BATCH_SIZE = 4
 
 def demo(
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder for everything that is made.")] = Path("demo"),
-    images: Annotated[
-        Path | None, typer.Option(help="Folder of photos. Default: five sample photos of scikit-image.")
-    ] = None,
+    images: Annotated[Path | None, typer.Option(help="Folder of photos. Default: five sample photos.")] = None,
     prompt: Annotated[str, typer.Option(help="What to draw.")] = "a red fox",
     limit: Annotated[int, typer.Option(min=1, help="Most photos to show.")] = 12,
     model: Annotated[str | None, typer.Option(help="Tokenizer: folder or hub id. Default: the embedded one.")] = None,

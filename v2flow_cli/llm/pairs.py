@@ -158,9 +158,7 @@ def encode_photos(tokenizer: V2FlowTokenizer, photos: Sequence[Sample], length: 
     """``length`` ids of each photo at the tokenizer's own size.  Raises: DataError for one that cannot be read."""
     size = tokenizer.config.image_size
     names = [f"{photo.source}/{photo.key}" for photo in photos]
-    images = [
-        image_to_tensor(open_image(photo.image, name), size) for photo, name in zip(photos, names)
-    ]
+    images = [image_to_tensor(open_image(photo.image, name), size) for photo, name in zip(photos, names)]
     return list(tokenizer.encode(torch.stack(images), length).cpu().numpy())
 
 

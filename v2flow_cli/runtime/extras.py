@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-from v2flow_cli.errors import V2FlowError
-
-EXTRAS = {"pyarrow": "parquet"}  # package as it is imported -> extra of this project that brings it
+from v2flow_cli.errors import ModelError
 
 
-class MissingExtra(V2FlowError):
+class MissingExtra(ModelError):
     """A package that the plain install leaves out."""
 
 
-def require(module: str, what: str) -> Any:
-    """The imported ``module``, such as ``pyarrow.parquet``; ``what`` needs it.
+@contextmanager
+def extra(name: str, package: str, what: str) -> Iterator[None]:
+    """Around ``import PACKAGE``, which the extra ``name`` of this project installs, and ``what`` needs.
 
     Raises:  MissingExtra, which names the extra, where the package is not installed.
     """
-    package = module.partition(".")[0]
     try:
-        importlib.import_module(package)
-        return importlib.import_module(module)
+        yield
     except ModuleNotFoundError as error:
-        if error.name != package:  # the package is there, and something that it needs is not
+        if (error.name or "").partition(".")[0] != package:  # the package is there, and something that it needs is not
             raise
         raise MissingExtra(
-            f"{what} needs the package {package}, which is not installed. Install it with: "
-            f"pip install 'v2flow[{EXTRAS[package]}]'"
+            f"{what} needs the package {package.replace('_', '-')}, which is not installed. Install it with: "
+            f"pip install 'v2flow[{name}]'"
         ) from None

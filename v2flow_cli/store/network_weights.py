@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from v2flow_cli.errors import ModelError
+from v2flow_cli.runtime.extras import extra
 
 LPIPS_NETS = ("alex", "vgg", "squeeze")
 INCEPTION = "inception"
@@ -53,13 +54,13 @@ class JudgeWeights:
 def weights_url(name: str) -> str:
     """Where the weights are published.  Raises: ValueError for another name."""
     if name == INCEPTION:
-        from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
-
+        with extra("metrics", "torch_fidelity", "rFID"):
+            from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
         return URL_INCEPTION_V3
     if name not in LPIPS_NETS:
         raise ValueError(f"net is {name!r}; expected one of {', '.join(LPIPS_NETS)}")
-    from torchvision import models
-
+    with extra("metrics", "torchvision", f"LPIPS ({name})"):
+        from torchvision import models
     weights = {
         "alex": models.AlexNet_Weights.IMAGENET1K_V1,
         "vgg": models.VGG16_Weights.IMAGENET1K_V1,

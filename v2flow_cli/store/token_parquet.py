@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from v2flow_cli.errors import TokenFileError, foreign_errors
-from v2flow_cli.runtime.extras import require
+from v2flow_cli.runtime.extras import extra
 from v2flow_cli.store.files import publishing
 from v2flow_cli.store.token_file import TokenManifest, TokenSample, read_token_set
 
@@ -29,7 +29,10 @@ COLUMNS = ("key", "caption", "captions", "tokens", "height", "width")
 
 def require_parquet() -> Any:
     """``pyarrow.parquet``.  Raises: MissingExtra where it is not installed."""
-    return require("pyarrow.parquet", "Parquet")
+    with extra("parquet", "pyarrow", "Parquet"):
+        import pyarrow.parquet
+
+        return pyarrow.parquet
 
 
 def write_parquet(folder: Path) -> list[Path]:
@@ -142,7 +145,8 @@ def _groups(samples: Iterator[TokenSample]) -> Iterator[list[TokenSample]]:
 
 
 def _schema(manifest: TokenManifest) -> Any:
-    arrow = require("pyarrow", "Parquet")
+    import pyarrow as arrow
+
     ids = arrow.uint16() if manifest.codebook_size <= 65_536 else arrow.uint32()
     types = (
         arrow.string(),
@@ -157,7 +161,8 @@ def _schema(manifest: TokenManifest) -> Any:
 
 
 def _table(group: Sequence[TokenSample], manifest: TokenManifest, schema: Any) -> Any:
-    arrow = require("pyarrow", "Parquet")
+    import pyarrow as arrow
+
     height, width = manifest.image_size
     columns = [
         [sample.key for sample in group],

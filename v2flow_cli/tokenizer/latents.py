@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from v2flow_cli.errors import ModelError
+from v2flow_cli.runtime.extras import extra
 from v2flow_cli.runtime.hub import model_folder
 from v2flow_cli.tokenizer.autoencoder import V2FlowAutoencoder, V2FlowAutoencoderConfig
 
@@ -121,6 +122,13 @@ def _diffusers_class(name: str) -> Any:
             f"An autoencoder of class {name} needs the package diffusers, which cannot be imported ({error}). "
             "Install it: pip install diffusers."
         ) from None
+    return getattr(diffusers, name)
+
+
+def _diffusers_class(name: str) -> Any:
+    with extra("diffusers", "diffusers", f"an autoencoder of class {name}"):
+        import diffusers
+
     return getattr(diffusers, name)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from v2flow_cli.errors import ModelError
 from v2flow_cli.runtime.device import without_autocast
+from v2flow_cli.runtime.extras import extra
 from v2flow_cli.store.files import sha256_of
 from v2flow_cli.store.network_weights import JudgeWeights, weights_url
 
@@ -39,8 +40,8 @@ class FeatureNetwork(nn.Module):
     std: Tensor
 
     def __init__(self) -> None:
-        from torchvision.models import squeezenet1_1
-
+        with extra("metrics", "torchvision", "a network's features as a loss"):
+            from torchvision.models import squeezenet1_1
         super().__init__()
         self.features = squeezenet1_1(weights=None).features
         self.register_buffer("mean", torch.tensor(MEAN)[:, None, None], persistent=False)
@@ -84,9 +85,9 @@ class Lpips(nn.Module):
     def __init__(self, net: str, weights: JudgeWeights) -> None:
         """Raises:  ModelError when the backbone is not to be had; ValueError for an unknown net."""
         super().__init__()
+        with extra("metrics", "lpips", f"LPIPS ({net})"):
+            import lpips
         file = weights.find(net)
-        import lpips
-
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # torchvision: lpips still says `pretrained=`
             self.model = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)

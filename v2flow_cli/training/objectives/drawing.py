@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
@@ -44,6 +43,7 @@ from v2flow_cli.llm.vocabulary import (
 from v2flow_cli.recipe.load import dump_recipe
 from v2flow_cli.recipe.schema import FinetuneRecipe, Lora
 from v2flow_cli.runtime.device import describe_hardware
+from v2flow_cli.runtime.extras import extra
 from v2flow_cli.tokenizer import V2FlowTokenizer
 from v2flow_cli.training.card import front_matter, source_name
 from v2flow_cli.training.llm_trainer import (
@@ -343,6 +343,8 @@ def choose_trained(model: PreTrainedModel, mode: str, lora: Lora | None, offset:
             weight.register_hook(functools.partial(_only_new_rows, offset=offset))
         return model
     assert lora is not None
+    with extra("lora", "peft", "mode: lora"):
+        from peft import LoraConfig, get_peft_model
     names = {id(module): name.rpartition(".")[2] for name, module in model.named_modules()}
     rows = list(range(offset, embed.weight.shape[0]))
     config = LoraConfig(
