@@ -104,7 +104,7 @@ def quoted_commands() -> list[tuple[str, str]]:
 def test_quoted_commands_parse(where, line):
     line = re.sub(r"\[(-[^\[\]]*)\](\.\.\.)?", r"\1", line)  # optional parts of a synopsis
     _, name, *arguments = shlex.split(line, comments=True)
-    if name == "--help" or name == "COMMAND":
+    if name.startswith("--") or name == "COMMAND":
         return
     assert name in COMMANDS, f"{where}: {line}: no such command"
     if not arguments or "--help" in arguments:  # the command named, not run
