@@ -10,20 +10,23 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from v2flow_cli.errors import ModelError, V2FlowError
+from v2flow_cli.errors import ModelError, RecipeError, V2FlowError
 from v2flow_cli.recipe import dump_recipe, load_recipe
 from v2flow_cli.tokenizer import V2FlowTokenizer
 from v2flow_cli.training.checkpoint import Interrupted
+from v2flow_cli.training.crops import CropBatches
 from v2flow_cli.training.loop import build_objective, train
 from v2flow_cli.training.optimizer import learning_rate_at
 
 from .conftest import quiet, recipe
 
 
-@pytest.mark.parametrize("name", ["autoencoder", "tokenizer"])
-def test_resuming_equals_not_stopping(world, tmp_path, name):
-    whole = train(recipe(world, name, tmp_path / "whole", "train.steps=4"), resume=False, log=quiet)
-    first = recipe(world, name, tmp_path / "parts", "train.steps=4", "train.save_every=1")
+@pytest.mark.parametrize(
+    ("name", "more"), [("autoencoder", ()), ("tokenizer", ()), ("tokenizer", ("data.aspects=[0.5,1.0,2.0]",))]
+)
+def test_resuming_equals_not_stopping(world, tmp_path, name, more):
+    whole = train(recipe(world, name, tmp_path / "whole", "train.steps=4", *more), resume=False, log=quiet)
+    first = recipe(world, name, tmp_path / "parts", "train.steps=4", "train.save_every=1", *more)
 
     stopped_at = []
 
@@ -43,17 +46,33 @@ def test_resuming_equals_not_stopping(world, tmp_path, name):
     assert parts.images == whole.images == 16
 
 
-def test_workers_do_not_change_the_data(world, tmp_path, monkeypatch):
+@pytest.mark.parametrize("aspects", ["[]", "[0.5,1.0,2.0]"])
+def test_workers_do_not_change_the_data(world, tmp_path, monkeypatch, aspects):
     from v2flow_cli.training import crops
 
     def batches(worker, workers):
         monkeypatch.setattr(crops, "get_worker_info", lambda: SimpleNamespace(id=worker, num_workers=workers))
         return list(itertools.islice(crops.CropBatches(data, 3, seed=7, start=2), 4))
 
-    data = recipe(world, "autoencoder", tmp_path).data
+    data = recipe(world, "autoencoder", tmp_path, f"data.aspects={aspects}").data
     alone, first, second = batches(0, 1), batches(0, 2), batches(1, 2)
     for one, two in zip(alone, [first[0], second[0], first[1], second[1]]):
         assert one.keys == two.keys and torch.equal(one.images, two.images)
+
+
+def test_each_batch_draws_a_shape_that_all_ranks_share(world, tmp_path):
+    data = recipe(world, "tokenizer", tmp_path, "data.aspects=[0.5,1.0,2.0]").data
+    assert data.crop_size == 64
+    where = dict(seed=1, world_size=2, multiple=16)
+    ranks = [list(itertools.islice(CropBatches(data, 2, rank=rank, **where), 12)) for rank in (0, 1)]
+    shapes = [[tuple(batch.images.shape[2:]) for batch in batches] for batches in ranks]
+    assert shapes[0] == shapes[1] and set(shapes[0]) == {(96, 48), (64, 64), (48, 96)}
+    with pytest.raises(RecipeError, match=r"data.aspects is \[5.0\]; expected width / height from 0.25 to 4.0"):
+        recipe(world, "tokenizer", tmp_path, "data.aspects=[5]")
+    with pytest.raises(
+        RecipeError, match="draws a shape for each batch, which latents keep"
+    ):
+        recipe(world, "tokenizer", tmp_path, "data.aspects=[2]", "latents.cache=memory")
 
 
 def test_a_trained_tokenizer_loads_and_its_recipe_lies_beside_it(world, tmp_path):

@@ -7,11 +7,13 @@ from typing import Any
 
 from v2flow_cli.recipe.schema import (
     FSQ,
+    MAX_ASPECT,
     AutoencoderRecipe,
     Context,
     DrawSampling,
     FinetuneRecipe,
     FlowTransformer,
+    ImageData,
     LMRecipe,
     LMTrainLoop,
     Quantizer,
@@ -31,10 +33,19 @@ def broken_rules(recipe: Recipe) -> Iterator[str]:
 def _autoencoder(recipe: AutoencoderRecipe) -> Iterator[str]:
     if recipe.data.crop_size % 8:
         yield f"data.crop_size is {recipe.data.crop_size}; the autoencoder needs a multiple of 8"
+    yield from _aspects(recipe.data)
     yield from _loop_problems(recipe.train)
 
 
+def _aspects(data: ImageData) -> Iterator[str]:
+    if not all(1 / MAX_ASPECT <= aspect <= MAX_ASPECT for aspect in data.aspects):
+        yield f"data.aspects is {list(data.aspects)}; expected width / height from {1 / MAX_ASPECT} to {MAX_ASPECT}"
+
+
 def _tokenizer(recipe: TokenizerRecipe) -> Iterator[str]:
+    yield from _aspects(recipe.data)
+    if recipe.data.aspects and recipe.latents.cache:
+        yield "data.aspects draws a shape for each batch, which latents.cache does not keep; leave one of them empty"
     whole = isinstance(recipe.flow, FlowTransformer)
     if whole != (recipe.context is None):
         yield (

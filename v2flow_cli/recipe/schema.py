@@ -11,19 +11,22 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+MAX_ASPECT = 4.0  # long side over short side of a picture that keeps its shape; a longer one loses its ends
+
 
 @dataclass(frozen=True)
 class ImageData:
     """Where training images come from and how they are cropped."""
 
     sources: tuple[str, ...]  # folders of images, folders of WebDataset tars, or tars
-    crop_size: int  # pixels, side of the square training crop
+    crop_size: int  # pixels, side of the square training crop; of others the root of the area, nearly
     min_scale: float  # smallest share of the photo's short side that a crop covers, in (0, 1]
     horizontal_flip: bool  # mirror half of the crops
     max_scale: float = 1.0  # largest share, in [min_scale, 1]
     shuffle_shards: int = 8  # shards whose samples are mixed at a time
     workers: int = 1  # loader processes per rank; 0 loads in the training process
     error_budget: float = 0.001  # share of the samples that may be bad; more of them stop the training
+    aspects: tuple[float, ...] = ()  # width / height of crops, one drawn for each batch; empty: square ones alone
 
 
 @dataclass(frozen=True)

@@ -2,32 +2,67 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from v2flow_cli.recipe.schema import MAX_ASPECT
 from v2flow_cli.runtime.rgb import to_rgb
 
 
-def center_crop_box(width: int, height: int) -> tuple[float, float, float, float]:
-    """The largest centred square of a ``width`` x ``height`` image as (left, top, right, bottom) in pixels."""
-    side = min(width, height)
-    left, top = (width - side) // 2, (height - side) // 2
-    return left, top, left + side, top + side
+def fitted_size(width: int, height: int, side: int, multiple: int) -> tuple[int, int]:
+    """(height, width) of the picture that stands for one of ``width`` x ``height`` pixels, uncropped but for a few.
+
+    Both are multiples of ``multiple`` pixels; among those the one is taken whose area is nearest to ``side`` squared
+    and whose aspect is nearest to the image's, which counts up to MAX_ASPECT.
+    """
+    if height > width:  # so that ties fall the same way in a picture and in the same one turned
+        wide, high = fitted_size(height, width, side, multiple)
+        return high, wide
+    aspect = min(MAX_ASPECT, width / height)
+    cells = side / multiple
+    rows, columns = cells / math.sqrt(aspect), cells * math.sqrt(aspect)
+
+    def error(grid: tuple[int, int]) -> float:
+        area, shape = grid[0] * grid[1] / cells**2, grid[1] / grid[0] / aspect
+        return abs(math.log(area)) + abs(math.log(shape))
+
+    grids = itertools.product(*({max(1, math.floor(n)), math.ceil(n)} for n in (rows, columns)))
+    best = min(sorted(grids), key=error)
+    return best[0] * multiple, best[1] * multiple
 
 
-def crop_to_tensor(image: Image.Image, box: tuple[float, float, float, float], size: int) -> Tensor:
-    """The region ``box`` of an RGB image, resized (bicubic, antialiased) to (3, size, size) in [-1, 1]."""
-    if image.size != (size, size) or tuple(box) != (0, 0, size, size):
-        image = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+def center_crop_box(width: int, height: int, aspect: float = 1.0) -> tuple[float, float, float, float]:
+    """The largest centred box, ``aspect`` times as wide as high, as (left, top, right, bottom) in whole pixels."""
+    wide, high = (
+        (width, max(1, round(width / aspect))) if width <= height * aspect else (round(height * aspect), height)
+    )
+    left, top = (width - wide) // 2, (height - high) // 2
+    return left, top, left + wide, top + high
+
+
+def crop_to_tensor(image: Image.Image, box: tuple[float, float, float, float], size: tuple[int, int]) -> Tensor:
+    """The region ``box`` of an RGB image, resized (bicubic, antialiased) to ``size`` (H, W): (3, H, W) in [-1, 1]."""
+    height, width = size
+    if image.size != (width, height) or tuple(box) != (0, 0, width, height):
+        image = image.resize((width, height), Image.Resampling.BICUBIC, box=box)
     pixels = torch.from_numpy(np.asarray(image, dtype=np.uint8).copy())
     return pixels.permute(2, 0, 1).float().div_(127.5).sub_(1.0)
 
 
-def image_to_tensor(image: Image.Image, size: int) -> Tensor:
-    """The largest centred square of an image of any size and kind, as (3, size, size) in [-1, 1]."""
-    return crop_to_tensor(to_rgb(image), center_crop_box(*image.size), size)
+def image_to_tensor(image: Image.Image, size: int | tuple[int, int]) -> Tensor:
+    """The largest centred part of an image of any size and kind that has the aspect of ``size``.
+
+    Args:    size, side of a square or (H, W), in pixels.
+    Returns: (3, H, W) in [-1, 1].
+    """
+    height, width = (size, size) if isinstance(size, int) else size
+    image = to_rgb(image)
+    return crop_to_tensor(image, center_crop_box(*image.size, width / height), (height, width))
 
 
 def to_uint8(images: Tensor) -> Tensor:

@@ -18,14 +18,14 @@ from v2flow_cli.recipe.schema import ImageData
 from v2flow_cli.store.failures import Failure
 from v2flow_cli.store.images import open_image
 from v2flow_cli.store.stream import Sample, SampleRef, SampleStream
-from v2flow_cli.tokenizer.preprocess import crop_to_tensor
+from v2flow_cli.tokenizer.preprocess import crop_to_tensor, fitted_size
 
 TRIES = 16  # samples in a row that may be bad before a batch is given up
 
 
 @dataclass(frozen=True)
 class CropBatch:
-    """``images`` (B, 3, S, S) in [-1, 1], the ``keys`` of the photos they come from, and bad ones passed over.
+    """``images`` (B, 3, H, W) in [-1, 1], the ``keys`` of the photos they come from, and bad ones passed over.
 
     total: samples in the set; failures: bad ones met while this batch was made.
     """
@@ -41,17 +41,29 @@ class CropBatch:
 
 
 class CropBatches(IterableDataset[CropBatch | V2FlowError]):
-    """Endless batches of random square crops; loader worker w of W makes batches w, w + W, ... after ``start``.
+    """Endless batches of random crops; loader worker w of W makes batches w, w + W, ... after ``start``.
+
+    Crops are square; or, where the recipe lists ``aspects``, each batch draws one of them and has about the same area.
 
     A sample that cannot be read is replaced by the next good one of the stream, so that batch b stays the same
     whoever makes it. What stops the stream is its last item: raised in a worker it would become another text.
     """
 
     def __init__(
-        self, data: ImageData, batch_size: int, *, seed: int, start: int = 0, rank: int = 0, world_size: int = 1
+        self,
+        data: ImageData,
+        batch_size: int,
+        *,
+        seed: int,
+        start: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        multiple: int = 8,
     ) -> None:
+        """``multiple``: sides of crops that are not square are multiples of so many pixels."""
         self.data, self.batch_size, self.seed, self.start = data, batch_size, seed, start
         self.rank, self.world_size = rank, world_size
+        self.sizes = [fitted_size(round(1000 * aspect), 1000, data.crop_size, multiple) for aspect in data.aspects]
 
     def __iter__(self) -> Iterator[CropBatch | V2FlowError]:
         try:
@@ -80,13 +92,19 @@ class CropBatches(IterableDataset[CropBatch | V2FlowError]):
             if (ordinal // self.batch_size - self.start) % workers == worker:
                 sample, image = _first_good(ahead, failures)
                 rng = random.Random(f"{self.seed}/{self.rank}/{ordinal}")
-                crops.append(random_crop(image, self.data, rng))
+                crops.append(random_crop(image, self.data, rng, self._size(ordinal // self.batch_size)))
                 keys.append(sample.key)
             if len(crops) == self.batch_size:
                 yield CropBatch(torch.stack(crops), keys, failures, len(stream))
                 crops, keys, failures = [], [], []
             ahead.popleft()
             ahead.append(next(refs))
+
+    def _size(self, batch: int) -> tuple[int, int]:
+        """(height, width) of the crops of a batch: the same on every rank, which so have as much to do."""
+        if not self.sizes:
+            return self.data.crop_size, self.data.crop_size
+        return random.Random(f"{self.seed}/size/{batch}").choice(self.sizes)
 
 
 def _first_good(refs: Iterable[SampleRef], failures: list[Failure]) -> tuple[Sample, Image.Image]:
@@ -104,20 +122,22 @@ def _first_good(refs: Iterable[SampleRef], failures: list[Failure]) -> tuple[Sam
     raise DataError(f"{failures[-1].name}: {failures[-1].reason} So are {TRIES - 1} samples before it. Check the data.")
 
 
-def random_crop(image: Image.Image, data: ImageData, rng: random.Random) -> Tensor:
-    """A square crop (3, S, S): side drawn uniformly in [min_scale, max_scale] of the photo's short side."""
+def random_crop(image: Image.Image, data: ImageData, rng: random.Random, size: tuple[int, int]) -> Tensor:
+    """A crop (3, H, W) of ``size``: its share of the largest such crop's sides is uniform in [min_scale, max_scale]."""
     width, height = image.size
-    side = max(1.0, min(width, height) * rng.uniform(data.min_scale, data.max_scale))
-    left, top = rng.uniform(0, width - side), rng.uniform(0, height - side)
-    crop = crop_to_tensor(image, (left, top, left + side, top + side), data.crop_size)
+    aspect = size[1] / size[0]
+    wide = max(1.0, min(width, height * aspect) * rng.uniform(data.min_scale, data.max_scale))
+    high = min(float(height), max(1.0, wide / aspect))
+    left, top = rng.uniform(0, width - wide), rng.uniform(0, height - high)
+    crop = crop_to_tensor(image, (left, top, left + wide, top + high), size)
     return crop.flip(-1) if data.horizontal_flip and rng.random() < 0.5 else crop
 
 
 def crop_loader(
-    data: ImageData, batch_size: int, *, seed: int, start: int, rank: int, world_size: int
+    data: ImageData, batch_size: int, *, seed: int, start: int, rank: int, world_size: int, multiple: int = 8
 ) -> DataLoader[CropBatch | V2FlowError]:
     """A loader of ``CropBatches`` from batch ``start`` on."""
-    batches = CropBatches(data, batch_size, seed=seed, start=start, rank=rank, world_size=world_size)
+    batches = CropBatches(data, batch_size, seed=seed, start=start, rank=rank, world_size=world_size, multiple=multiple)
     return DataLoader(
         batches,
         batch_size=None,

@@ -144,7 +144,8 @@ def train(
     if isinstance(objective, TokenizerObjective) and objective.recipe.latents.cache:
         batches = cached_batches(accelerator, objective.recipe, objective.model.latents, micro_batch, start, log)
     else:
-        loader = crop_loader(recipe.data, micro_batch, seed=loop.seed, start=start, rank=rank, world_size=ranks)
+        where = dict(start=start, rank=rank, world_size=ranks)
+        loader = crop_loader(recipe.data, micro_batch, seed=loop.seed, multiple=objective.size_multiple, **where)
         batches = iter(loader)
     watch = Watch(accelerator, folder, dump_recipe(recipe), recipe.data, loop.seed)
     run_start, earlier_seconds, saved_seconds = time.monotonic(), state.seconds, state.seconds

@@ -102,9 +102,9 @@ class Watch:
             tracker.log_images({"crops above reconstructions": pixels[None]}, step=step, **layout)
 
     def _crops(self) -> Tensor:
-        """The first crops of the run's data (8, 3, S, S), whatever step it is at."""
+        """The first crops of the run's data (8, 3, S, S), square whatever the recipe asks for and the step it is at."""
         if self._images is None:
-            data = dataclasses.replace(self._data, workers=0)
+            data = dataclasses.replace(self._data, workers=0, aspects=())
             batch = next(iter(crop_loader(data, GRID_IMAGES, seed=self._seed, start=0, rank=0, world_size=1)))
             if isinstance(batch, V2FlowError):
                 raise batch

@@ -19,6 +19,7 @@ class AutoencoderObjective(nn.Module):
 
     latent_mean: Tensor
     latent_square: Tensor
+    size_multiple = 8  # sides of images, in pixels
 
     def __init__(self, recipe: AutoencoderRecipe) -> None:
         super().__init__()

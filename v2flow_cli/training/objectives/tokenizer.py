@@ -52,6 +52,11 @@ class TokenizerObjective(nn.Module):
         # In a tuple, so that it is no part of the model: checkpoints, averages and optimizers do not know it.
         self._perceptual = (load_perceptual(recipe.loss.features),) if recipe.loss.perceptual else ()
 
+    @property
+    def size_multiple(self) -> int:
+        """Sides of images are multiples of so many pixels."""
+        return self.model.size_multiple
+
     def train(self, mode: bool = True) -> TokenizerObjective:
         super().train(mode)
         self.model.latents.eval()
