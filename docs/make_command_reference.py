@@ -24,12 +24,19 @@ COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[
 def block(name: str) -> str:
     """The help of a command as one Markdown block."""
     command = COMMANDS[name]
-    context = command.context_class(command, info_name=f"v2flow {name}", terminal_width=WIDTH, max_content_width=WIDTH)
-    lines = "\n".join(line.rstrip() for line in command.get_help(context).splitlines())
+    modes = getattr(command, "commands", {})  # of a group, such as bench
+    texts = [help_of(f"v2flow {name}", command), *(help_of(f"v2flow {name} {mode}", modes[mode]) for mode in modes)]
+    blocks = "\n".join(f"```text\n{text}\n```\n" for text in texts)
     return (
         "<!-- help:begin; written by docs/make_command_reference.py: edit the command, then run that -->\n"
-        f"## All options\n\n```text\n{lines}\n```\n<!-- help:end -->\n"
+        f"## All options\n\n{blocks}<!-- help:end -->\n"
     )
+
+
+def help_of(line: str, command: Any) -> str:
+    """What ``line --help`` prints."""
+    context = command.context_class(command, info_name=line, terminal_width=WIDTH, max_content_width=WIDTH)
+    return "\n".join(part.rstrip() for part in command.get_help(context).splitlines())
 
 
 def page_with_block(text: str, name: str) -> str:

@@ -93,7 +93,8 @@ def quoted_commands() -> list[tuple[str, str]]:
         lines += [f"v2flow {rest}" for rest in re.findall(r"-m v2flow_cli\.cli\.app (.+)$", text, re.M)]
         found += [(page.name, line) for line in lines]
     for name, command in COMMANDS.items():
-        found += [(f"{name} --help", line) for line in re.findall(r"^\s*(v2flow .+)$", command.help, re.M)]
+        helps = [command.help, *(mode.help for mode in getattr(command, "commands", {}).values())]
+        found += [(f"{name} --help", line) for text in helps for line in re.findall(r"^\s*(v2flow .+)$", text, re.M)]
     for recipe in sorted((ROOT / "recipes").rglob("*.yaml")):
         lines = re.findall(r"^#\s+(v2flow .+)$", recipe.read_text(encoding="utf-8"), re.M)
         found += [(str(recipe.relative_to(ROOT)), line) for line in lines]
@@ -109,14 +110,22 @@ def test_quoted_commands_parse(where, line):
     assert name in COMMANDS, f"{where}: {line}: no such command"
     if not arguments or "--help" in arguments:  # the command named, not run
         return
-    # Parses all options and values as a run would, and stops there; a wrong one raises a usage error.
-    COMMANDS[name].make_context(name, arguments)
+    parse(name, arguments)
+
+
+def parse(name: str, arguments: list[str]) -> None:
+    """Parses all options and values as a run would, and stops there; a wrong one raises a usage error."""
+    command = COMMANDS[name]
+    context = command.make_context(name, arguments)
+    if hasattr(command, "commands"):  # a group: what is left is the mode and its arguments
+        mode, found, rest = command.resolve_command(context, [*context._protected_args, *context.args])
+        found.make_context(mode, rest, parent=context)
 
 
 def test_wrong_commands_would_be_noticed():
     for arguments in (["imgs/", "-o", "x", "--resolution", "4"], ["imgs/"], ["imgs/", "-o", "x", "--res", "big"]):
         with pytest.raises(Exception) as error:
-            COMMANDS["encode"].make_context("encode", arguments)
+            parse("encode", arguments)
         assert error.value.exit_code == 2  # a usage error
 
 

@@ -66,7 +66,7 @@ def test_nothing_unsafe_is_called_and_only_the_command_line_knows_typer(path):
 def test_every_command_has_a_page():
     from v2flow_cli.cli.app import app
 
-    names = [command.name for command in app.registered_commands]
+    names = [command.name for command in (*app.registered_commands, *app.registered_groups)]
     assert sorted(names) == ["bench", "decode", "encode", "finetune-llm", "generate", "shard", "train"]
     assert [name for name in names if not (DOCS / f"{name}.md").is_file()] == []
 

@@ -91,7 +91,7 @@ def test_command_reads_photos_and_their_tokens_alike(folder, tiny_tokenizer_fold
     photos.mkdir()
     common = ["--llm", "--llm-model", str(folder), "--model", str(tiny_tokenizer_folder), "--json"]
     alone = CliRunner().invoke(app, ["bench", *common])
-    assert alone.exit_code == 1 and "needs captioned photos" in alone.stderr
+    assert alone.exit_code == 2 and "Missing argument" in alone.stderr
     for i, image in enumerate(sample_images[:3]):
         image.resize((40, 40)).save(photos / f"{i}.png")
     bare = CliRunner().invoke(app, ["bench", str(photos), *common])

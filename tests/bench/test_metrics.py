@@ -9,7 +9,8 @@ from scipy.ndimage import gaussian_filter, uniform_filter
 from scipy.special import stdtrit
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from v2flow_cli.bench import metrics
+from v2flow_cli.bench import codebook_use, similarity
+from v2flow_cli.bench.metrics import METRICS, estimate, student_t_97_5
 
 
 def pair(seed: int, size: int = 48) -> tuple[np.ndarray, np.ndarray]:
@@ -28,7 +29,7 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_psnr_and_ssim_agree_with_scikit_image_for_each_image() -> None:
     references, images = batch()
-    psnr, ssim = metrics.psnr(references, images), metrics.ssim(references, images)
+    psnr, ssim = similarity.psnr(references, images), similarity.ssim(references, images)
     for i, (a, b) in enumerate(zip(references.numpy(), images.numpy())):
         assert psnr[i].item() == pytest.approx(peak_signal_noise_ratio(a, b, data_range=255), abs=1e-4)
         expected = structural_similarity(
@@ -40,11 +41,11 @@ def test_psnr_and_ssim_agree_with_scikit_image_for_each_image() -> None:
 def test_closed_forms() -> None:
     black = torch.zeros(1, 16, 16, 3, dtype=torch.uint8)
     five = torch.full_like(black, 5)
-    assert metrics.psnr(black, five).item() == pytest.approx(20 * math.log10(255 / 5), abs=1e-9)
-    assert metrics.psnr(black, black).item() == math.inf
-    assert metrics.ssim(black, black).item() == pytest.approx(1, abs=1e-6)
+    assert similarity.psnr(black, five).item() == pytest.approx(20 * math.log10(255 / 5), abs=1e-9)
+    assert similarity.psnr(black, black).item() == math.inf
+    assert similarity.ssim(black, black).item() == pytest.approx(1, abs=1e-6)
     c1 = (0.01 * 255) ** 2  # two constant images: only the luminance term is left
-    assert metrics.ssim(black, five).item() == pytest.approx(c1 / (25 + c1), abs=1e-4)
+    assert similarity.ssim(black, five).item() == pytest.approx(c1 / (25 + c1), abs=1e-4)
 
 
 def contrast_by_scipy(a: np.ndarray, b: np.ndarray) -> float:
@@ -61,7 +62,7 @@ def contrast_by_scipy(a: np.ndarray, b: np.ndarray) -> float:
 
 def test_ms_ssim_agrees_with_scipy_and_scikit_image_for_each_image() -> None:
     references, images = (torch.from_numpy(np.stack(x)) for x in zip(*(pair(seed, 192) for seed in range(3))))
-    found = metrics.ms_ssim(references, images)
+    found = similarity.ms_ssim(references, images)
     assert found is not None
     for i in range(3):
         a, b, expected = references[i].double().numpy(), images[i].double().numpy(), 1.0
@@ -73,27 +74,27 @@ def test_ms_ssim_agrees_with_scipy_and_scikit_image_for_each_image() -> None:
                 expected *= contrast_by_scipy(a, b) ** weight
             a, b = (uniform_filter(x, 2, origin=-1, axes=(0, 1))[::2, ::2] for x in (a, b))
         assert found[i].item() == pytest.approx(expected, abs=1e-4)
-    assert metrics.ms_ssim(references, references).tolist() == pytest.approx([1, 1, 1], abs=1e-6)
+    assert similarity.ms_ssim(references, references).tolist() == pytest.approx([1, 1, 1], abs=1e-6)
 
 
 def test_ms_ssim_of_small_images_is_none() -> None:
     black = torch.zeros(1, 176, 176, 3, dtype=torch.uint8)
-    assert metrics.ms_ssim(black, black) is not None
-    assert metrics.ms_ssim(black[:, 1:], black[:, 1:]) is None
+    assert similarity.ms_ssim(black, black) is not None
+    assert similarity.ms_ssim(black[:, 1:], black[:, 1:]) is None
 
 
 def test_estimate_is_students_t() -> None:
-    found = metrics.estimate([20.0, 22.0, 24.0])
+    found = estimate([20.0, 22.0, 24.0])
     assert (found.mean, found.count) == (22.0, 3)
     assert found.ci95 == pytest.approx(4.302653 * 2 / math.sqrt(3), abs=1e-5)
-    assert math.isnan(metrics.estimate([1.0]).ci95)
-    assert metrics.estimate([1.0, math.inf]).mean == math.inf
+    assert math.isnan(estimate([1.0]).ci95)
+    assert estimate([1.0, math.inf]).mean == math.inf
     with pytest.raises(ValueError, match="no values"):
-        metrics.estimate([])
+        estimate([])
 
 
 def test_codebook_figures_by_hand() -> None:
-    counter = metrics.CodebookCounter(8)
+    counter = codebook_use.CodebookCounter(8)
     counter.add(torch.tensor([[0, 0, 1, 1]]))
     counter.add(torch.tensor([[2, 2, 3, 3]]))
     found = counter.figures()
@@ -107,18 +108,32 @@ def test_codebook_figures_by_hand() -> None:
         counts[i] += 1
     assert found.adaptive_bits == pytest.approx(bits / 8, abs=1e-9)
     assert found.entropy_bits < found.adaptive_bits
-    single = metrics.CodebookCounter(8)
+    single = codebook_use.CodebookCounter(8)
     single.add(torch.zeros(1, 5, dtype=torch.int64))
     assert (single.figures().perplexity, single.figures().entropy_bits) == (1, 0)
 
 
 def test_bytes_and_bits() -> None:
-    assert metrics.token_bytes(256, 16_384) == 448
-    assert metrics.token_bytes(3, 4) == 1  # 6 bits
-    assert metrics.token_bytes(3, 5) == 2  # 9 bits
-    assert metrics.bits_per_pixel(448, 256, 256) == pytest.approx(14 / 256)
+    assert codebook_use.token_bytes(256, 16_384) == 448
+    assert codebook_use.token_bytes(3, 4) == 1  # 6 bits
+    assert codebook_use.token_bytes(3, 5) == 2  # 9 bits
+    assert codebook_use.bits_per_pixel(448, 256 * 256) == pytest.approx(14 / 256)
+
+
+def test_an_entry_of_the_registry_is_one_thing_with_one_name() -> None:
+    assert len({metric.key for metric in METRICS}) == len(METRICS)
+    for metric in METRICS:
+        assert sum(function is not None for function in (metric.of_images, metric.of_set, metric.of_system)) == 1
+        assert bool(metric.better) == (metric.of_system is None)  # what is plotted is measured on pictures
+
+
+def test_figures_as_text() -> None:
+    psnr, tokens = (next(m for m in METRICS if m.key == key) for key in ("psnr_db", "tokens_per_image"))
+    assert psnr.show(21.004, 0.126) == "21.00 ± 0.13" and psnr.show(21.0) == "21.00"
+    assert psnr.show(None) == psnr.show(math.inf) == "∞"
+    assert tokens.show(1024) == "1,024" and tokens.show(None) == "-" and tokens.show(0) == "0"
 
 
 @pytest.mark.parametrize("degrees", [1, 2, 3, 10, 195, 49_999])
 def test_the_quantile_of_students_t_is_scipys(degrees):
-    assert metrics.student_t_97_5(degrees) == pytest.approx(float(stdtrit(degrees, 0.975)), rel=1e-9)
+    assert student_t_97_5(degrees) == pytest.approx(float(stdtrit(degrees, 0.975)), rel=1e-9)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from v2flow_cli.bench.evaluate import Judges
+from v2flow_cli.bench.networks import MetricNetworks
 from v2flow_cli.bench.results import as_csv, as_record, images_csv, tables
 from v2flow_cli.bench.run import Bench, run_bench
 from v2flow_cli.bench.sweep import parse_sweeps
@@ -48,11 +48,12 @@ def test_every_image_on_every_system(tokenizer, photos) -> None:
     assert [(f.image, f.system) for f in bench.result.images] == [(n, s) for n, _ in photos for s in systems]
     assert [row.system for row in bench.result.coders] == systems[:2]
     assert [image.name for image in bench.result.kept] == ["p0", "p1", "p2"]
-    assert list(bench.speeds) == systems[:2] and bench.speeds[systems[0]].encode_images_per_s > 0
+    assert [row.system for row in bench.result.rows if row.speed] == systems[:2]
+    assert bench.result.rows[0].speed.encode_images_per_s > 0
     assert [(row.tokens_per_image, row.codebook.tokens) for row in bench.result.coders] == [(4, 20), (4, 20)]
     for row in bench.result.rows:
-        single = [f.psnr for f in bench.result.images if f.system == row.system]
-        assert row.psnr.mean == pytest.approx(np.mean(single)) and row.psnr.count == 5
+        single = [f.values["psnr_db"] for f in bench.result.images if f.system == row.system]
+        assert row.values["psnr_db"].mean == pytest.approx(np.mean(single)) and row.values["psnr_db"].count == 5
     assert bench.result.rows[0].bytes_per_image == math.ceil(4 * 6 / 8)
     assert bench.result.rows[2].bytes_per_image is None
 
@@ -74,7 +75,7 @@ def test_protocol_key_names_what_figures_must_share(tokenizer, photos) -> None:
 
     first = key(photos)
     settings = parse_sweeps(["cfg=2"])
-    assert first == key(photos, batch_size=2, seed=3, settings=settings, judges=Judges(notes=("no LPIPS",)))
+    assert first == key(photos, batch_size=2, seed=3, settings=settings, networks=MetricNetworks(notes=("no LPIPS",)))
     assert first != key(photos[:4])
     assert first != key(photos[::-1])
     assert first != key(photos, size=64)
@@ -100,7 +101,7 @@ def test_photos_are_read_as_they_are_needed(tokenizer, photos) -> None:
 
 
 def test_record_and_csv(tokenizer, photos) -> None:
-    bench = run(tokenizer, photos, judges=Judges(notes=("LPIPS is left out: no weights",)))
+    bench = run(tokenizer, photos, networks=MetricNetworks(notes=("LPIPS is left out: no weights",)))
     record = json.loads(json.dumps(record_of(bench), allow_nan=False))
     assert [p["key"] for p in record["protocols"]] == [bench.result.protocol.key]
     assert record["protocols"][0]["count"] == 5 and record["protocols"][0]["lpips"] is None
@@ -114,7 +115,9 @@ def test_record_and_csv(tokenizer, photos) -> None:
     assert row["entropy_bits_per_pixel"] < row["bits_per_pixel"] == pytest.approx(24 / 32**2)
     lines = list(csv.DictReader(io.StringIO(images_csv([bench]))))
     assert len(lines) == 5 * len(record["measured"])
-    assert lines[0]["lpips"] == "" and float(lines[0]["psnr_db"]) == pytest.approx(bench.result.images[0].psnr, 1e-5)
+    assert lines[0]["lpips"] == "" and float(lines[0]["psnr_db"]) == pytest.approx(
+        bench.result.images[0].values["psnr_db"], 1e-5
+    )
     table = list(csv.DictReader(io.StringIO(as_csv(tables([bench])))))
     assert [line["system"] for line in table] == ["v2flow", "autoencoder alone"]
     assert float(table[0]["psnr_db"]) == pytest.approx(row["psnr_db"], 1e-5) and table[1]["codebook_size"] == ""
@@ -125,7 +128,7 @@ def test_equal_pictures_are_null_in_the_record(tokenizer, photos, monkeypatch: p
     monkeypatch.setattr(tokenizer, "autoencode", lambda images: images)
     bench = run(tokenizer, photos)
     row = record_of(bench)["measured"][1]
-    assert bench.result.rows[1].psnr.mean == math.inf
+    assert bench.result.rows[1].values["psnr_db"].mean == math.inf
     assert row["psnr_db"] is None and row["ssim"] == pytest.approx(1)
 
 
@@ -145,7 +148,11 @@ def test_several_models_share_photos_and_an_equal_autoencoder(tokenizer, photos,
     names += [f"{codec}, {size} bytes" for codec in ("JPEG", "WebP", "AVIF") for size in (3, 100)]
     assert [row.system for row in bench.result.rows] == names
     a, b = bench.result.coders
-    assert a.codebook == b.codebook and a.psnr.mean != b.psnr.mean and a.weights_digest != b.weights_digest
+    assert (
+        a.codebook == b.codebook
+        and a.values["psnr_db"].mean != b.values["psnr_db"].mean
+        and a.weights_digest != b.weights_digest
+    )
     with torch.no_grad():
         next(other.latents.parameters()).add_(0.1)
     rows = run_bench({"a": tokenizer, "b": other}, photos[:2], with_codecs=False, with_speed=False).result.rows
@@ -166,11 +173,12 @@ def test_prefixes_of_a_flexible_tokenizer(tokenizer, photos, monkeypatch: pytest
     rows = bench.result.coders
     assert [(row.tokens_per_image, row.codebook.tokens) for row in rows] == [(1, 5), (2, 10), (4, 20)]
     assert [row.bytes_per_image for row in rows] == [1, 2, 3] and set(seen) == {1, 2, 4}
-    assert list(bench.speeds) == ["v2flow, tokens 1", "v2flow, tokens 2", "v2flow, tokens 4"]
+    assert [row.system for row in rows if row.speed] == ["v2flow, tokens 1", "v2flow, tokens 2", "v2flow, tokens 4"]
 
 
 def test_bf16_is_close_to_float32(tokenizer, photos) -> None:
     exact, rounded = (
-        run(tokenizer, photos[:2], dtype=dtype).result.rows[1].psnr.mean for dtype in (torch.float32, torch.bfloat16)
+        run(tokenizer, photos[:2], dtype=dtype).result.rows[1].values["psnr_db"].mean
+        for dtype in (torch.float32, torch.bfloat16)
     )
     assert rounded == pytest.approx(exact, abs=0.5)

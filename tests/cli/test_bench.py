@@ -1,6 +1,7 @@
 """``v2flow bench`` through Typer's runner."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -33,7 +34,7 @@ def run(tiny_tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
 
 def test_json_has_protocol_and_figures(run, imgs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("v2flow_cli.cli.bench.COMMANDS", ("bench",))  # all of them take 24 processes
+    monkeypatch.setattr("v2flow_cli.cli.bench_reconstruction.COMMANDS", ("bench",))  # all of them take 24 processes
     done = run(imgs, "--json", speed=True)
     assert done.exit_code == 0, done.stderr
     found = json.loads(done.stdout)
@@ -129,12 +130,12 @@ def test_saved_results_join_or_are_refused(run, imgs: Path, tmp_path: Path) -> N
     for name, options in (("a", ["--cfg", 1]), ("b", ["--cfg", 2]), ("c", ["--limit", 2])):
         (tmp_path / f"{name}.json").write_text(run(imgs, "--json", "--no-codecs", *options).stdout)
     page = tmp_path / "page.html"
-    files = {name: ["--join", str(tmp_path / f"{name}.json")] for name in "abc"}
-    done = CliRunner().invoke(app, ["bench", *files["a"], *files["b"], "--report", str(page)])
+    files = {name: [str(tmp_path / f"{name}.json")] for name in "abc"}
+    done = CliRunner().invoke(app, ["bench", "join", *files["a"], *files["b"], "--report", str(page)])
     assert done.exit_code == 0, done.stderr
     assert "v2flow (b)" in done.stdout and "Measured on 3 images at 32 px" in done.stdout
     assert "v2flow (b)" in page.read_text(encoding="utf-8")
-    done = CliRunner().invoke(app, ["bench", *files["a"], *files["c"]])
+    done = CliRunner().invoke(app, ["bench", "join", *files["a"], *files["c"]])
     assert done.exit_code == 1 and done.stdout == ""
     assert "do not belong in one table" in done.stderr and "count: 2 against 3" in done.stderr
 
@@ -178,8 +179,13 @@ def test_bad_images_are_listed_and_the_rest_measured(run, imgs: Path, tmp_path: 
         (["imgs", "--lpips-net", "vgg"], 1, "LPIPS (vgg): its weights are not at"),
         (["imgs", "--fid"], 1, "rFID (Inception v3): its weights are not at"),
         (["imgs", "--external", "nowhere"], 1, "expected MODULE:FACTORY"),
-        (["--join", "imgs/0.png"], 1, "not a result of"),
         (["imgs", "--solver", "magic"], 2, "magic"),
+        (["imgs", "--report-images", 3], 2, "does nothing without --report"),
+        (["imgs", "--codec-bytes", "99", "--no-codecs"], 2, "does nothing without --codecs"),
+        (["--llm", "imgs", "--sweep", "cfg=1,2"], 2, "No such option: --sweep"),
+        (["llm", "imgs", "--csv", "t.csv"], 2, "No such option: --csv"),
+        (["--alignment", "imgs", "--batch-size", 2], 2, "No such option: --batch-size"),
+        (["--alignment", "--llm", "imgs"], 2, "one mode at a time"),
         (["imgs", "--report", "imgs/0.png/page.html"], 1, "cannot be written"),
         (["imgs", "--device", "cuda:99"], 1, "not available"),
     ],
@@ -205,3 +211,40 @@ def test_a_100_megapixel_image_is_refused_before_decoding(run, imgs: Path) -> No
     done = run(imgs, "--json", "--no-codecs")
     assert done.exit_code == 1
     assert "100,000,000 pixels" in json.loads(done.stdout)["failed"][0]["reason"]
+
+
+def test_modes_by_name_and_as_options(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text("{}")
+    recipe = tmp_path / "missing.yaml"
+    for arguments, message in (
+        (["join", tmp_path / "x.json"], "not a result of"),
+        (["--join", tmp_path / "x.json"], "not a result of"),
+        (["cost", recipe], "no such recipe"),
+        (["--speed", recipe], "no such recipe"),
+        ([recipe], "no such recipe"),
+        (["llm", tmp_path / "none"], "no such file"),
+        (["--llm", tmp_path / "none"], "no such file"),
+        (["llm", tmp_path, "--model", "a", "--model", "b"], "an LLM draws the tokens of one"),
+    ):
+        done = CliRunner().invoke(app, ["bench", *map(str, arguments)])
+        assert done.exit_code in (1, 2) and message in done.stderr, (arguments, done.stderr)
+
+
+NOT_FIGURES = r"^(v2flow, cfg \d|system.*|-+)"
+
+
+@pytest.mark.parametrize("columns", [40, 80])
+def test_narrow_terminals_keep_names_and_whole_figures(run, imgs: Path, monkeypatch, columns: int) -> None:
+    """The system's name beside every figure, and no figure cut (a table of one width would need 150 columns)."""
+    monkeypatch.setenv("COLUMNS", "500")
+    wide = run(imgs, "--no-codecs", "--sweep", "cfg=1,2").stdout
+    monkeypatch.setenv("COLUMNS", str(columns))
+    narrow = run(imgs, "--no-codecs", "--sweep", "cfg=1,2").stdout
+    heads, figures = {}, {}
+    for name, text in (("wide", wide), ("narrow", narrow)):
+        table = text[text.index("system") : text.index("v2flow, cfg 1: ")]
+        figures[name] = re.findall(r"\d[\d.,]*(?: ± [\d.]+)?", re.sub(NOT_FIGURES, "", table, flags=re.M))
+        heads[name] = table.count("v2flow, cfg 1 ")
+        assert name == "wide" or max(map(len, table.splitlines())) <= columns
+    assert sorted(figures["narrow"]) == sorted(figures["wide"]) and len(figures["wide"]) > 10
+    assert heads["narrow"] > heads["wide"] == 1

@@ -203,9 +203,9 @@ def test_bench_shows_every_decoder_of_a_model_and_encodes_once(both, sample_imag
     assert [row.system for row in rows] == ["m, decoder faithful", "m, decoder sharp"]
     assert [row.settings["decoder"] for row in rows] == ["faithful", "sharp"]
     assert rows[1].settings["noise_temperature"] == 0.5 and rows[0].weights_digest != rows[1].weights_digest
-    assert rows[0].psnr.mean != rows[1].psnr.mean
+    assert rows[0].values["psnr_db"] != rows[1].values["psnr_db"]
     assert len(calls) == 2  # one batch, for the codecs' budgets and for the figures: not once a decoder
     [row] = run_bench({"m": tokenizer}, photos, settings=parse_sweeps(["decoder=sharp"]), **options).result.coders
-    assert row.psnr == rows[1].psnr
+    assert row.values["psnr_db"] == rows[1].values["psnr_db"]
     with pytest.raises(DataError, match="--decoder vivid: no model has it; they have faithful and sharp"):
         run_bench({"m": tokenizer}, photos, settings=parse_sweeps([], {"decoder": "vivid"}), **options)

@@ -54,7 +54,7 @@ def photo_tokens(
     size = tokenizer.config.image_size
     ids = [tokenizer.encode(image_to_tensor(image, size)[None])[0] for _, image in photos]
     if not ids:
-        raise DataError("bench --alignment: no photo was given.")
+        raise DataError("bench alignment: no photo was given.")
     return codebook[torch.cat(ids)]
 
 

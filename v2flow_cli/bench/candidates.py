@@ -7,15 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from v2flow_cli.bench.codebook_use import token_bytes
 from v2flow_cli.bench.codecs import Codec, best_at
 from v2flow_cli.bench.coder import Coder, inference
-from v2flow_cli.bench.metrics import token_bytes
 from v2flow_cli.tokenizer import V2FlowTokenizer
 from v2flow_cli.tokenizer.preprocess import to_uint8
 
@@ -27,6 +28,7 @@ class Batch:
     images: Tensor
     reference: Tensor
     seeds: tuple[int, ...]
+    features: dict[str, Tensor] = field(default_factory=dict)  # of the reference, by network
     codes: dict[str, Tensor] = field(default_factory=dict)  # ids (B, L) by source, each encoded once
 
     def token_ids(self, coder: Coder) -> Tensor:
@@ -89,3 +91,17 @@ def codec_system(name: str, codec: Codec, budget: int) -> System:
         return Reconstruction(torch.from_numpy(np.stack([r.pixels for r in results])), [r.bytes for r in results])
 
     return System(name, "codec", codec.name, reconstruct, {"byte_budget": budget, **codec.options})
+
+
+def load_tokenizers(places: Sequence[str | None], device: torch.device) -> dict[str, V2FlowTokenizer]:
+    """Tokenizers by a short name: ``v2flow`` for one alone, else as much of each place's end as tells them apart.
+
+    None is the embedded model.
+    """
+    places = list(dict.fromkeys(places))
+    names = ["v2flow"] * len(places)
+    if len(places) > 1:
+        parts = [Path(place).parts if place else ("v2flow",) for place in places]
+        depth = next(d for d in range(1, 99) if len({p[-d:] for p in parts}) == len(parts))
+        names = ["/".join(p[-depth:]) for p in parts]
+    return {name: V2FlowTokenizer.from_pretrained(place).to(device) for name, place in zip(names, places)}

@@ -7,6 +7,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from v2flow_cli.bench import metrics
 from v2flow_cli.bench.candidates import Batch, Reconstruction, System
-from v2flow_cli.bench.perceptual import FrechetDistance, Inception, Lpips
+from v2flow_cli.bench.codebook_use import CodebookCounter, CodebookFigures
+from v2flow_cli.bench.codec_speed import Speed
+from v2flow_cli.bench.metrics import METRICS, Estimate, SetMetric, SystemFacts, estimate
+from v2flow_cli.bench.networks import MetricNetworks
 from v2flow_cli.bench.protocol import Protocol, library_versions
 from v2flow_cli.errors import DataError
 from v2flow_cli.jobs.decode import image_seed
@@ -25,30 +28,18 @@ from v2flow_cli.tokenizer.preprocess import image_to_tensor, to_uint8
 
 
 @dataclass(frozen=True)
-class Judges:
-    """The networks that judge, None where their weights are missing, and one note for each that is."""
-
-    lpips: Lpips | None = None
-    inception: Inception | None = None
-    notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
 class ImageFigures:
-    """One system on one image.  psnr in dB; None where there is no such figure."""
+    """One system on one image; ``values`` by the key of every metric that is taken per image, None where missing."""
 
     image: str
     system: str
     bytes: int | None
-    psnr: float
-    ssim: float
-    ms_ssim: float | None
-    lpips: float | None
+    values: Mapping[str, float | None]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One system over all images; means of the single images, but rfid, which is of the whole set."""
+    """One system over all images; ``values`` by the key of every metric: an Estimate where it is taken per image."""
 
     system: str
     kind: str  # tokenizer, external, autoencoder or codec
@@ -57,18 +48,9 @@ class Row:
     weights_digest: str | None
     tokens_per_image: int | None
     bytes_per_image: float | None
-    bits_per_pixel: float | None
-    psnr: metrics.Estimate
-    ssim: metrics.Estimate
-    ms_ssim: metrics.Estimate | None
-    lpips: metrics.Estimate | None
-    rfid: float | None
-    codebook: metrics.CodebookFigures | None
-
-    @property
-    def entropy_bytes(self) -> float | None:
-        """Bytes an image under the ideal order-0 code of the ids."""
-        return None if self.codebook is None else self.codebook.entropy_bits * (self.tokens_per_image or 0) / 8
+    codebook: CodebookFigures | None
+    speed: Speed | None
+    values: Mapping[str, Estimate | float | None]
 
 
 @dataclass(frozen=True)
@@ -104,8 +86,8 @@ class _Sums:
     """What is gathered of one system over the batches."""
 
     system: System
-    counter: metrics.CodebookCounter | None
-    distance: FrechetDistance | None
+    counter: CodebookCounter | None
+    of_set: dict[str, SetMetric]  # by key
     figures: list[ImageFigures] = field(default_factory=list)
     tokens: int | None = None
 
@@ -117,7 +99,8 @@ def evaluate(
     size: int,
     batch_size: int,
     seed: int = 0,
-    judges: Judges = Judges(),
+    networks: MetricNetworks = MetricNetworks(),  # noqa: B008  frozen
+    speeds: Mapping[str, Speed] = MappingProxyType({}),
     keep: int = 0,
     ranks: Processes = Processes(),  # noqa: B008  frozen
     tick: Callable[[int], None] = lambda advance: None,
@@ -128,17 +111,10 @@ def evaluate(
     the first one also what is kept.
 
     Args:    photos, (name, RGB image) pairs with distinct names; size in pixels; an image is decoded
-             from ``image_seed(seed, name)``, as the decode command does.
+             from ``image_seed(seed, name)``, as the decode command does; speeds, by system, where they were measured.
     Raises:  DataError when there is no photo.
     """
-    sums = [
-        _Sums(
-            system,
-            metrics.CodebookCounter(system.codebook_size) if system.codebook_size else None,
-            FrechetDistance() if judges.inception else None,
-        )
-        for system in systems
-    ]
+    sums = [_start(system, networks) for system in systems]
     kept: list[KeptImage] = []
     digest = hashlib.sha256()
     count = 0
@@ -149,21 +125,20 @@ def evaluate(
         mine, shown = number % ranks.count == ranks.rank, ranks.rank == 0 and len(kept) < keep
         if not (mine or shown):
             continue
-        features = judges.inception(batch.reference) if judges.inception else None
-        made = {}
+        outputs = {}
         for of_system in sums:
-            out = made[of_system.system.name] = of_system.system.reconstruct(batch)
+            out = outputs[of_system.system.name] = of_system.system.reconstruct(batch)
             if not mine:
                 continue
-            of_system.figures += _measure(names, of_system.system.name, batch.reference, out, judges.lpips)
+            of_system.figures += _measure(names, of_system.system.name, batch.reference, out, networks)
+            for metric in of_system.of_set.values():
+                metric.add(batch, out.pictures)
             if of_system.counter and out.token_ids is not None:
                 of_system.counter.add(out.token_ids)
                 of_system.tokens = out.token_ids.shape[1]
-            if of_system.distance and judges.inception and features is not None:
-                of_system.distance.add(features, judges.inception(out.pictures))
         for i in range(min(len(names), keep - len(kept)) if shown else 0):
-            pictures = {name: out.pictures[i].numpy() for name, out in made.items()}
-            ids = {name: out.token_ids[i].numpy() for name, out in made.items() if out.token_ids is not None}
+            pictures = {name: out.pictures[i].numpy() for name, out in outputs.items()}
+            ids = {name: out.token_ids[i].numpy() for name, out in outputs.items() if out.token_ids is not None}
             kept.append(KeptImage(names[i], batch.reference[i].numpy(), pictures, ids))
     if not count:
         raise DataError("No image could be read, so there is nothing to measure.")
@@ -173,13 +148,13 @@ def evaluate(
         image_size=size,
         count=count,
         reference_digest=digest.hexdigest()[:16],
-        lpips=judges.lpips.definition if judges.lpips else None,
-        rfid=judges.inception.definition if judges.inception else None,
+        lpips=networks.lpips.definition if networks.lpips else None,
+        rfid=networks.inception.definition if networks.inception else None,
         seed=seed,
         versions=library_versions(),
     )
     images = tuple(figures for of_image in zip(*(s.figures for s in sums)) for figures in of_image)
-    return Result(protocol, tuple(_row(s, size, count) for s in sums), images, tuple(kept))
+    return Result(protocol, tuple(_row(s, size, count, speeds.get(s.system.name)) for s in sums), images, tuple(kept))
 
 
 def _share(sums: _Sums, ranks: Processes, batch_size: int) -> None:
@@ -187,9 +162,9 @@ def _share(sums: _Sums, ranks: Processes, batch_size: int) -> None:
     if ranks.count == 1:
         return
     mine = {"tokens": sums.tokens, "figures": [astuple(figures) for figures in sums.figures]}
-    told = [json.loads(text) for text in gather_texts(json.dumps(mine))]
-    sums.tokens = next((each["tokens"] for each in told if each["tokens"] is not None), None)
-    parts = [[ImageFigures(*values) for values in each["figures"]] for each in told]
+    parts_of_all = [json.loads(text) for text in gather_texts(json.dumps(mine))]
+    sums.tokens = next((each["tokens"] for each in parts_of_all if each["tokens"] is not None), None)
+    parts = [[ImageFigures(*values) for values in each["figures"]] for each in parts_of_all]
     sums.figures = []
     for first in range(0, max(map(len, parts)), batch_size):
         for part in parts:
@@ -209,23 +184,41 @@ def batches(
         yield names, Batch(images, to_uint8(images), tuple(image_seed(seed, name) for name in names))
 
 
+def _start(system: System, networks: MetricNetworks) -> _Sums:
+    counter = CodebookCounter(system.codebook_size) if system.codebook_size else None
+    of_set = {metric.key: metric.of_set(networks) for metric in METRICS if metric.of_set}
+    return _Sums(system, counter, {key: metric for key, metric in of_set.items() if metric is not None})
+
+
 def _measure(
-    names: Sequence[str], system: str, reference: Tensor, made: Reconstruction, lpips: Lpips | None
+    names: Sequence[str], system: str, reference: Tensor, out: Reconstruction, networks: MetricNetworks
 ) -> Iterator[ImageFigures]:
-    pictures, nothing = made.pictures, [None] * len(names)
-    psnr, ssim = metrics.psnr(reference, pictures).tolist(), metrics.ssim(reference, pictures).tolist()
-    scales = metrics.ms_ssim(reference, pictures)
-    ms_ssim = nothing if scales is None else scales.tolist()
-    distances = lpips(reference, pictures).tolist() if lpips else nothing
-    sizes = made.bytes or nothing
-    for figures in zip(names, sizes, psnr, ssim, ms_ssim, distances):
-        yield ImageFigures(figures[0], system, *figures[1:])
+    columns: dict[str, Sequence[float | None]] = {}
+    for metric in METRICS:
+        if metric.of_images:
+            values = metric.of_images(reference, out.pictures, networks)
+            columns[metric.key] = [None] * len(names) if values is None else values.tolist()
+    for i, name in enumerate(names):
+        yield ImageFigures(
+            name, system, out.bytes[i] if out.bytes else None, {key: column[i] for key, column in columns.items()}
+        )
 
 
-def _row(sums: _Sums, size: int, count: int) -> Row:
+def _row(sums: _Sums, size: int, count: int, speed: Speed | None) -> Row:
     system, figures = sums.system, sums.figures
     sizes = [f.bytes for f in figures if f.bytes is not None]
     mean_bytes = sum(sizes) / len(sizes) if sizes else None
+    codebook = sums.counter.figures() if sums.counter else None
+    facts = SystemFacts(size**2, sums.tokens, mean_bytes, codebook, speed)
+    values: dict[str, Estimate | float | None] = {}
+    for metric in METRICS:
+        if metric.of_images:
+            known = [value for f in figures if (value := f.values[metric.key]) is not None]
+            values[metric.key] = estimate(known) if known else None
+        elif metric.of_system:
+            values[metric.key] = metric.of_system(facts)
+        else:
+            values[metric.key] = sums.of_set[metric.key].value(count) if metric.key in sums.of_set else None
     return Row(
         system.name,
         system.kind,
@@ -234,16 +227,7 @@ def _row(sums: _Sums, size: int, count: int) -> Row:
         system.weights_digest,
         sums.tokens,
         mean_bytes,
-        None if mean_bytes is None else metrics.bits_per_pixel(mean_bytes, size, size),
-        metrics.estimate([f.psnr for f in figures]),
-        metrics.estimate([f.ssim for f in figures]),
-        _mean(f.ms_ssim for f in figures),
-        _mean(f.lpips for f in figures),
-        sums.distance.value(count) if sums.distance else None,
-        sums.counter.figures() if sums.counter else None,
+        codebook,
+        speed,
+        values,
     )
-
-
-def _mean(values: Iterable[float | None]) -> metrics.Estimate | None:
-    known = [value for value in values if value is not None]
-    return metrics.estimate(known) if known else None

@@ -1,6 +1,7 @@
-"""What a reconstruction keeps (PSNR, SSIM, MS-SSIM) and how much of the codebook is used.
+"""The registry of the bench: a metric is one entry of ``METRICS``.
 
-Figures are per image, never per batch. Images here are 8-bit tensors (B, H, W, 3), as a viewer sees them.
+Rows, JSON, CSV, the terminal's and the report's tables and the plots all follow from it. To add a metric, write its
+function (``similarity.py`` and ``perceptual.py`` have examples) and add an entry.
 """
 
 from __future__ import annotations
@@ -9,56 +10,139 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal, Protocol
 
-import torch
 from torch import Tensor
-from torch.nn.functional import avg_pool2d
-from torchmetrics.functional.image import structural_similarity_index_measure
 
-from v2flow_cli.tokenizer.preprocess import psnr as psnr
-
-SSIM_SIGMA, SSIM_WINDOW = 1.5, 11  # pixels
-_SSIM: dict[str, Any] = {"sigma": SSIM_SIGMA, "data_range": 1.0, "reduction": "none"}
-MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # of the scales, fine to coarse
-MS_SSIM_MIN_SIZE = SSIM_WINDOW * 2 ** (len(MS_SSIM_WEIGHTS) - 1)  # pixels a side
+from v2flow_cli.bench import similarity
+from v2flow_cli.bench.candidates import Batch
+from v2flow_cli.bench.codebook_use import CodebookFigures, bits_per_pixel
+from v2flow_cli.bench.codec_speed import Speed
+from v2flow_cli.bench.networks import MetricNetworks
+from v2flow_cli.bench.perceptual import FrechetDistance, Inception
 
 
-def ssim(reference: Tensor, images: Tensor) -> Tensor:
-    """Structural similarity of each image, (B,) float64 in [-1, 1]; 11 x 11 Gaussian window of sigma 1.5.
+@dataclass(frozen=True)
+class SystemFacts:
+    """What is known of a system besides its pictures; None where it has no such thing."""
 
-    Only windows that lie wholly inside the image count, as in Wang et al. 2004 and scikit-image; torchmetrics
-    alone averages over mirrored borders too, in some of its versions.
-    Args:  reference, images: (B, H, W, 3) uint8, more than 10 pixels a side.
-    """
-    a, b = (x.permute(0, 3, 1, 2).float() / 255 for x in (images, reference))
-    return _similarity(a, b)
-
-
-def ms_ssim(reference: Tensor, images: Tensor) -> Tensor | None:
-    """Multi-scale SSIM of each image (Wang et al. 2003), (B,) float64 in [0, 1]; None under 176 pixels a side.
-
-    Five scales, each half the one before (2 x 2 means). Like ``ssim``, windows that lie wholly inside count;
-    torchmetrics' own function averages its last scale over mirrored borders too.
-    Args:  reference, images: (B, H, W, 3) uint8.
-    """
-    if min(reference.shape[1:3]) < MS_SSIM_MIN_SIZE:
-        return None
-    # float32, whose error is under 1e-5 here: convolutions in float64 take 25 times as long on a CPU.
-    a, b = (x.permute(0, 3, 1, 2).float() / 255 for x in (images, reference))
-    product = torch.ones(len(a), dtype=torch.float64)
-    for weight in MS_SSIM_WEIGHTS[:-1]:
-        _, contrast = structural_similarity_index_measure(a, b, return_contrast_sensitivity=True, **_SSIM)
-        product *= contrast.clamp(min=0) ** weight
-        a, b = avg_pool2d(a, 2), avg_pool2d(b, 2)
-    return product * _similarity(a, b).clamp(min=0) ** MS_SSIM_WEIGHTS[-1]
+    pixels: int  # of an image
+    tokens: int | None  # of an image
+    bytes: float | None  # of an image, the mean
+    codebook: CodebookFigures | None
+    speed: Speed | None
 
 
-def _similarity(a: Tensor, b: Tensor) -> Tensor:
-    """Mean SSIM of each image (B, 3, H, W) in [0, 1] over the windows wholly inside, (B,) float64."""
-    _, similarity = structural_similarity_index_measure(a, b, return_full_image=True, **_SSIM)
-    edge = SSIM_WINDOW // 2
-    return similarity[..., edge:-edge, edge:-edge].double().flatten(1).mean(1)
+class SetMetric(Protocol):
+    """A figure of a whole set of images, filled batch by batch."""
+
+    def add(self, batch: Batch, pictures: Tensor) -> None:
+        """Take in the ``pictures`` (B, S, S, 3) uint8 that a system made of ``batch``."""
+        ...
+
+    def value(self, images: int) -> float | None:
+        """The figure over all ``images`` of all processes; None where they are too few."""
+        ...
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One figure of a system: how it is taken and how it is shown. Exactly one of the three functions is set."""
+
+    key: str  # in JSON and CSV, with the unit
+    heading: str  # in tables; "" for what only JSON and CSV have
+    decimals: int
+    #: (reference, pictures) (B, S, S, 3) uint8 to one value an image (B,), shown as mean and 95% interval; None where
+    #: there is no such figure.
+    of_images: Callable[[Tensor, Tensor, MetricNetworks], Tensor | None] | None = None
+    of_set: Callable[[MetricNetworks], SetMetric | None] | None = None
+    of_system: Callable[[SystemFacts], float | None] | None = None
+    better: Literal["higher", "lower", ""] = ""  # what is plotted has one
+    always: bool = False  # has a column even where it was not measured; a note says why
+    infinite: bool = False  # of equal pictures; JSON holds null
+
+    def show(self, value: float | None, ci95: float | None = None) -> str:
+        """``value`` with its decimals and interval; "-" where not measured, the sign of infinity where infinite."""
+        if value is None or math.isinf(value):
+            return "∞" if self.infinite or value else "-"
+        text = f"{value:,.{self.decimals}f}"
+        return text if ci95 is None else f"{text} ± {ci95:.{self.decimals}f}"
+
+
+class RFID:
+    """Frechet distance of reconstructions to their references; a batch's reference features are taken once."""
+
+    def __init__(self, inception: Inception) -> None:
+        self._inception, self._distance = inception, FrechetDistance()
+
+    def add(self, batch: Batch, pictures: Tensor) -> None:
+        if "inception" not in batch.features:
+            batch.features["inception"] = self._inception(batch.reference)
+        self._distance.add(batch.features["inception"], self._inception(pictures))
+
+    def value(self, images: int) -> float | None:
+        return self._distance.value(images)
+
+
+METRICS = (
+    Metric("tokens_per_image", "tokens", 0, of_system=lambda s: s.tokens),
+    Metric("bytes_per_image", "bytes", 0, of_system=lambda s: s.bytes),
+    Metric("bits_per_pixel", "bits/px", 4, of_system=lambda s: s.bytes and bits_per_pixel(s.bytes, s.pixels)),
+    Metric(
+        "entropy_bits_per_pixel",
+        "entropy bits/px",
+        4,
+        of_system=lambda s: s.codebook.entropy_bits * (s.tokens or 0) / s.pixels if s.codebook else None,
+    ),
+    Metric(
+        "adaptive_bits_per_pixel",
+        "",
+        4,
+        of_system=lambda s: s.codebook.adaptive_bits * (s.tokens or 0) / s.pixels if s.codebook else None,
+    ),
+    Metric(
+        "psnr_db",
+        "PSNR dB",
+        2,
+        of_images=lambda reference, pictures, _: similarity.psnr(reference, pictures),
+        better="higher",
+        always=True,
+        infinite=True,
+    ),
+    Metric(
+        "ssim",
+        "SSIM",
+        3,
+        of_images=lambda reference, pictures, _: similarity.ssim(reference, pictures),
+        better="higher",
+        always=True,
+    ),
+    Metric(
+        "ms_ssim",
+        "MS-SSIM",
+        3,
+        of_images=lambda reference, pictures, _: similarity.ms_ssim(reference, pictures),
+        better="higher",
+    ),
+    Metric(
+        "lpips",
+        "LPIPS",
+        3,
+        of_images=lambda reference, pictures, n: n.lpips(reference, pictures) if n.lpips else None,
+        better="lower",
+        always=True,
+    ),
+    Metric(
+        "rfid",
+        "rFID",
+        2,
+        of_set=lambda n: RFID(n.inception) if n.inception else None,
+        better="lower",
+        always=True,
+    ),
+    Metric("encode_images_per_s", "encode/s", 2, of_system=lambda s: s.speed.encode_images_per_s if s.speed else None),
+    Metric("decode_images_per_s", "decode/s", 2, of_system=lambda s: s.speed.decode_images_per_s if s.speed else None),
+)
 
 
 @dataclass(frozen=True)
@@ -92,56 +176,3 @@ def student_t_97_5(degrees: int) -> float:
         return betainc(degrees / 2, 0.5, 0, degrees / (degrees + t * t), regularized=True) - 0.05
 
     return float(findroot(outside, (1.95, 12.8), solver="anderson", tol=1e-20))
-
-
-@dataclass(frozen=True)
-class CodebookFigures:
-    """How much of the codebook the token ids of all images use."""
-
-    codebook_size: int  # K
-    tokens: int  # ids counted; at most this many codes can be used
-    distinct: int
-    usage: float  # distinct / K, in [0, 1]
-    perplexity: float  # exp of the entropy, in [1, K]
-    entropy_bits: float  # bits a token under the ideal order-0 code of these very ids; log2 K when all are as likely
-    adaptive_bits: float  # bits a token under an adaptive code that knows nothing beforehand and learns as it goes
-
-
-class CodebookCounter:
-    """Counts token ids over batches."""
-
-    def __init__(self, codebook_size: int) -> None:
-        self._counts = torch.zeros(codebook_size, dtype=torch.int64)
-
-    def add(self, token_ids: Tensor) -> None:
-        """Count ``token_ids``, integers in [0, K) of any shape."""
-        self._counts += torch.bincount(token_ids.flatten().cpu(), minlength=len(self._counts))
-
-    def share(self, total: Callable[[Sequence[int]], list[int]]) -> None:
-        """Count what every rank has counted; ``total`` adds up numbers over them."""
-        self._counts = torch.tensor(total(self._counts.tolist()))
-
-    def figures(self) -> CodebookFigures:
-        """Usage, perplexity and bits of all ids so far (at least one).
-
-        Of few ids the entropy is too low, since it grants the code table for free; the adaptive code
-        (Krichevsky-Trofimov: each code starts at count 1/2) pays for it, so the truth lies between the two.
-        """
-        total, size = int(self._counts.sum()), len(self._counts)
-        p = self._counts[self._counts > 0].double() / total
-        entropy = abs(float(-(p * p.log()).sum()))  # nats; abs: a single code gives -0.0
-        half = torch.tensor(0.5).double()
-        code = torch.lgamma(total + size * half) - torch.lgamma(size * half)  # nats, whatever the order of the ids
-        code = code - (torch.lgamma(self._counts + half) - torch.lgamma(half)).sum()
-        bits = entropy / math.log(2), float(code) / total / math.log(2)
-        return CodebookFigures(size, total, len(p), len(p) / size, math.exp(entropy), *bits)
-
-
-def bits_per_pixel(bytes_per_image: float, height: int, width: int) -> float:
-    """Bits per pixel of an image of ``height`` x ``width`` that takes ``bytes_per_image``."""
-    return 8 * bytes_per_image / (height * width)
-
-
-def token_bytes(tokens_per_image: int, codebook_size: int) -> int:
-    """Bytes that hold ``tokens_per_image`` ids of ceil(log2 K) bits: 256 ids of 16,384 codes take 448."""
-    return math.ceil(tokens_per_image * max(1, math.ceil(math.log2(codebook_size))) / 8)

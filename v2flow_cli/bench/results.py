@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from v2flow_cli.bench import metrics
 from v2flow_cli.bench.evaluate import Row
+from v2flow_cli.bench.metrics import METRICS, Estimate, Metric
 from v2flow_cli.bench.protocol import NOT_IN_KEY
 from v2flow_cli.bench.published import PUBLISHED, SOURCE
 from v2flow_cli.bench.run import Bench
@@ -61,8 +61,16 @@ def as_record(found: Sequence[Table], notes: Sequence[str] = ()) -> Record:
 
 
 def _row(row: Row, bench: Bench) -> Record:
-    protocol, codebook, speed = bench.result.protocol, row.codebook, bench.speeds.get(row.system)
-    pixels, tokens = protocol.image_size**2, row.tokens_per_image or 0
+    protocol = bench.result.protocol
+    figures: Record = {}
+    for metric in METRICS:
+        value = row.values[metric.key]
+        if metric.of_images:  # NaN is what was not measured, infinity the PSNR of equal pictures
+            mean, ci95 = (value.mean, value.ci95) if isinstance(value, Estimate) else (math.nan, math.nan)
+            figures[metric.key] = mean if math.isfinite(mean) else None
+            figures[f"{metric.key}_ci95"] = ci95 if math.isfinite(ci95) else None
+        else:
+            figures[metric.key] = value
     return {
         "protocol": protocol.key,
         "image_size_px": protocol.image_size,
@@ -71,28 +79,25 @@ def _row(row: Row, bench: Bench) -> Record:
         "family": row.family,
         "settings": dict(row.settings),
         "weights_digest": row.weights_digest,
-        "tokens_per_image": row.tokens_per_image,
-        "bytes_per_image": row.bytes_per_image,
-        "bits_per_pixel": row.bits_per_pixel,
-        "entropy_bits_per_pixel": codebook and codebook.entropy_bits * tokens / pixels,
-        "adaptive_bits_per_pixel": codebook and codebook.adaptive_bits * tokens / pixels,
-        **_estimate("psnr_db", row.psnr),
-        **_estimate("ssim", row.ssim),
-        **_estimate("ms_ssim", row.ms_ssim),
-        **_estimate("lpips", row.lpips),
-        "rfid": row.rfid,
-        "codebook": codebook and dataclasses.asdict(codebook),
-        "encode_images_per_s": speed and speed.encode_images_per_s,
-        "decode_images_per_s": speed and speed.decode_images_per_s,
-        "speed": speed and dataclasses.asdict(speed),
+        **figures,
+        "codebook": row.codebook and dataclasses.asdict(row.codebook),
+        "speed": row.speed and dataclasses.asdict(row.speed),
     }
 
 
-def _estimate(name: str, value: metrics.Estimate | None) -> Record:
-    """Mean and half-width; null where not measured, or infinite (PSNR of equal images)."""
-    numbers = (value.mean, value.ci95) if value else (math.nan, math.nan)
-    mean, ci95 = (number if math.isfinite(number) else None for number in numbers)
-    return {name: mean, f"{name}_ci95": ci95}
+def shown(metric: Metric, row: Record) -> str:
+    """The text of a metric in a row of a table."""
+    value, ci95 = row.get(metric.key), row.get(f"{metric.key}_ci95")
+    return metric.show(value, ci95)
+
+
+def columns(table: Table) -> list[Metric]:
+    """The metrics that a table shows: those that a row has, and those whose absence a note explains."""
+    return [
+        metric
+        for metric in METRICS
+        if metric.heading and (metric.always or any(row.get(metric.key) is not None for row in table.rows))
+    ]
 
 
 def as_csv(found: Sequence[Table]) -> str:
@@ -115,11 +120,18 @@ def _flat(row: Record) -> Record:
 
 def images_csv(benches: Sequence[Bench]) -> str:
     """One line an image and system, under a heading; an empty field was not measured."""
-    heads = ["protocol", "image_size_px", "image", "system", "bytes", "psnr_db", "ssim", "ms_ssim", "lpips"]
+    keys = [metric.key for metric in METRICS if metric.of_images]
     return _csv(
-        heads,
+        ["protocol", "image_size_px", "image", "system", "bytes", *keys],
         [
-            [bench.result.protocol.key, bench.result.protocol.image_size, *dataclasses.astuple(figures)]
+            [
+                bench.result.protocol.key,
+                bench.result.protocol.image_size,
+                figures.image,
+                figures.system,
+                figures.bytes,
+                *(figures.values[key] for key in keys),
+            ]
             for bench in benches
             for figures in bench.result.images
         ],

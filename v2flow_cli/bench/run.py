@@ -5,17 +5,19 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from PIL import Image
 
-from v2flow_cli.bench import metrics
+from v2flow_cli.bench import similarity
 from v2flow_cli.bench.candidates import System, autoencoder_system, codec_system, coder_system
+from v2flow_cli.bench.codebook_use import token_bytes
 from v2flow_cli.bench.codec_speed import Speed, measure_speeds
 from v2flow_cli.bench.codecs import available_codecs
 from v2flow_cli.bench.coder import Coder, v2flow_coder
-from v2flow_cli.bench.evaluate import Judges, Result, batches, evaluate
+from v2flow_cli.bench.evaluate import Result, batches, evaluate
+from v2flow_cli.bench.networks import MetricNetworks
 from v2flow_cli.bench.sweep import Setting, settings_of_models
 from v2flow_cli.errors import DataError
 from v2flow_cli.runtime.digest import model_digest
@@ -25,10 +27,9 @@ from v2flow_cli.tokenizer import V2FlowTokenizer
 
 @dataclass(frozen=True)
 class Bench:
-    """What a bench found.  speeds: by system, of tokenizers; notes: what was left out, and why."""
+    """The result of a bench, and notes: what was left out, and why."""
 
     result: Result
-    speeds: Mapping[str, Speed] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 
@@ -42,7 +43,7 @@ def run_bench(
     batch_size: int = 8,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
-    judges: Judges = Judges(),  # noqa: B008  frozen
+    networks: MetricNetworks = MetricNetworks(),  # noqa: B008  frozen
     with_codecs: bool = True,
     codec_bytes: Sequence[int] = (),
     with_speed: bool = True,
@@ -58,8 +59,8 @@ def run_bench(
     Raises:  DataError for a size or number of tokens that does not fit, or when there is no photo.
     """
     size = size or next((tokenizer.config.image_size for tokenizer in models.values()), 256)
-    if size < metrics.SSIM_WINDOW:
-        raise DataError(f"--res {size}: SSIM needs at least {metrics.SSIM_WINDOW} pixels a side.")
+    if size < similarity.SSIM_WINDOW:
+        raise DataError(f"--res {size}: SSIM needs at least {similarity.SSIM_WINDOW} pixels a side.")
     coders = [v2flow_coder(name, models[name], s, dtype) for name, s in settings_of_models(models, size, settings)]
     coders += externals
     twice = [name for name, count in Counter(coder.name for coder in coders).items() if count > 1]
@@ -77,29 +78,30 @@ def run_bench(
         speeds = measure_speeds(coders, batch.images, dtype=dtype) if with_speed and ranks.rank == 0 else {}
         ranks.wait()
         lengths = {coder.name: batch.token_ids(coder).shape[1] for coder in coders}
-        budgets |= {metrics.token_bytes(lengths[coder.name], coder.codebook_size) for coder in coders}
+        budgets |= {token_bytes(lengths[coder.name], coder.codebook_size) for coder in coders}
     systems = [coder_system(coder) for coder in coders] + _autoencoders(models, dtype)
-    notes = list(judges.notes)
+    notes = list(networks.notes)
     if with_codecs:
         codecs, missing = available_codecs()
         for codec, budget in itertools.product(codecs, sorted(budgets)):
             name = codec.name if len(budgets) == 1 else f"{codec.name}, {budget:,} bytes"
             systems.append(codec_system(name, codec, budget))
         notes += missing
-    if size < metrics.MS_SSIM_MIN_SIZE:
-        notes.append(f"MS-SSIM is left out: its five scales need {metrics.MS_SSIM_MIN_SIZE} pixels a side.")
+    if size < similarity.MS_SSIM_MIN_SIZE:
+        notes.append(f"MS-SSIM is left out: its five scales need {similarity.MS_SSIM_MIN_SIZE} pixels a side.")
     result = evaluate(
         itertools.chain(first, stream),
         systems,
         size=size,
         batch_size=batch_size,
         seed=seed,
-        judges=judges,
+        networks=networks,
+        speeds=speeds,
         keep=keep,
         ranks=ranks,
         tick=tick,
     )
-    return Bench(result, speeds, tuple(notes))
+    return Bench(result, tuple(notes))
 
 
 def _autoencoders(models: Mapping[str, V2FlowTokenizer], dtype: torch.dtype) -> list[System]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from v2flow_cli.errors import DataError
-from v2flow_cli.recipe.schema import Sampling
+from v2flow_cli.recipe.schema import SAMPLING_OPTIONS, Sampling
 from v2flow_cli.tokenizer import V2FlowTokenizer
 
 TOKENS, DECODER = "tokens", "decoder"
@@ -31,44 +31,27 @@ class Setting:
         return f"{model}, {self.label}" if self.label else model
 
 
-def _choice(name: str) -> Callable[[str], str]:
-    kinds = Sampling.__annotations__[name].removeprefix("Literal[").removesuffix("]")
-    known = [kind.strip().strip("\"'") for kind in kinds.split(",")]
-
-    def read(text: str) -> str:
-        if text not in known:
-            raise ValueError(f"expected {', '.join(known)}")
+def _read(field: str, text: str) -> Any:
+    """A value of a field of ``Sampling``, a decoder's name, or a number of tokens.  Raises: ValueError."""
+    if field == DECODER:
         return text
-
-    return read
-
-
-def _number(kind: type, least: float) -> Callable[[str], Any]:
-    def read(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not least <= value < 1_000_000:
-            raise ValueError(f"expected {'whole numbers' if kind is int else 'numbers'} from {least} on")
-        return value
-
-    return read
+    hint = int if field == TOKENS else get_type_hints(Sampling)[field]
+    if choices := get_args(hint):
+        if text not in choices:
+            raise ValueError(f"expected {', '.join(choices)}")
+        return text
+    least = 1 if hint is int else 0  # counts start at 1, factors at 0
+    try:
+        value = hint(text)
+    except ValueError:
+        value = None
+    if value is None or not least <= value < 1_000_000:
+        raise ValueError(f"expected {'whole numbers' if hint is int else 'numbers'} from {least} on")
+    return value
 
 
-#: What ``--sweep`` takes: the argument of ``decode`` it sets, and how a value is read.
-KEYS: dict[str, tuple[str, Callable[[str], Any]]] = {
-    TOKENS: (TOKENS, _number(int, 1)),
-    DECODER: (DECODER, str),
-    "cfg": ("guidance_scale", _number(float, 0)),
-    "rounds": ("num_mask_steps", _number(int, 1)),
-    "steps": ("num_flow_steps", _number(int, 1)),
-    "solver": ("solver", _choice("solver")),
-    "schedule": ("guidance_schedule", _choice("guidance_schedule")),
-    "guidance": ("guidance", _choice("guidance")),
-    "noise": ("noise_temperature", _number(float, 0)),
-    "temperature": ("noise_temperature", _number(float, 0)),  # the same under its other name
-}
+#: What ``--sweep`` takes, and the argument of ``decode`` that it sets.
+KEYS = {TOKENS: TOKENS, DECODER: DECODER, **SAMPLING_OPTIONS, "temperature": SAMPLING_OPTIONS["noise"]}
 
 
 def parse_sweeps(texts: Sequence[str], fixed: Mapping[str, Any] | None = None) -> list[Setting]:
@@ -84,12 +67,12 @@ def parse_sweeps(texts: Sequence[str], fixed: Mapping[str, Any] | None = None) -
         key, equals, values = text.partition("=")
         if key not in KEYS or not equals:
             raise ValueError(f"{text}: expected KEY=V1,V2,... with KEY one of {', '.join(KEYS)}")
-        argument, read = KEYS[key]
+        argument = KEYS[key]
         if argument in taken:
             raise ValueError(f"{text}: {key} is given twice")
         taken.add(argument)
         try:
-            axis = [(f"{key} {value.strip()}", argument, read(value.strip())) for value in values.split(",")]
+            axis = [(f"{key} {value.strip()}", argument, _read(argument, value.strip())) for value in values.split(",")]
         except ValueError as error:
             raise ValueError(f"{text}: {error}") from None
         if len({value for _, _, value in axis}) < len(axis):

@@ -61,7 +61,7 @@ app.command("finetune-llm", short_help="Teach a causal LM the visual tokens, or 
     finetune_llm.finetune_llm
 )
 app.command("generate")(generate.generate)
-app.command("bench", short_help="Measure what reconstruction loses, and speed.")(bench.bench)
+app.add_typer(bench.bench, name="bench", short_help="Measure what reconstruction loses, and speed.")
 
 
 def _version(show: bool) -> None:

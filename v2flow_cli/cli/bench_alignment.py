@@ -1,24 +1,38 @@
-"""``v2flow bench --alignment``: visual tokens among the words of the LLM."""
+"""``v2flow bench alignment``: visual tokens among the words of the LLM (Figure 1b)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
+import typer
+
+from v2flow_cli.cli import options
 from v2flow_cli.cli.console import fail, log, result, result_json
 
 
-def bench_alignment(
-    images: Sequence[str] | None,
-    *,
-    models: Sequence[str],
-    plot: Path | None,
-    limit: int | None,
-    seed: int,
-    device: str,
-    json_: bool,
+def alignment(
+    images: options.Images = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(help="Tokenizer: folder or hub id; may be repeated. Default: the one inside the package."),
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="Draw both on the plane of their principal components.")
+    ] = None,
+    limit: options.Limit = None,
+    seed: Annotated[int, typer.Option(help="Seed of which words and tokens are compared.")] = 0,
+    device: options.Device = "auto",
+    json_: options.Json = False,
 ) -> None:
-    """Print how the visual tokens of ``models`` lie among the words that the first of them mixes."""
+    """Measure how visual tokens lie among the words of the LLM whose vocabulary the first tokenizer mixes.
+
+    Examples:
+
+        v2flow bench alignment imgs/ --plot alignment.png
+
+        v2flow bench alignment imgs/ --model runs/mine --model runs/no-vocabulary
+    """
     import io
     from itertools import islice
 
@@ -26,30 +40,29 @@ def bench_alignment(
     from v2flow_cli.bench.alignment import align, draw_planes, photo_tokens, word_table
     from v2flow_cli.bench.photos import PhotoReader
     from v2flow_cli.runtime.device import pick_device
-    from v2flow_cli.store.files import write_bytes
     from v2flow_cli.tokenizer import V2FlowTokenizer
 
     target = pick_device(device)
-    found, failed, words = [], [], None
-    for name in models or (None,):
+    alignments, failed, words = [], [], None
+    for name in model or (None,):
         tokenizer = V2FlowTokenizer.from_pretrained(name).to(target)
         words = word_table(tokenizer) if words is None else words
         reader = PhotoReader(images) if images else None
         photos = islice(reader if reader is not None else sample_photos(), limit)
         shown = "embedded model" if name is None else name
         tokens = photo_tokens(tokenizer, photos, words, shown)
-        found.append(align(shown, tokenizer.vocabulary is not None, tokens, words, seed))
+        alignments.append(align(shown, tokenizer.vocabulary is not None, tokens, words, seed))
         failed = reader.failed if reader is not None else []
     word_count = 0 if words is None else len(words)
     if plot:
         buffer = io.BytesIO()
-        draw_planes(found).save(buffer, "PNG")
-        write_bytes(plot, buffer.getvalue())
+        draw_planes(alignments).save(buffer, "PNG")
+        options.write_to(plot, buffer.getvalue())
     if json_:
-        rows = [{k: v for k, v in one.__dict__.items() if not k.endswith("_plane")} for one in found]
+        rows = [{k: v for k, v in one.__dict__.items() if not k.endswith("_plane")} for one in alignments]
         result_json({"alignments": rows, "words": word_count, "plot": str(plot) if plot else None})
     else:
-        for one in found:
+        for one in alignments:
             result(
                 f"{one.name} ({'with' if one.has_vocabulary else 'without'} vocabulary): {one.tokens:,} visual tokens, "
                 f"{word_count:,} words\n"

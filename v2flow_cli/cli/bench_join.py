@@ -1,36 +1,50 @@
-"""``v2flow bench --join``: one table of saved results, or a refusal where their protocols differ."""
+"""``v2flow bench join``: one table of saved results, or a refusal where their protocols differ."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
-from v2flow_cli.cli.bench_tables import print_tables
+import typer
+
+from v2flow_cli.cli import options
 from v2flow_cli.cli.console import log, result, result_json
 
 
-def join_results(files: Sequence[Path], *, csv: Path | None, report: Path | None, json_: bool) -> None:
-    """Print, and where asked write, the tables of ``files``."""
-    from v2flow_cli.bench.report.page import Page, write_report
-    from v2flow_cli.bench.results import as_csv, as_record, join
-    from v2flow_cli.store.files import write_bytes
+def join(
+    files: Annotated[
+        list[Path], typer.Argument(metavar="FILE.json...", help="Results that `v2flow bench --json` printed.")
+    ],
+    csv: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the table: one line a system.")] = None,
+    report: Annotated[Path | None, typer.Option(metavar="FILE.html", help="Write a page that shows it all.")] = None,
+    json_: options.Json = False,
+) -> None:
+    """Put saved results of the same protocol into one table; measure nothing.
 
-    found, notes = join(files)
-    if csv:
-        write_bytes(csv, as_csv(found).encode())
+    Examples:
+
+        v2flow bench join first.json second.json --report both.html
+    """
+    from v2flow_cli.bench.report.page import Page, write_report
+    from v2flow_cli.bench.results import as_csv, as_record
+    from v2flow_cli.bench.results import join as join_results
+    from v2flow_cli.cli.bench_terminal import print_tables
+
+    tables, notes = join_results(files)
+    options.write_to(csv, as_csv(tables).encode())
     if report:
         page = Page(
             title="What tokens keep of a photo",
             lead=f"Results of {len(files)} runs, measured on the same photos in the same way.",
-            tables=found,
-            command="v2flow bench --join",
+            tables=tables,
+            command="v2flow bench join",
             notes=notes,
         )
         write_report(page, report)
     if json_:
-        result_json(as_record(found, notes))
+        result_json(as_record(tables, notes))
     else:
-        print_tables(found)
+        print_tables(tables)
         for file in filter(None, (report, csv)):
             result(f"wrote {file}")
     for note in notes:

@@ -1,29 +1,45 @@
-"""``v2flow bench --llm``: how well an LLM draws what captions say."""
+"""``v2flow bench llm``: how well an LLM draws what captions say."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from typing import Annotated
 
+import typer
+
+from v2flow_cli.cli import options
 from v2flow_cli.cli.console import progress, result, result_json
-from v2flow_cli.errors import DataError
 
 
-def bench_llm(
-    sources: Sequence[str] | None,
-    *,
-    llm_model: str | None,
-    model: str | None,
-    limit: int | None,
-    batch_size: int,
-    seed: int,
-    device: str,
-    dtype: str,
-    json_: bool,
+def llm(
+    sources: Annotated[
+        list[str],
+        typer.Argument(help="Captioned photos: folders or WebDataset tars; or their tokens."),
+    ],
+    llm_model: Annotated[
+        str | None, typer.Option(help="LLM: folder or hub id. Default: the one inside the package.")
+    ] = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(help="Image tokenizer: folder or hub id. Default: the one inside the package."),
+    ] = None,
+    limit: options.Limit = None,
+    batch_size: options.BatchSize = 8,
+    seed: Annotated[int, typer.Option(help="Seed of which other caption each photo is compared with.")] = 0,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    json_: options.Json = False,
 ) -> None:
-    """Print the figures of one LLM on captioned photos, or on their tokens."""
-    if not sources:
-        raise DataError("bench --llm needs captioned photos: a folder, WebDataset tars, or what `v2flow encode` wrote.")
+    """Measure whether an LLM draws what captions say, and its loss in nats a visual token.
+
+    Examples:
+
+        v2flow bench llm captioned/
+
+        v2flow bench llm captioned/ --llm-model runs/my-llm --limit 200
+    """
+    if model and len(model) > 1:
+        raise typer.BadParameter(f"{len(model)} tokenizers; an LLM draws the tokens of one.", param_hint="--model")
 
     from v2flow_cli.bench.llm import measure_llm, read_captioned
     from v2flow_cli.jobs.generate import check_pair
@@ -32,24 +48,26 @@ def bench_llm(
     from v2flow_cli.tokenizer import V2FlowTokenizer
 
     target = pick_device(device)
-    tokenizer = V2FlowTokenizer.from_pretrained(model).to(target)
-    llm = DrawingLM.from_pretrained(llm_model, target, pick_dtype(dtype, target))
-    check_pair(llm, tokenizer)
+    tokenizer = V2FlowTokenizer.from_pretrained(model[0] if model else None).to(target)
+    drawing_lm = DrawingLM.from_pretrained(llm_model, target, pick_dtype(dtype, target))
+    check_pair(drawing_lm, tokenizer)
     with progress("read", None) as tick:
-        pairs = read_captioned(sources, tokenizer, llm.vocabulary.tokens_per_image, limit, tick)
-    with progress("bench --llm", 3 * len(pairs)) as tick:
-        found = measure_llm(llm, pairs, batch_size=batch_size, seed=seed, tick=tick)
+        pairs = read_captioned(sources, tokenizer, drawing_lm.vocabulary.tokens_per_image, limit, tick)
+    with progress("bench llm", 3 * len(pairs)) as tick:
+        figures = measure_llm(drawing_lm, pairs, batch_size=batch_size, seed=seed, tick=tick)
     if json_:
-        result_json(dataclasses.asdict(found) | {"llm_digest": llm.digest, "tokenizer_digest": tokenizer.token_digest})
+        digests = {"llm_digest": drawing_lm.digest, "tokenizer_digest": tokenizer.token_digest}
+        result_json(dataclasses.asdict(figures) | digests)
         return
-    trained = found.unigram_trained
+    trained = figures.unigram_trained
+    codes = drawing_lm.vocabulary.codebook_size
     result(
-        f"{found.photos:,} photos, {found.tokens:,} visual tokens of {llm.vocabulary.codebook_size:,} codes\n"
-        f"likelier under their own caption than under another photo's: {found.matched_share:.1%} "
-        f"± {found.matched_ci95:.1%} (chance: 50%)\n"
-        f"visual loss: {found.visual_loss:.3f} nats a token under their own caption, "
-        f"{found.other_caption_loss:.3f} under another's, {found.no_caption_loss:.3f} under none\n"
-        f"beside it: {found.ln_codebook_size:.3f} for a uniform guess (ln K), "
+        f"{figures.photos:,} photos, {figures.tokens:,} visual tokens of {codes:,} codes\n"
+        f"likelier under their own caption than under another photo's: {figures.matched_share:.1%} "
+        f"± {figures.matched_ci95:.1%} (chance: 50%)\n"
+        f"visual loss: {figures.visual_loss:.3f} nats a token under their own caption, "
+        f"{figures.other_caption_loss:.3f} under another's, {figures.no_caption_loss:.3f} under none\n"
+        f"beside it: {figures.ln_codebook_size:.3f} for a uniform guess (ln K), "
         + (f"{trained:.3f} for a unigram of the training set, " if trained is not None else "")
-        + f"{found.unigram_entropy:.3f} for a unigram of these very photos"
+        + f"{figures.unigram_entropy:.3f} for a unigram of these very photos"
     )

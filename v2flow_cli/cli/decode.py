@@ -3,36 +3,13 @@
 from __future__ import annotations
 
 import time
-from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from v2flow_cli.cli import options
 from v2flow_cli.cli.console import fail, log, progress, result, result_json
-
-
-class Solver(str, Enum):
-    """What ``--solver`` takes."""
-
-    euler = "euler"
-    heun = "heun"
-    dpmpp = "dpm++"
-    ddim = "ddim"
-
-
-class Schedule(str, Enum):
-    """What ``--schedule`` takes."""
-
-    constant = "constant"
-    linear = "linear"
-
-
-class Guidance(str, Enum):
-    """What ``--guidance`` takes."""
-
-    cfg = "cfg"
-    apg = "apg"
 
 
 def decode(
@@ -41,36 +18,21 @@ def decode(
         typer.Argument(help="Token files (.npy), folders that encode wrote, or globs.", show_default=False),
     ],
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the PNG files.")] = Path("decoded"),
-    model: Annotated[
-        str | None, typer.Option(help="Tokenizer: folder or hub id. Default: the one inside the package.")
-    ] = None,
-    decoder: Annotated[
-        str | None,
-        typer.Option(help="faithful (PSNR, SSIM) or sharp (texture), where the model has both. Default: the model's."),
-    ] = None,
-    cfg: Annotated[
-        float | None, typer.Option(min=0.0, help="Guidance scale; 1 means none. Default: the model's.")
-    ] = None,
-    rounds: Annotated[int | None, typer.Option(min=1, help="Unmasking rounds. Default: the model's.")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="ODE steps in each round. Default: the model's.")] = None,
-    solver: Annotated[Solver | None, typer.Option(help="ODE solver. Default: the model's.")] = None,
-    schedule: Annotated[
-        Schedule | None,
-        typer.Option(help="linear raises the guidance from 1 as sampling goes on. Default: the model's."),
-    ] = None,
-    guidance: Annotated[
-        Guidance | None, typer.Option(help="apg spares colours and contrast at high --cfg. Default: the model's.")
-    ] = None,
-    noise: Annotated[
-        float | None,
-        typer.Option(min=0.0, help="Factor on the initial noise; 0 is the mean. Default: the model's."),
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the noise; each image's own is drawn from it and its key.")] = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images decoded at a time.")] = 8,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto (bf16 where it is fast), fp32 or bf16.")] = "auto",
-    force: Annotated[bool, typer.Option("--force", help="Overwrite images that exist.")] = False,
-    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+    model: options.Tokenizer = None,
+    decoder: options.Decoder = None,
+    cfg: options.Cfg = None,
+    rounds: options.Rounds = None,
+    steps: options.Steps = None,
+    solver: options.SolverName = None,
+    schedule: options.Schedule = None,
+    guidance: options.GuidanceKind = None,
+    noise: options.Noise = None,
+    seed: options.Seed = 0,
+    batch_size: options.BatchSize = 8,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    force: options.Force = False,
+    json_: options.Json = False,
 ) -> None:
     """Turn token ids back into PNG images.
 
@@ -107,13 +69,9 @@ def decode(
             batch_size=batch_size,
             dtype=pick_dtype(dtype, target),
             tick=tick,
-            guidance_scale=cfg,
-            num_mask_steps=rounds,
-            num_flow_steps=steps,
-            solver=solver.value if solver else None,
-            guidance_schedule=schedule.value if schedule else None,
-            guidance=guidance.value if guidance else None,
-            noise_temperature=noise,
+            **options.sampling(
+                cfg=cfg, rounds=rounds, steps=steps, solver=solver, schedule=schedule, guidance=guidance, noise=noise
+            ),
         )
     seconds = time.perf_counter() - start
 

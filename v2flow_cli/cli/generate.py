@@ -10,8 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+from v2flow_cli.cli import options
 from v2flow_cli.cli.console import log, progress, result, result_json
-from v2flow_cli.cli.decode import Guidance, Solver
 from v2flow_cli.errors import DataError
 
 
@@ -40,19 +40,14 @@ def generate(
     llm_cfg: Annotated[
         float | None, typer.Option(min=0.0, help="Guidance scale of the LLM; 1 means none. Default: the LLM's.")
     ] = None,
-    decoder: Annotated[
-        str | None,
-        typer.Option(help="faithful (PSNR, SSIM) or sharp (texture), where the model has both. Default: the model's."),
-    ] = None,
-    cfg: Annotated[
-        float | None, typer.Option(min=0.0, help="Guidance scale of the decoder. Default: the model's.")
-    ] = None,
-    guidance: Annotated[
-        Guidance | None, typer.Option(help="apg spares colours and contrast at high --cfg. Default: the model's.")
-    ] = None,
-    rounds: Annotated[int | None, typer.Option(min=1, help="Unmasking rounds. Default: the model's.")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="ODE steps in each round. Default: the model's.")] = None,
-    solver: Annotated[Solver | None, typer.Option(help="ODE solver. Default: the model's.")] = None,
+    decoder: options.Decoder = None,
+    cfg: options.Cfg = None,
+    rounds: options.Rounds = None,
+    steps: options.Steps = None,
+    solver: options.SolverName = None,
+    schedule: options.Schedule = None,
+    guidance: options.GuidanceKind = None,
+    noise: options.Noise = None,
     seed: Annotated[str, typer.Option(help="First seed; or, as 1,5,7, the seeds themselves.")] = "0",
     save_tokens: Annotated[bool, typer.Option("--save-tokens", help="Write the token ids as .npy too.")] = False,
     model: Annotated[
@@ -125,11 +120,9 @@ def generate(
         default.top_k if top_k is None else top_k,
         default.top_p if top_p is None else top_p,
         default.guidance_scale if llm_cfg is None else llm_cfg,
-        cfg,
-        rounds,
-        steps,
-        solver.value if solver else None,
-        guidance.value if guidance else None,
+        **options.sampling(
+            cfg=cfg, rounds=rounds, steps=steps, solver=solver, schedule=schedule, guidance=guidance, noise=noise
+        ),
     )
     models = model_digests(llm, image_tokenizer)
     records = {p.name: about(p, settings, models) for p in pictures}

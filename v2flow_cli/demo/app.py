@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image
 
-from v2flow_cli.bench import metrics
+from v2flow_cli.bench import similarity
+from v2flow_cli.bench.codebook_use import token_bytes
 from v2flow_cli.bench.coder import inference
 from v2flow_cli.bench.report import illustrations
 from v2flow_cli.bench.report.token_view import TokenView, token_view
@@ -62,8 +63,9 @@ class Studio:
         reference, made = to_uint8(images), to_uint8(decoded)
         length, codes = ids.shape[1], self.tokenizer.config.codebook_size
         figures = (
-            f"{length:,} tokens of {codes:,} codes: {metrics.token_bytes(length, codes):,} bytes. "
-            f"PSNR {metrics.psnr(reference, made).item():.2f} dB, SSIM {metrics.ssim(reference, made).item():.3f}."
+            f"{length:,} tokens of {codes:,} codes: {token_bytes(length, codes):,} bytes. "
+            f"PSNR {similarity.psnr(reference, made).item():.2f} dB, "
+            f"SSIM {similarity.ssim(reference, made).item():.3f}."
         )
         rows, columns = illustrations.token_grid_shape(length)
         grid = Image.fromarray(self.view.colours[ids[0].cpu().numpy()].reshape(rows, columns, 3))

@@ -49,12 +49,12 @@ def demo(
     if len(files) > limit:
         log(f"{images}: the first {limit} of {len(files)} images; --limit shows more")
 
+    from v2flow_cli.bench.networks import load_networks
     from v2flow_cli.bench.report.page import Page, write_report
     from v2flow_cli.bench.report.token_view import token_views
     from v2flow_cli.bench.results import tables
     from v2flow_cli.bench.run import run_bench
     from v2flow_cli.bench.sweep import parse_sweeps
-    from v2flow_cli.cli.bench import load_judges
     from v2flow_cli.jobs.encode import SetEncoder, encode_files
     from v2flow_cli.runtime.device import pick_device, pick_dtype
     from v2flow_cli.store.images import open_image
@@ -90,7 +90,7 @@ def demo(
             settings=parse_sweeps([f"cfg={scales}"], {"decoder": tokenizer.decoder_name}),
             batch_size=BATCH_SIZE,
             dtype=dtype,
-            judges=load_judges(target),
+            networks=load_networks(target),
             keep=limit,
             tick=tick,
         )

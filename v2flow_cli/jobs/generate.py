@@ -47,7 +47,9 @@ class Settings:
     num_mask_steps: int | None = None
     num_flow_steps: int | None = None
     solver: str | None = None
+    guidance_schedule: str | None = None
     guidance: str | None = None
+    noise_temperature: float | None = None
 
 
 def plan_pictures(prompts: Sequence[str], seeds: Sequence[int], temperatures: Sequence[float]) -> list[Picture]:
@@ -120,7 +122,9 @@ def draw_images(
                 num_mask_steps=settings.num_mask_steps,
                 num_flow_steps=settings.num_flow_steps,
                 solver=settings.solver,
+                guidance_schedule=settings.guidance_schedule,
                 guidance=settings.guidance,
+                noise_temperature=settings.noise_temperature,
                 seeds=[pictures[i].seed for i in rows],
             )
             for i, image in zip(rows, to_pil(decoded)):

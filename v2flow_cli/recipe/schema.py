@@ -242,6 +242,21 @@ class FlowTransformer:
     share: float = 1.0  # of each batch's images that the flow loss sees; the regression loss sees all. 0: it alone
 
 
+Solver = Literal["euler", "heun", "dpm++", "ddim"]
+GuidanceSchedule = Literal["constant", "linear"]
+Guidance = Literal["cfg", "apg"]
+#: What the command line calls the fields of ``Sampling``.
+SAMPLING_OPTIONS = {
+    "cfg": "guidance_scale",
+    "rounds": "num_mask_steps",
+    "steps": "num_flow_steps",
+    "solver": "solver",
+    "schedule": "guidance_schedule",
+    "guidance": "guidance",
+    "noise": "noise_temperature",
+}
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How ``decode`` samples unless told otherwise (Algorithm 1, Eq. 7).
@@ -251,11 +266,11 @@ class Sampling:
 
     num_mask_steps: int  # rounds of unmasking
     num_flow_steps: int  # solver steps in each round
-    solver: Literal["euler", "heun", "dpm++", "ddim"]  # of the ODE, Eq. 1
+    solver: Solver  # of the ODE, Eq. 1
     guidance_scale: float  # 1 means no guidance
-    guidance_schedule: Literal["constant", "linear"]  # linear rises from 1 as the sampling goes on
+    guidance_schedule: GuidanceSchedule  # linear rises from 1 as the sampling goes on
     noise_temperature: float  # factor on the initial noise
-    guidance: Literal["cfg", "apg"] = "cfg"  # Eq. 7, or adaptive projected guidance (arXiv 2410.02416)
+    guidance: Guidance = "cfg"  # Eq. 7, or adaptive projected guidance (arXiv 2410.02416)
     apg_momentum: float = -0.5  # share of the earlier steps' guidance that is added; below 0 it is taken away
     apg_threshold: float = 0.05  # largest root mean square of the guidance over an image's latents; 0: no limit
     apg_parallel: float = 0.0  # share kept of the guidance along the prediction itself; 1 keeps all

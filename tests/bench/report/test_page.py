@@ -78,7 +78,7 @@ def test_shows_figures_published_rows_and_protocol(page: Page) -> None:
     protocol, digest = result.protocol, result.rows[0].weights_digest
     for part in (protocol.key, protocol.reference_digest, digest, "The first 2 of 3 photos", "MS-SSIM is left out"):
         assert part in text
-    assert f"{result.rows[0].psnr.mean:.2f}" in text
+    assert f"{result.rows[0].values['psnr_db'].mean:.2f}" in text
     assert "Taming-VQGAN" not in text  # the paper has no table at 32 px
     assert "1 file left out" in text and "slowest command, bench: 0.31 s" in text
 

@@ -69,7 +69,7 @@ def _pictures(bench: Bench, image: KeptImage) -> Iterable[Variant]:
         yield label, "absolute difference", error_map(image.reference, image.pictures[row.system]), False
     for row in (row for row in rows if row.kind == "codec"):
         figures = bench.result.figures_of(image.name, row.system)
-        yield row.system, f"{figures.bytes} B · {show_number(figures.psnr, 2)} dB", image.pictures[row.system], False
+        yield row.system, f"{figures.bytes} B · {_psnr(figures)}", image.pictures[row.system], False
 
 
 def _maps(image: KeptImage, row: Row, view: TokenView) -> Iterable[Variant]:
@@ -109,4 +109,8 @@ def _words(name: str, group: str, ids: np.ndarray, view: TokenView) -> str:
 
 
 def _note(figures: ImageFigures) -> str:
-    return f"{show_number(figures.psnr, 2)} dB · {figures.ssim:.3f}"
+    return f"{_psnr(figures)} · {figures.values['ssim']:.3f}"
+
+
+def _psnr(figures: ImageFigures) -> str:
+    return f"{show_number(figures.values['psnr_db'] or 0.0, 2)} dB"

@@ -10,16 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
+from v2flow_cli.bench.metrics import METRICS, Metric
 from v2flow_cli.bench.results import Record, Table
 
-#: Key of a record: heading, decimals, and whether more is better.
-METRICS = {
-    "psnr_db": ("PSNR, dB", 1, True),
-    "ssim": ("SSIM", 2, True),
-    "ms_ssim": ("MS-SSIM", 2, True),
-    "lpips": ("LPIPS, less is better", 2, False),
-    "rfid": ("rFID, less is better", 1, False),
-}
 WIDTH, HEIGHT = 560, 380
 LEFT, RIGHT, TOP, BOTTOM = 56, 16, 16, 46  # pixels around the axes
 HUES = 8  # series colours in report.html
@@ -78,18 +71,20 @@ def _chart(table: Table, x: str, x_label: str, title: str) -> str:
     group = f"{x}-{table.size}"
     drawings: list[str] = []
     choices: list[str] = []
-    for metric, (label, _, _) in METRICS.items():
-        rows = [row for row in table.rows if row[x] and row[metric] is not None]
+    for metric in METRICS:
+        rows = [row for row in table.rows if row[x] and row.get(metric.key) is not None]
+        if not metric.better:
+            continue
         if len(rows) < 2:
             continue
         first = not drawings
-        name = label.split(",")[0]
+        name = metric.heading.removesuffix(" dB")
         choices.append(
-            f'<label><input class="hide" type="radio" name="{group}" value="{metric}"{" checked" if first else ""}>'
+            f'<label><input class="hide" type="radio" name="{group}" value="{metric.key}"{" checked" if first else ""}>'
             f"<span>{name}</span></label>"
         )
         drawings.append(
-            f'<div class="drawing" data-metric="{metric}"{"" if first else " hidden"}>'
+            f'<div class="drawing" data-metric="{metric.key}"{"" if first else " hidden"}>'
             f"{_drawing(table, rows, x, x_label, metric, f'{title}: {name} over {x_label}')}</div>"
         )
     if not drawings:
@@ -104,16 +99,17 @@ def _chart(table: Table, x: str, x_label: str, title: str) -> str:
     )
 
 
-def _drawing(table: Table, rows: Sequence[Record], x: str, x_label: str, metric: str, title: str) -> str:
-    label, digits, _ = METRICS[metric]
-    ceilings = [row for row in _ceilings(table, x) if row[metric] is not None]
+def _drawing(table: Table, rows: Sequence[Record], x: str, x_label: str, metric: Metric, title: str) -> str:
+    key, digits = metric.key, metric.decimals - 1
+    label = metric.heading + (", less is better" if metric.better == "lower" else "")
+    ceilings = [row for row in _ceilings(table, x) if row[key] is not None]
     across = Axis.around([row[x] for row in rows], log=True)
-    up = Axis.around([row[metric] for row in (*rows, *ceilings)], log=False)
+    up = Axis.around([row[key] for row in (*rows, *ceilings)], log=False)
 
     def point(row: Record) -> tuple[float, float]:
         return (
             LEFT + across.at(row[x]) * (WIDTH - LEFT - RIGHT),
-            HEIGHT - BOTTOM - up.at(row[metric]) * (HEIGHT - TOP - BOTTOM),
+            HEIGHT - BOTTOM - up.at(row[key]) * (HEIGHT - TOP - BOTTOM),
         )
 
     parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">']
@@ -128,7 +124,7 @@ def _drawing(table: Table, rows: Sequence[Record], x: str, x_label: str, metric:
     parts.append(f'<text class="axis" x="{WIDTH - RIGHT}" y="{HEIGHT - 8}" text-anchor="end">{x_label} (log)</text>')
     parts.append(f'<text class="axis" x="{LEFT + 6}" y="{TOP + 12}">{label}</text>')
     for row in ceilings:
-        y = HEIGHT - BOTTOM - up.at(row[metric]) * (HEIGHT - TOP - BOTTOM)
+        y = HEIGHT - BOTTOM - up.at(row[key]) * (HEIGHT - TOP - BOTTOM)
         parts.append(f'<line class="ceiling" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
     on_top = sorted(rows, key=lambda row: row["kind"] != "codec")  # tokenizers are drawn over codecs
     for family in dict.fromkeys(row["family"] for row in on_top):
@@ -138,7 +134,7 @@ def _drawing(table: Table, rows: Sequence[Record], x: str, x_label: str, metric:
             parts.append(f'<polyline class="hue{_hue(table, family)}" points="{line}"/>')
         for row in curve:
             a, b = point(row)
-            tip = f"{row['system']}: {row[metric]:.{digits + 1}f} at {row[x]:.4g} {x_label}"
+            tip = f"{row['system']}: {row[key]:.{digits + 1}f} at {row[x]:.4g} {x_label}"
             shape = (
                 f'<rect x="{a - 5:.1f}" y="{b - 5:.1f}" width="10" height="10"'
                 if row["kind"] == "codec"

@@ -6,46 +6,27 @@ import math
 from collections.abc import Sequence
 from html import escape
 
+from v2flow_cli.bench.metrics import METRICS, Metric
 from v2flow_cli.bench.published import PUBLISHED, SOURCE
-from v2flow_cli.bench.results import Record, Table
+from v2flow_cli.bench.results import Record, Table, columns, shown
 from v2flow_cli.bench.run import Bench
 
 MAX_IMAGE_ROWS = 600  # of the table of single photos; ``--images-csv`` has them all
 
 Cell = tuple[str, str]  # (HTML, sort key; "" for what was not measured)
-#: heading: (key of a record, decimals, whether it has an interval)
-_COLUMNS: dict[str, tuple[str, int, bool]] = {
-    "tokens": ("tokens_per_image", 0, False),
-    "bytes": ("bytes_per_image", 0, False),
-    "bits/pixel": ("bits_per_pixel", 4, False),
-    "entropy bits/pixel": ("entropy_bits_per_pixel", 4, False),
-    "PSNR dB": ("psnr_db", 2, True),
-    "SSIM": ("ssim", 3, True),
-    "MS-SSIM": ("ms_ssim", 3, True),
-    "LPIPS": ("lpips", 3, True),
-    "rFID": ("rfid", 2, False),
-    "encode/s": ("encode_images_per_s", 2, False),
-    "decode/s": ("decode_images_per_s", 2, False),
-}
 
 
 def measured_table(table: Table) -> str:
     """Every system over all photos, tokenizers marked; columns that no row fills are left out."""
-    columns = {
-        head: (key, digits, interval)
-        for head, (key, digits, interval) in _COLUMNS.items()
-        if key in ("lpips", "rfid") or any(row[key] is not None for row in table.rows)
-    }
-    rows = [
-        [_text(row["system"]), *(_figure(row, key, digits, interval) for key, digits, interval in columns.values())]
-        for row in table.rows
-    ]
+    metrics = columns(table)
+    rows = [[_text(row["system"]), *(_figure(row, metric) for metric in metrics)] for row in table.rows]
     protocol = table.protocol
     caption = (
         f"Measured here on {protocol['count']:,} photos at {table.size} × {table.size}: "
         f"mean ± 95% interval. Protocol {protocol['key']}."
     )
-    return _table(caption, ("system",), tuple(columns), rows, [row["codebook"] is not None for row in table.rows])
+    heads = [metric.heading for metric in metrics]
+    return _table(caption, ("system",), heads, rows, [row["codebook"] is not None for row in table.rows])
 
 
 def published_table(image_size: int) -> str:
@@ -69,20 +50,18 @@ def published_table(image_size: int) -> str:
 def image_table(bench: Bench) -> str:
     """Every system on every photo, up to MAX_IMAGE_ROWS lines."""
     figures = bench.result.images
+    metrics = [metric for metric in METRICS if metric.of_images]
     rows = [
         [
             _text(f.image),
             _text(f.system),
             _cell(f.bytes, 0),
-            _cell(f.psnr, 2),
-            _cell(f.ssim, 3),
-            _cell(f.ms_ssim, 3),
-            _cell(f.lpips, 3),
+            *(_cell(f.values[metric.key], metric.decimals) for metric in metrics),
         ]
         for f in figures[:MAX_IMAGE_ROWS]
     ]
     more = f", the first {len(rows):,} of {len(figures):,} lines" if len(rows) < len(figures) else ""
-    heads = ("bytes", "PSNR dB", "SSIM", "MS-SSIM", "LPIPS")
+    heads = ("bytes", *(metric.heading for metric in metrics))
     size = bench.result.protocol.image_size
     return _table(f"Every photo on its own at {size} pixels{more}.", ("photo", "system"), heads, rows, tall=True)
 
@@ -128,9 +107,9 @@ def _cell(value: float | None, digits: int) -> Cell:
     return ("–", "") if value is None else (show_number(value, digits), repr(float(value)))
 
 
-def _figure(row: Record, key: str, digits: int, interval: bool) -> Cell:
-    """A cell of a record; PSNR of equal pictures is infinite, which a record holds as null."""
-    value = math.inf if key == "psnr_db" and row[key] is None else row[key]
-    html, sort_key = _cell(value, digits)
-    width = row[f"{key}_ci95"] if interval else None
-    return (html if width is None else f"{html} <small>± {width:.{digits}f}</small>"), sort_key
+def _figure(row: Record, metric: Metric) -> Cell:
+    value = row.get(metric.key)
+    text, _, width = shown(metric, row).partition(" ± ")
+    if value is None:
+        return ("∞", repr(math.inf)) if metric.infinite else ("–", "")
+    return (f"{text} <small>± {width}</small>" if width else text), repr(float(value))

@@ -1,0 +1,63 @@
+"""How much of a codebook token ids use, and how many bits and bytes they take."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class CodebookFigures:
+    """How much of the codebook the token ids of all images use."""
+
+    codebook_size: int  # K
+    tokens: int  # ids counted; at most this many codes can be used
+    distinct: int
+    usage: float  # distinct / K, in [0, 1]
+    perplexity: float  # exp of the entropy, in [1, K]
+    entropy_bits: float  # bits a token under the ideal order-0 code of these very ids; log2 K when all are as likely
+    adaptive_bits: float  # bits a token under an adaptive code that knows nothing beforehand and learns as it goes
+
+
+class CodebookCounter:
+    """Counts token ids over batches."""
+
+    def __init__(self, codebook_size: int) -> None:
+        self._counts = torch.zeros(codebook_size, dtype=torch.int64)
+
+    def add(self, token_ids: Tensor) -> None:
+        """Count ``token_ids``, integers in [0, K) of any shape."""
+        self._counts += torch.bincount(token_ids.flatten().cpu(), minlength=len(self._counts))
+
+    def share(self, total: Callable[[Sequence[int]], list[int]]) -> None:
+        """Count what every rank has counted; ``total`` adds up numbers over them."""
+        self._counts = torch.tensor(total(self._counts.tolist()))
+
+    def figures(self) -> CodebookFigures:
+        """Usage, perplexity and bits of all ids so far (at least one).
+
+        Of few ids the entropy is too low, since it grants the code table for free; the adaptive code
+        (Krichevsky-Trofimov: each code starts at count 1/2) pays for it, so the truth lies between the two.
+        """
+        total, size = int(self._counts.sum()), len(self._counts)
+        p = self._counts[self._counts > 0].double() / total
+        entropy = abs(float(-(p * p.log()).sum()))  # nats; abs: a single code gives -0.0
+        half = torch.tensor(0.5).double()
+        code = torch.lgamma(total + size * half) - torch.lgamma(size * half)  # nats, whatever the order of the ids
+        code = code - (torch.lgamma(self._counts + half) - torch.lgamma(half)).sum()
+        bits = entropy / math.log(2), float(code) / total / math.log(2)
+        return CodebookFigures(size, total, len(p), len(p) / size, math.exp(entropy), *bits)
+
+
+def bits_per_pixel(bytes_per_image: float, pixels: int) -> float:
+    """Bits per pixel of an image of so many ``pixels`` that takes ``bytes_per_image``."""
+    return 8 * bytes_per_image / pixels
+
+
+def token_bytes(tokens_per_image: int, codebook_size: int) -> int:
+    """Bytes that hold ``tokens_per_image`` ids of ceil(log2 K) bits: 256 ids of 16,384 codes take 448."""
+    return math.ceil(tokens_per_image * max(1, math.ceil(math.log2(codebook_size))) / 8)

@@ -1,0 +1,214 @@
+"""``v2flow bench [IMAGES]``: what tokenizers keep of a picture, beside plain codecs and the published table."""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from v2flow_cli.cli import options
+from v2flow_cli.cli.console import fail, log, progress, result, result_json
+
+COMMANDS = ("train", "encode", "decode", "shard", "finetune-llm", "generate", "bench")
+
+
+def reconstruction(
+    images: options.Images = None,
+    res: Annotated[
+        str | None,
+        typer.Option(metavar="PIXELS,...", help="Sides of the centre crop, as 256,512. Default: the model's."),
+    ] = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(help="Tokenizer: folder or hub id; may be repeated. Default: the one inside the package."),
+    ] = None,
+    external: Annotated[
+        list[str] | None,
+        typer.Option(metavar="MODULE:FACTORY", help="A tokenizer of your own: Python code that builds it; repeatable."),
+    ] = None,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=V1,V2",
+            help="Measure at each value of tokens, decoder, cfg, rounds, steps, solver, schedule, guidance or noise; "
+            "several --sweep give every combination.",
+        ),
+    ] = None,
+    decoder: Annotated[
+        str | None,
+        typer.Option(help="faithful or sharp, where a model has both. Default: both, a row each."),
+    ] = None,
+    cfg: Annotated[
+        str | None,
+        typer.Option(metavar="SCALE,...", help="Guidance scales; 1 means none. Default: the model's."),
+    ] = None,
+    rounds: options.Rounds = None,
+    steps: options.Steps = None,
+    solver: options.SolverName = None,
+    schedule: options.Schedule = None,
+    guidance: options.GuidanceKind = None,
+    noise: options.Noise = None,
+    limit: options.Limit = None,
+    batch_size: options.BatchSize = 8,
+    report: Annotated[Path | None, typer.Option(metavar="FILE.html", help="Write a page that shows it all.")] = None,
+    report_images: Annotated[
+        int | None, typer.Option(min=0, help="Images shown on the page of --report. Default: 12.")
+    ] = None,
+    csv: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the table: one line a system.")] = None,
+    images_csv: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the figures of every single image.")
+    ] = None,
+    lpips_net: Annotated[
+        Literal["alex", "vgg", "squeeze"] | None,
+        typer.Option(help="Backbone of LPIPS. Default: alex, left out where its weights are missing."),
+    ] = None,
+    fid: Annotated[
+        bool | None, typer.Option("--fid/--no-fid", help="rFID. Default: where its weights are available.")
+    ] = None,
+    weights: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Where weights of LPIPS and Inception are, besides the torch hub cache."),
+    ] = None,
+    download: Annotated[
+        bool, typer.Option("--download", help="Fetch weights of LPIPS and Inception where they are missing.")
+    ] = False,
+    codecs: Annotated[bool, typer.Option("--codecs/--no-codecs", help="JPEG, WebP, AVIF at the same bytes.")] = True,
+    codec_bytes: Annotated[
+        str | None, typer.Option(metavar="BYTES,...", help="More budgets for the codecs, as 224,448,896.")
+    ] = None,
+    speed: Annotated[bool, typer.Option("--speed/--no-speed", help="Images/s, memory, and the time of --help.")] = True,
+    seed: options.Seed = 0,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    json_: options.Json = False,
+) -> None:
+    """Measure reconstruction (PSNR, SSIM, LPIPS, rFID), bits and speed, beside codecs at the same bytes.
+
+    Examples:
+
+        v2flow bench
+
+        v2flow bench imgs/ --res 256,512 --report bench.html
+
+        v2flow bench imgs/ --sweep cfg=1,2,3 --sweep solver=euler,heun --csv table.csv --no-speed
+    """
+    sizes: list[int | None] = [*options.numbers("--res", res, 16)] if res else [None]
+    scales = options.numbers("--cfg", cfg, 0, float) if cfg else []
+    fixed = options.sampling(
+        cfg=scales[0] if len(scales) == 1 else None,
+        rounds=rounds,
+        steps=steps,
+        solver=solver,
+        schedule=schedule,
+        guidance=guidance,
+        noise=noise,
+    )
+    swept = [*(sweep or ()), *([f"cfg={cfg}"] if len(scales) > 1 else ())]
+    ours = bool(model) or not external
+    sampled = bool(swept or decoder) or any(value is not None for value in fixed.values())
+    options.only_with("decoder options", sampled, "a --model of ours beside --external", ours)
+    options.only_with("--report-images", report_images is not None, "--report", report is not None)
+    options.only_with("--codec-bytes", codec_bytes is not None, "--codecs", codecs)
+
+    from v2flow_cli.bench.sweep import parse_sweeps
+
+    try:
+        settings = parse_sweeps(swept, {**fixed, "decoder": decoder})
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--sweep") from None
+
+    from v2flow_cli.assets import sample_photos
+    from v2flow_cli.bench.photos import PhotoReader
+
+    reader = PhotoReader(images) if images else None
+    samples = sample_photos() if reader is None else []
+    total = len(samples) if reader is None else reader.count
+    total = min(total, limit) if total is not None and limit is not None else total
+
+    from v2flow_cli.bench.candidates import load_tokenizers
+    from v2flow_cli.bench.codec_speed import help_seconds
+    from v2flow_cli.bench.coder import load_external
+    from v2flow_cli.bench.networks import load_networks
+    from v2flow_cli.bench.results import as_csv, as_record, tables
+    from v2flow_cli.bench.results import images_csv as images_as_csv
+    from v2flow_cli.bench.run import run_bench
+    from v2flow_cli.runtime.device import pick_device, pick_dtype
+    from v2flow_cli.runtime.processes import launch
+
+    target = pick_device(device)
+    externals = [load_external(place) for place in external or ()]
+    models = load_tokenizers((model or [None]) if ours else [], target)
+    networks = load_networks(target, lpips_net, fid, weights, download)
+    benches = []
+    with launch() as processes:
+        for size in sizes:
+            with progress(f"bench at {size} px" if size else "bench", total) as tick:
+                benches.append(
+                    run_bench(
+                        models,
+                        islice(reader if reader is not None else samples, limit),
+                        size=size,
+                        settings=settings,
+                        externals=externals,
+                        batch_size=batch_size,
+                        dtype=pick_dtype(dtype, target),
+                        seed=seed,
+                        networks=networks,
+                        with_codecs=codecs,
+                        codec_bytes=options.numbers("--codec-bytes", codec_bytes, 1) if codec_bytes else (),
+                        with_speed=speed,
+                        keep=(12 if report_images is None else report_images) if report else 0,
+                        ranks=processes,
+                        tick=tick,
+                    )
+                )
+        if processes.rank:
+            return  # the first process reports for all
+    seconds_of_help = help_seconds(COMMANDS) if speed else {}
+    failed = reader.failed if reader is not None else []
+    measured, notes = tables(benches), [note for bench in benches for note in bench.notes]
+
+    options.write_to(csv, as_csv(measured).encode())
+    options.write_to(images_csv, images_as_csv(benches).encode())
+    if report:
+        from v2flow_cli.bench.report.page import Page, write_report
+        from v2flow_cli.bench.report.token_view import token_views
+
+        page = Page(
+            title="What tokens keep of a photo",
+            lead="Photos as tokens and back, measured on every photo, beside codecs that get as many bytes.",
+            tables=measured,
+            benches=benches,
+            views=token_views(models),
+            command="v2flow bench",
+            help_seconds=seconds_of_help,
+            notes=notes,
+            failed=[f"{f.source}: {f.reason}" for f in failed],
+        )
+        write_report(page, report)
+    if json_:
+        result_json(
+            {
+                **as_record(measured, notes),
+                "help_seconds": seconds_of_help,
+                "report": str(report) if report else None,
+                "csv": str(csv) if csv else None,
+                "images_csv": str(images_csv) if images_csv else None,
+                "failed": [{"source": f.source, "reason": f.reason} for f in failed],
+            }
+        )
+    else:
+        from v2flow_cli.cli.bench_terminal import print_help_seconds, print_tables
+
+        print_tables(measured)
+        print_help_seconds(seconds_of_help)
+        for file in filter(None, (report, csv, images_csv)):
+            result(f"wrote {file}")
+    for note in dict.fromkeys(notes):
+        log(f"note: {note}")
+    for failure in failed:
+        log(f"left out: {failure.source}: {failure.reason}")
+    if failed:
+        fail(f"{len(failed)} of the images could not be measured; the figures are of the other ones.")

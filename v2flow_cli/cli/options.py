@@ -1,0 +1,80 @@
+"""Options that several commands share, each spelt once; what a decoder takes is derived from ``recipe/schema.py``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+from v2flow_cli.recipe.schema import SAMPLING_OPTIONS, Guidance, GuidanceSchedule, Solver
+
+N = TypeVar("N", int, float)
+
+# Models, machines, output.
+Tokenizer = Annotated[
+    str | None, typer.Option("--model", help="Tokenizer: folder or hub id. Default: the one inside the package.")
+]
+Seed = Annotated[int, typer.Option(help="Seed of the noise; each image's own is drawn from it and its name.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Images at a time.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
+Dtype = Annotated[str, typer.Option(help="auto (bf16 where it is fast), fp32 or bf16.")]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite files that exist.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Stop after this many images.")]
+Images = Annotated[
+    list[str] | None,
+    typer.Argument(help="Image files, folders, globs or WebDataset tars. Default: five sample photos."),
+]
+
+# How a decoder samples; the default of each is the model's.
+Decoder = Annotated[
+    str | None,
+    typer.Option(help="faithful (PSNR, SSIM) or sharp (texture), where the model has both. Default: the model's."),
+]
+Cfg = Annotated[float | None, typer.Option(min=0.0, help="Guidance scale; 1 means none. Default: the model's.")]
+Rounds = Annotated[int | None, typer.Option(min=1, help="Unmasking rounds. Default: the model's.")]
+Steps = Annotated[int | None, typer.Option(min=1, help="ODE steps in each round. Default: the model's.")]
+SolverName = Annotated[Solver | None, typer.Option("--solver", help="ODE solver. Default: the model's.")]
+Schedule = Annotated[
+    GuidanceSchedule | None,
+    typer.Option("--schedule", help="linear raises the guidance from 1 during sampling. Default: the model's."),
+]
+GuidanceKind = Annotated[
+    Guidance | None,
+    typer.Option("--guidance", help="apg limits colour and contrast shifts at high --cfg. Default: the model's."),
+]
+Noise = Annotated[
+    float | None,
+    typer.Option(min=0.0, help="Factor on the initial noise; 0 gives the mean. Default: the model's."),
+]
+
+
+def sampling(**values: Any) -> dict[str, Any]:
+    """The arguments of ``decode`` that decoder options set, by the names of ``Sampling``; None is the model's own."""
+    return {SAMPLING_OPTIONS[name]: value for name, value in values.items()}
+
+
+def numbers(option: str, text: str, least: float, kind: type[N] = int) -> list[N]:  # type: ignore[assignment]
+    """The different numbers, from ``least`` on, of a comma-separated option.  Raises: typer.BadParameter."""
+    try:
+        values: list[N] = [kind(part) for part in text.split(",")]
+    except ValueError:
+        values = []
+    if not values or not all(least <= value < 2**63 for value in values) or len({*values}) < len(values):  # NaN fails
+        raise typer.BadParameter(f"{text}: expected different numbers from {least} on, with commas", param_hint=option)
+    return values
+
+
+def only_with(option: str, given: bool, needed: str, there: bool) -> None:
+    """Refuse an option that does nothing without another one.  Raises: typer.BadParameter."""
+    if given and not there:
+        raise typer.BadParameter(f"does nothing without {needed}; add that, or leave this out.", param_hint=option)
+
+
+def write_to(path: Path | None, content: bytes) -> None:
+    """Write a whole file where an option asked for one."""
+    from v2flow_cli.store.files import write_bytes
+
+    if path is not None:
+        write_bytes(path, content)
