@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import socket
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from huggingface_hub import constants
+from PIL import Image
 from typer.testing import CliRunner
 
 from tests.hub_stand_in import TOKEN, Hub
+from tests.llm.conftest import write_token_set
 from v2flow_cli import DrawingLM, V2FlowTokenizer
 from v2flow_cli.cli.app import app
 from v2flow_cli.errors import ModelError
@@ -82,6 +85,80 @@ def test_without_a_network_the_cache_serves(pushed, tiny_tokenizer_folder, tmp_p
         V2FlowTokenizer.from_pretrained("me/other")
     with pytest.raises(ModelError, match="and the hub is not asked, being offline"):
         V2FlowTokenizer.from_pretrained("me/tokenizer", local_files_only=True, cache_dir=tmp_path / "empty")
+
+
+@pytest.fixture
+def silent_hub(monkeypatch, tmp_path):
+    """Accepts connections and says nothing, as some firewalls do; the client would wait for ever."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("v2flow_cli.runtime.hub.ANSWER_SECONDS", 0.2)
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{listening.getsockname()[1]}")
+        yield
+
+
+def test_a_silent_hub_is_given_up(silent_hub):
+    with pytest.raises(ModelError, match=r"^me/other: no such folder, .* cannot be reached \(.*timed out"):
+        V2FlowTokenizer.from_pretrained("me/other")
+
+
+def test_case_21_a_typo_in_the_first_folder_is_suggested_too(silent_hub, tmp_path, monkeypatch):
+    """OWNER/NAME with no folder OWNER may be a hub id, so the hub is asked; the answer names the likely folder."""
+    (tmp_path / "runs" / "my-tokenizer").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelError, match=r"^rnus/my-tokeniser: no such folder.* Did you mean runs/my-tokenizer\?$"):
+        V2FlowTokenizer.from_pretrained("rnus/my-tokeniser")
+    with pytest.raises(ModelError, match=r"^rnus/deep/my-tok: no such folder\.$"):
+        V2FlowTokenizer.from_pretrained("rnus/deep/my-tok")
+
+
+MISTYPED = [
+    ("encode photos -o t --model runs/typo", "runs/typo"),
+    ("decode tokens --model runs/typo", "runs/typo"),
+    ("generate fox --model runs/typo", "runs/typo"),
+    ("generate fox --tokenizer runs/typo", "runs/typo"),
+    ("generate --from-image photos/a.png --model runs/typo", "runs/typo"),
+    ("bench photos --model runs/typo", "runs/typo"),
+    ("bench photos --llm --llm-model runs/typo", "runs/typo"),
+    ("bench photos --alignment --model runs/typo", "runs/typo"),
+    ("train tokenizer.yaml --set latents.autoencoder=runs/typo", "runs/typo"),
+    ("train tokenizer.yaml --set vocabulary.llm=runs/typo --set latents.autoencoder=pixels", "runs/typo"),
+    ("train tokenizer.yaml --set init_from=runs/typo", "runs/typo"),
+    ("finetune-llm llm.yaml --set tokenizer=runs/typo", "runs/typo"),
+    ("finetune-llm llm.yaml --set llm=runs/typo --set tokenizer={tiny}", "runs/typo"),
+    ("encode photos -o t --model ~/typo", "~/typo"),
+    ("encode photos -o t --model file", "file: a file"),
+]
+
+
+@pytest.mark.parametrize(("command", "where"), MISTYPED)
+def test_case_21_a_mistyped_path_asks_no_hub(command, where, tmp_path, monkeypatch, tiny_tokenizer_folder, request):
+    for name in ("repo_info", "snapshot_download"):
+        monkeypatch.setattr(f"huggingface_hub.HfApi.{name}", lambda *a, **k: pytest.fail("asked the hub"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "runs" / "typos").mkdir(parents=True)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "file").touch()
+    Image.new("RGB", (64, 64)).save(tmp_path / "photos" / "a.png")
+    (tmp_path / "photos" / "a.txt").write_text("a picture")
+    recipes = request.config.rootpath / "recipes" / "tiny"
+    words = [str(recipes / word) if word.endswith(".yaml") else word for word in command.split()]
+    tokens = V2FlowTokenizer.from_pretrained(tiny_tokenizer_folder).encode(torch.zeros(1, 3, 32, 32))[0].numpy()
+    (tmp_path / "tokens").mkdir()
+    np.save(tmp_path / "tokens" / "a.npy", tokens.astype(np.uint16))
+    if command.startswith("finetune-llm"):
+        write_token_set(tmp_path / "set", V2FlowTokenizer.from_pretrained(tiny_tokenizer_folder).token_digest)
+        words += ["--set", "data.token_sets=[set]"]
+    if command.startswith("train"):
+        words += ["--set", "data.sources=[photos]"]
+    done = CliRunner().invoke(app, [word.format(tiny=tiny_tokenizer_folder) for word in words])
+    assert done.exit_code == 1 and isinstance(done.exception, SystemExit), done.exception
+    (said,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
+    assert where in said and ("no such folder" in said or "a file; expected" in said), said
+    assert not where.startswith("runs") or "Did you mean runs/typos?" in said
 
 
 def test_an_llm_loads_from_the_hub_too(hub, tmp_path):

@@ -6,10 +6,12 @@ import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from v2flow_cli.errors import ModelError, foreign_errors, reason_of
 
 REPO_ID = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")  # NAME or OWNER/NAME
+ANSWER_SECONDS = 5.0  # in which the hub has to say whether it knows a repository
 WEIGHTS = ("*.safetensors",)
 PAGES = ("README.md", "recipe.yaml")
 SETTINGS = ("*.json", "*.jinja", "*.txt", "*.model", "*.npy")  # configs, and what text tokenizers need
@@ -27,7 +29,7 @@ def model_folder(
     """The folder ``name``; or the hub's repository of that id, from its cache or fetched into it.
 
     A path that does not exist is told at once: OWNER/NAME is such a path where a folder OWNER lies here. Without a
-    network, or with ``HF_HUB_OFFLINE=1``, what the cache holds of the repository is taken.
+    network, with a hub that is silent, or with ``HF_HUB_OFFLINE=1``, what the cache holds of the repository is taken.
 
     Args:    patterns, of the files wanted (those in subfolders are left out); revision, a branch, tag or commit;
              token, for a private repository (default: that of ``hf auth login`` or HF_TOKEN); cache_dir, instead of
@@ -42,22 +44,25 @@ def model_folder(
     text = str(name)
     if not may_be_hub_id(text):
         raise ModelError(f"{text}: no such folder.{_similar(path)}")
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import HfApi, errors, snapshot_download
 
+    files: dict[str, Any] = dict(cache_dir=cache_dir, token=token, allow_patterns=list(patterns))
+    files["ignore_patterns"] = ["*/*", "*.fp16.*"]
     try:
-        found = snapshot_download(
-            text,
-            revision=revision,
-            token=token,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-            allow_patterns=list(patterns),
-            ignore_patterns=["*/*", "*.fp16.*"],
-        )
+        if not local_files_only:
+            # Asked first: for a hub that is silent, snapshot_download would wait for ever.
+            HfApi(token=token).repo_info(text, revision=revision, timeout=ANSWER_SECONDS)
+            return Path(snapshot_download(text, revision=revision, **files))
+        reason: Exception = errors.OfflineModeIsEnabled()
     except Exception as error:  # the hub client, its HTTP library and the disk have a dozen kinds
+        reason = error
+    try:
+        if isinstance(reason, errors.RevisionNotFoundError):
+            raise reason
+        return Path(snapshot_download(text, revision=revision, local_files_only=True, **files))
+    except Exception:
         where = f"{text} (revision {revision})" if revision else text
-        raise ModelError(f"{where}: {_reason(error, local_files_only)}.") from error
-    return Path(found)
+        raise ModelError(f"{where}: {_reason(reason)}.{_similar(path)}") from reason
 
 
 def may_be_hub_id(name: str) -> bool:
@@ -104,16 +109,24 @@ def push_model(folder: Path, repo_id: str) -> str:
 
 
 def _similar(path: Path) -> str:
-    """A folder beside ``path`` with nearly its name, as a question; empty where there is none."""
-    if not path.parent.is_dir():
-        return ""
-    names = [folder.name for folder in path.parent.iterdir() if folder.is_dir()]
-    close = difflib.get_close_matches(path.name, names, n=1, cutoff=0.7)
-    return f" Did you mean {path.parent / close[0]}?" if close else ""
+    """The folder that ``path`` may be a misspelling of, as a question; empty where there is none."""
+    found = Path(path.anchor)
+    for part in path.parts[1:] if path.anchor else path.parts:
+        if part != ".." and not (found / part).is_dir():
+            try:
+                names = [folder.name for folder in found.iterdir() if folder.is_dir()]
+            except OSError:
+                return ""
+            close = difflib.get_close_matches(part, names, n=1, cutoff=0.7)
+            if not close:
+                return ""
+            part = close[0]
+        found /= part
+    return f" Did you mean {found}?"
 
 
-def _reason(error: Exception, local_files_only: bool) -> str:
-    from huggingface_hub import errors, is_offline_mode
+def _reason(error: Exception) -> str:
+    from huggingface_hub import errors
 
     if isinstance(error, errors.GatedRepoError):
         return "a gated repository; ask for access on its page, and give a token (`hf auth login`)"
@@ -121,8 +134,9 @@ def _reason(error: Exception, local_files_only: bool) -> str:
         return "the hub has this repository, but no such revision"
     if isinstance(error, errors.RepositoryNotFoundError):
         return "no such folder, and no such repository on the hub; a private one needs a token (`hf auth login`)"
-    if isinstance(error, errors.LocalEntryNotFoundError):
-        offline = local_files_only or is_offline_mode()
-        why = "the hub is not asked, being offline" if offline else "the hub cannot be reached"
-        return f"no such folder, not complete in the hub's cache, and {why}"
-    return f"cannot be fetched ({reason_of(error)})"
+    missing = "no such folder, not complete in the hub's cache, and the hub"
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return f"{missing} is not asked, being offline"
+    if isinstance(error, errors.HfHubHTTPError):
+        return f"{missing} refuses ({reason_of(error)})"
+    return f"{missing} cannot be reached ({reason_of(error)})"

@@ -12,7 +12,7 @@ OTHER = "choose another folder with --set output=FOLDER"
 
 
 def check_output(output: str | Path, resume: bool) -> None:
-    """Makes nothing.  Raises: ModelError where the output folder cannot be written, or holds a run that would be lost."""
+    """Raises: ModelError for an output folder that cannot be written, or holds a run that would be lost; makes none."""
     folder = user_path(output)
     holds = [*folder.glob("checkpoints/step-*"), *folder.glob("checkpoints/checkpoint-*")]
     holds += [path for name in ("model.safetensors", "config.json") if (path := folder / name).exists()]
