@@ -29,6 +29,8 @@ class GridResampler(nn.Module):
     Raises:  ValueError where neither grid is a whole multiple of the other.
     """
 
+    ordered, flexible = 0, False
+
     def __init__(self, settings: Resampler, in_channels: int, pixels_per_latent: int) -> None:
         super().__init__()
         width = settings.hidden_size
@@ -53,16 +55,24 @@ class GridResampler(nn.Module):
         rows, columns = self.token_grid(height, width, rate)
         return rows * columns
 
-    def fits(self, height: int, width: int, rate: int) -> bool:
-        """True if an image of ``height`` x ``width`` pixels divides into whole tokens at ``rate``."""
-        multiples = (REFERENCE_PX // side for side in REFERENCE_GRIDS[self.lengths[rate]])
-        return not any(side % multiple for side, multiple in zip((height, width), multiples))
+    def rates(self, height: int, width: int) -> list[int]:
+        """The rates at which an image of ``height`` x ``width`` pixels divides into whole tokens, 0 first."""
+
+        def fits(rate: int) -> bool:
+            multiples = (REFERENCE_PX // side for side in REFERENCE_GRIDS[self.lengths[rate]])
+            return not any(side % multiple for side, multiple in zip((height, width), multiples))
+
+        return [0, *filter(fits, range(1, len(self.lengths)))]
 
     def rate_at(self, step: int) -> int:
         """The rate that training step ``step`` trains, the same on every rank and after a resume."""
         draw = random.Random(step).random()
         ends = itertools.accumulate(self.other_shares)
         return next((rate for rate, end in enumerate(ends, start=1) if draw < end), 0)
+
+    def prefix_lengths(self, batch: int, device: torch.device) -> Tensor | None:
+        """None: an image keeps all tokens of its grid."""
+        return None
 
     def places(
         self, height: int, width: int, rows: int, columns: int, device: torch.device, rate: int = 0

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from v2flow_cli.recipe.schema import Registers
 from v2flow_cli.tokenizer.context import Block, RotaryPositions, grid_coordinates, nearby, sines
+from v2flow_cli.tokenizer.prefix import sample_lengths
 
 # The first 0.5 and steps of 1 / p and 1 / p^2, p^3 = p + 1: the R2 sequence, of which every prefix is evenly spread.
 SPREAD = (0.7548776662466927, 0.5698402909980532)
@@ -27,6 +28,9 @@ class RegisterResampler(nn.Module):
         super().__init__()
         width = settings.hidden_size
         self.settings = settings
+        self.lengths: tuple[int, ...] = (settings.max_tokens,)
+        self.ordered = settings.max_tokens
+        self.flexible = settings.nested_dropout != "none"
         self.size_multiple = pixels_per_latent * settings.patch_size  # pixels
         self.embed = nn.Linear(in_channels * settings.patch_size**2, width)
         self.place = nn.Linear(width // settings.num_heads, width)
@@ -35,9 +39,20 @@ class RegisterResampler(nn.Module):
         self.blocks = nn.ModuleList(Block(settings) for _ in range(settings.depth))
         self.norm = nn.LayerNorm(width)
 
-    def num_tokens(self, height: int, width: int) -> int:
+    def num_tokens(self, height: int, width: int, rate: int = 0) -> int:
         """Tokens of an image of ``height`` x ``width`` pixels: as many as there are registers, whatever the size."""
         return self.settings.max_tokens
+
+    def rates(self, height: int, width: int) -> list[int]:
+        """One rate: shorter sequences are prefixes."""
+        return [0]
+
+    def rate_at(self, step: int) -> int:
+        return 0
+
+    def prefix_lengths(self, batch: int, device: torch.device) -> Tensor:
+        """Nested dropout: how many tokens (B,) each image of a training batch keeps."""
+        return sample_lengths(self.settings.nested_dropout, batch, self.settings.max_tokens, device)
 
     def places(
         self, height: int, width: int, rows: int, columns: int, device: torch.device, rate: int = 0

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from v2flow_cli.errors import ModelError, reason_of
-from v2flow_cli.recipe.schema import FSQ, FlowTransformer, Registers, Resampler, Sampling, TokenizerLoss
+from v2flow_cli.recipe.schema import FlowTransformer, Sampling, TokenizerLoss
 from v2flow_cli.runtime.batch_invariant import on_single_threads
 from v2flow_cli.runtime.device import tf32, without_autocast
 from v2flow_cli.runtime.digest import model_digest
@@ -39,10 +39,10 @@ from v2flow_cli.tokenizer.other_decoders import (
     load_decoder,
     settings_of,
 )
-from v2flow_cli.tokenizer.prefix import sample_lengths
 from v2flow_cli.tokenizer.pretrained import PretrainedModule
 from v2flow_cli.tokenizer.quantizer_ema import EMAQuantizer
 from v2flow_cli.tokenizer.quantizer_fsq import FSQQuantizer
+from v2flow_cli.tokenizer.resampler import TokenResampler
 from v2flow_cli.tokenizer.resampler_grid import REFERENCE_PX, GridResampler
 from v2flow_cli.tokenizer.resampler_registers import RegisterResampler
 from v2flow_cli.tokenizer.vocabulary import VocabularyProjection
@@ -52,6 +52,11 @@ if TYPE_CHECKING:
 
 EMBEDDED_MODEL = Path(__file__).resolve().parents[1] / "assets" / "default" / "tokenizer"
 SECTIONS = ("vocabulary", "resampler", "quantizer", "context", "flow", "sampling")  # of the recipe
+
+
+# By the `kind` of their section in the recipe.
+RESAMPLERS: dict[str, Callable[..., TokenResampler]] = {"grid": GridResampler, "registers": RegisterResampler}
+QUANTIZERS: dict[str, Callable[..., EMAQuantizer | FSQQuantizer]] = {"ema": EMAQuantizer, "fsq": FSQQuantizer}
 
 
 @dataclass(frozen=True)
@@ -79,12 +84,14 @@ class V2FlowTokenizer(PretrainedModule):
     def __init__(self, config: V2FlowConfig) -> None:
         super().__init__(config)
         self.vocabulary_settings, quantizer = config.section("vocabulary"), config.section("quantizer")
-        self.resampler_settings: Resampler | Registers = config.section("resampler")
         self.latents = Latents(config.autoencoder or {})
         self.patch_size = config.patch_size
-        resampler_class = GridResampler if isinstance(self.resampler_settings, Resampler) else RegisterResampler
-        self.resampler = resampler_class(self.resampler_settings, self.latents.channels, self.latents.downsampling)
-        hidden_size = self.resampler_settings.hidden_size
+        resampler = config.section("resampler")
+        build = RESAMPLERS[resampler.kind]
+        self.resampler: TokenResampler = build(resampler, self.latents.channels, self.latents.downsampling)
+            resampler, self.latents.channels, self.latents.downsampling
+        )
+        hidden_size = resampler.hidden_size
         vocab_size, code_size = config.vocab_shape
         self.vocabulary: VocabularyProjection | None = None
         if self.vocabulary_settings.llm != "none":
@@ -92,7 +99,7 @@ class V2FlowTokenizer(PretrainedModule):
         else:  # the ablation without a vocabulary: a linear map to the code width takes its place
             code_size = quantizer.code_size
             self.to_code = nn.Linear(hidden_size, code_size)
-        self.quantizer = (FSQQuantizer if isinstance(quantizer, FSQ) else EMAQuantizer)(quantizer, code_size)
+        self.quantizer = QUANTIZERS[quantizer.kind](quantizer, code_size)
         self._code_size = code_size
         self._build_decoder(code_size)
         self.decoder_name = FAITHFUL
@@ -102,7 +109,7 @@ class V2FlowTokenizer(PretrainedModule):
     def _build_decoder(self, code_size: int) -> None:
         context, flow = self.config.section("context"), self.config.section("flow")
         patch_numbers = self.latents.channels * self.patch_size**2
-        ordered = self.resampler_settings.max_tokens if isinstance(self.resampler_settings, Registers) else 0
+        ordered = self.resampler.ordered
         if isinstance(flow, FlowTransformer):
             self.flow: VelocityTransformer | VelocityNetwork = VelocityTransformer(
                 flow, code_size, patch_numbers, ordered
@@ -113,8 +120,6 @@ class V2FlowTokenizer(PretrainedModule):
 
     def _other_parts(self) -> list[int]:
         """Patches a token at each of the resampler's rates but the first."""
-        if not isinstance(self.resampler, GridResampler):
-            return []
         rows, columns = self._patch_grid(REFERENCE_PX, REFERENCE_PX)
         return [rows * columns // length for length in self.resampler.lengths[1:]]
 
@@ -188,8 +193,7 @@ class V2FlowTokenizer(PretrainedModule):
     @property
     def flexible(self) -> bool:
         """True if every prefix of an image's tokens decodes; False if an image has exactly ``num_tokens``."""
-        settings = self.resampler_settings
-        return isinstance(settings, Registers) and settings.nested_dropout != "none"
+        return self.resampler.flexible
 
     def lengths(self, height: int, width: int) -> tuple[int, ...]:
         """The numbers of tokens that an image of ``height`` x ``width`` pixels can have, the default first.
@@ -197,17 +201,15 @@ class V2FlowTokenizer(PretrainedModule):
         A tokenizer of flexible length has 1 to the one given here. Raises: ValueError as ``num_tokens``.
         """
         whole = self.num_tokens(height, width)
-        if not isinstance(self.resampler, GridResampler):
-            return (whole,)
-        others = [r for r in range(1, len(self.resampler.lengths)) if self.resampler.fits(height, width, r)]
-        return (whole, *(self.resampler.num_tokens(height, width, r) for r in others))
+        others = self.resampler.rates(height, width)[1:]
+        return (whole, *(self.resampler.num_tokens(height, width, rate) for rate in others))
 
     def _rate(self, length: int, height: int, width: int) -> int:
         """The resampler's rate at which an image of ``height`` x ``width`` pixels has ``length`` tokens."""
-        if not isinstance(self.resampler, GridResampler):
+        if self.flexible:  # any length is a prefix
             return 0
-        rates = range(len(self.resampler.lengths))
-        return next(r for r in rates if self.resampler.num_tokens(height, width, r) == length)
+        rates = self.resampler.rates(height, width)
+        return next(rate for rate in rates if self.resampler.num_tokens(height, width, rate) == length)
 
     @property
     def max_tokens(self) -> int:
@@ -220,7 +222,7 @@ class V2FlowTokenizer(PretrainedModule):
         An image of the config's size where it can have that many, else one of another size at the first rate. An
         ordered sequence says nothing of the size: it is the config's.
         """
-        if isinstance(self.resampler_settings, Registers):
+        if self.resampler.ordered:
             size = self.config.image_size
             self.check_length(num_tokens, size, size)
             return size, size
@@ -395,13 +397,10 @@ class V2FlowTokenizer(PretrainedModule):
         ordered sequence each image keeps a prefix of random length (nested dropout, FlexTok).
         """
         height, width = (side * self.latents.downsampling for side in latents.shape[-2:])
-        rate = self.resampler.rate_at(step) if isinstance(self.resampler, GridResampler) else 0
+        rate = self.resampler.rate_at(step)
         vectors, word_entropy, batch_entropy = self.embed(latents, noise_scale, rate=rate)
         quantized = self.quantizer(vectors, step if self.quantizer.training else None)
-        lengths = None
-        if isinstance(self.resampler_settings, Registers):
-            settings = self.resampler_settings
-            lengths = sample_lengths(settings.nested_dropout, len(latents), settings.max_tokens, latents.device)
+        lengths = self.resampler.prefix_lengths(len(latents), latents.device)
         places = self._places(height, width, len(latents), rate)
         tokens = quantized.embeddings.to(latents.dtype)
         drawn = Drawn.of(loss, self.config.section("sampling"), len(latents))
