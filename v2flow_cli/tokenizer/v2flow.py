@@ -89,8 +89,6 @@ class V2FlowTokenizer(PretrainedModule):
         resampler = config.section("resampler")
         build = RESAMPLERS[resampler.kind]
         self.resampler: TokenResampler = build(resampler, self.latents.channels, self.latents.downsampling)
-            resampler, self.latents.channels, self.latents.downsampling
-        )
         hidden_size = resampler.hidden_size
         vocab_size, code_size = config.vocab_shape
         self.vocabulary: VocabularyProjection | None = None
