@@ -19,7 +19,8 @@ def client(tiny_tokenizer_folder: Path, llm_folder: Path):  # noqa: F811
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     from gradio_client import Client
 
-    from v2flow_cli.demo.app import Studio, build_app
+    from v2flow_cli.demo.app import build_app
+    from v2flow_cli.demo.studio import Studio
 
     app = build_app(Studio(str(tiny_tokenizer_folder), str(llm_folder), "cpu"))
     _, url, _ = app.launch(server_name="127.0.0.1", quiet=True, prevent_thread_lock=True)
@@ -50,20 +51,67 @@ def test_a_photo_goes_in_and_comes_back(client, sample_images, tmp_path: Path) -
         assert not np.array_equal(pixels(other[1]), pixels(back))
 
 
+DECODER = (1, 2, 1.0, 0)  # rounds, steps, guidance, seed
+
+
 def test_a_sentence_becomes_a_picture(client) -> None:
     def ask(prompt: str, seed: int) -> np.ndarray:
-        return pixels(client.predict(prompt, 0.9, 1, 2, 1.0, seed, api_name="/draw"))
+        drawn, grid = client.predict(prompt, 0.9, 1, 2, 1.0, seed, api_name="/draw")
+        assert pixels(grid).shape == (512, 512, 3)
+        return pixels(drawn)
 
     first = ask("a red fox", 0)
     assert first.shape == (32, 32, 3) and np.array_equal(ask("a red fox", 0), first)
     assert not np.array_equal(ask("a red fox", 1), first)
 
 
+def test_tokens_of_a_photo_are_edited_and_decoded(client, sample_images, tmp_path: Path) -> None:
+    from gradio_client import handle_file
+
+    sample_images[1].save(tmp_path / "cat.png")
+    corners = (0, 1, 1, 1)  # the right half of 2 x 2 tokens
+    grid, before = client.predict(handle_file(str(tmp_path / "cat.png")), *corners, *DECODER, api_name="/tokens")
+    start = pixels(grid)
+    assert (start[5:, 256 + 1] == 255).all(-1)[1:500].any()  # the rectangle's border
+    for how in ("resampled by the language model", "one code", "random codes"):
+        grid, after = client.predict(how, 7, "a red fox", 1.0, 3, *corners, *DECODER, api_name="/edit")
+        changed = pixels(grid)
+        assert np.array_equal(changed[:, :250], start[:, :250])
+        assert not np.array_equal(changed[:, 262:], start[:, 262:])
+        assert not np.array_equal(pixels(after), pixels(before))
+    grid, _ = client.predict("two dogs", 0.9, *corners, *DECODER, api_name="/draw_tokens")
+    assert not np.array_equal(pixels(grid)[:, :250], start[:, :250])
+
+
+def test_the_rectangle_is_what_is_changed(tiny_tokenizer_folder: Path, llm_folder: Path) -> None:  # noqa: F811
+    from v2flow_cli.demo.studio import BY_LLM, ONE_CODE, RANDOM_CODES, Studio
+    from v2flow_cli.errors import V2FlowError
+
+    studio = Studio(str(tiny_tokenizer_folder), str(llm_folder), "cpu")
+    ids = [1, 2, 3, 4]
+    assert studio.can_resample and studio.grid_shape(4) == (2, 2)
+    assert studio.edit(ids, (1, 1, 0, 1), ONE_CODE, code=9) == [1, 9, 3, 9]  # corners in any order
+    assert studio.edit(ids, (0, 0, 99, 99), ONE_CODE, code=9) == [9] * 4  # and beyond the edge
+    random = studio.edit(ids, (1, 0, 1, 1), RANDOM_CODES, seed=1)
+    assert random[:2] == [1, 2] and random == studio.edit(ids, (1, 0, 1, 1), RANDOM_CODES, seed=1)
+    drawn = studio.draw("a red fox", 1.0, 5)
+    assert studio.edit(drawn, (0, 0, 1, 1), BY_LLM, prompt="a red fox", seed=5) == drawn
+    edited = studio.edit(ids, (1, 0, 1, 0), BY_LLM, prompt="a red fox", seed=5)
+    assert edited[:2] == [1, 2] and edited[3] == 4
+    assert studio.token_at(ids, 511, 511) == (1, 1) and studio.token_at(ids, 0, 300) == (1, 0)
+    with pytest.raises(V2FlowError, match="Code 64: expected 0 to 63"):
+        studio.edit(ids, (0, 0, 0, 0), ONE_CODE, code=64)
+    with pytest.raises(V2FlowError, match="2 tokens, but the language model writes 4"):
+        studio.edit([1, 2], (0, 0, 0, 0), BY_LLM)
+
+
 def test_what_is_missing_is_said(client) -> None:
     with pytest.raises(Exception, match="The prompt is empty"):
-        client.predict(" ", 0.9, 1, 2, 1.0, 0, api_name="/draw")
+        client.predict(" ", 0.9, *DECODER, api_name="/draw")
     with pytest.raises(Exception, match="No photo yet"):
-        client.predict(None, 4, 1, 2, 1.0, 0, api_name="/reconstruct")
+        client.predict(None, 4, *DECODER, api_name="/reconstruct")
+    with pytest.raises(Exception, match="No photo yet"):
+        client.predict(None, 0, 0, 1, 1, *DECODER, api_name="/tokens")
 
 
 def test_without_gradio_it_says_what_to_install(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def run(tiny_tokenizer_folder: Path, llm_folder: Path, tmp_path: Path, monkeypat
 
     def call(images: Path | None = None) -> Path:
         out = tmp_path / "demo"
-        demo(out, images, "a red fox", 12, str(tiny_tokenizer_folder), str(llm_folder), "cpu")
+        demo(out, images, "a red fox", 12, str(tiny_tokenizer_folder), str(llm_folder), device="cpu")
         return out
 
     return call

@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "training": {"errors", "runtime", "recipe", "tokenizer", "store", "llm", "jobs"},
     "bench": {"errors", "runtime", "recipe", "tokenizer", "store", "llm", "jobs", "training", "assets"},
 }
-LAST = {"cli", "demo", "__main__"}  # the command line and the demo may import everything
+LAST = {"cli", "demo", "serve", "__main__"}  # the command line, the demo and the server may import everything
 FILES = sorted(PACKAGE.rglob("*.py"))
 UNSAFE = re.compile(
     r"allow_pickle\s*=\s*True|trust_remote_code\s*=\s*True|pickle\.load|torch\.load\(|\.cuda\(|except:\s*$", re.M

@@ -48,6 +48,17 @@ def test_a_row_does_not_depend_on_its_batch(artist, guidance_scale):
     assert len({tuple(row.tolist()) for row in together}) > 1
 
 
+def test_what_is_kept_stays_and_is_seen(artist):
+    plain = draw(artist, [(0, 1), (1, 2)])
+    kept = torch.full((2, 12), STOPPED)
+    assert torch.equal(draw(artist, [(0, 1), (1, 2)], kept=kept), plain)
+    kept[:, 3] = (plain[:, 3] + 1) % 64
+    changed = draw(artist, [(0, 1), (1, 2)], kept=kept)
+    assert torch.equal(changed[:, :3], plain[:, :3]) and torch.equal(changed[:, 3], kept[:, 3])
+    assert not torch.equal(changed[:, 4:], plain[:, 4:])
+    assert torch.equal(draw(artist, [(0, 9), (1, 9)], kept=changed), changed)
+
+
 def test_guidance_is_the_formula_and_1_is_none(artist):
     plain = draw(artist, [(0, 1), (1, 2)])
     assert torch.equal(plain, draw(artist, [(0, 1), (1, 2)], guidance_scale=1.0))

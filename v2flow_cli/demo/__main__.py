@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from v2flow_cli.cli.console import result
-from v2flow_cli.demo.entry import run
+from v2flow_cli.cli.entry import run
 from v2flow_cli.errors import V2FlowError
 
 
@@ -28,7 +28,8 @@ def demo(
         )
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
-    from v2flow_cli.demo.app import Studio, build_app
+    from v2flow_cli.demo.app import build_app
+    from v2flow_cli.demo.studio import Studio
 
     app = build_app(Studio(model, llm, device, decoder))
     try:

@@ -1,185 +1,217 @@
-"""The live demo: a photo to tokens and back, a sentence to a picture. Needs the extra ``v2flow[demo]`` (Gradio)."""
+"""The live demo's page: a photo to tokens and back, a drawing, and tokens to edit. Needs ``v2flow[demo]`` (Gradio)."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
-import torch
+import gradio as gr
 from PIL import Image
 
-from v2flow_cli.bench import similarity
-from v2flow_cli.bench.codebook_use import token_bytes
-from v2flow_cli.bench.coder import inference
-from v2flow_cli.bench.report import illustrations
-from v2flow_cli.bench.report.token_view import TokenView, token_view
+from v2flow_cli.assets import sample_photos
+from v2flow_cli.demo.studio import BY_LLM, ONE_CODE, RANDOM_CODES, DecoderSettings, Studio, sampling_of
 from v2flow_cli.errors import V2FlowError
-from v2flow_cli.llm.sample import DrawingLM
-from v2flow_cli.runtime.device import pick_device, pick_dtype
-from v2flow_cli.tokenizer import V2FlowTokenizer
-from v2flow_cli.tokenizer.preprocess import to_uint8
 
-if TYPE_CHECKING:
-    import gradio
-
-STRIP_WIDTH = 512  # pixels of the picture of the tokens
+PROMPTS = ("a red fox", "a cat", "a sunflower", "a hamburger", "a watermelon", "a pig", "a red heart", "a tram")
+TITLE = """# v2flow
+A photo becomes {count:,} tokens of a language model's vocabulary, and they become a photo again; a prompt becomes
+such tokens, and they become a picture."""
+EDITING = """Encode a photo or draw something, click two corners of a rectangle in the coloured tokens, and change
+what is inside."""
 
 
-class Studio:
-    """The models behind the app, and what its two buttons do."""
+def build_app(studio: Studio) -> gr.Blocks:
+    """The page; its buttons are also endpoints: reconstruct, draw, tokens, draw_tokens and edit."""
+    with gr.Blocks(title="v2flow") as app:
+        gr.Markdown(TITLE.format(count=studio.lengths[0]))
+        with gr.Tab("Photo to tokens and back"):
+            _photo_tab(studio)
+        with gr.Tab("Drawing"):
+            _drawing_tab(studio)
+        with gr.Tab("Editing tokens"):
+            _editing_tab(studio)
+    return app
 
-    def __init__(
-        self, model: str | None = None, llm: str | None = None, device: str = "auto", decoder: str | None = None
-    ) -> None:
-        """Raises:  ModelError when a model is missing, or the two do not belong together."""
-        target = pick_device(device)
-        self.dtype = pick_dtype("auto", target)
-        self.tokenizer = V2FlowTokenizer.from_pretrained(model, decoder=decoder).to(target)
-        self.llm = DrawingLM.from_pretrained(llm, target, self.dtype)
-        self.llm.vocabulary.check_tokenizer(self.tokenizer.token_digest, self.llm.name, "--model FOLDER")
-        self.view: TokenView = token_view(self.tokenizer)
-        self.size = self.tokenizer.config.image_size
-        self.num_tokens = self.tokenizer.num_tokens(self.size, self.size)
 
-    def reconstruct(
-        self,
-        photo: Image.Image | None,
-        tokens: float,
-        rounds: float,
-        steps: float,
-        guidance: float,
-        seed: float,
-        decoder: str | None = None,
-    ) -> tuple[Image.Image, Image.Image, Image.Image, str]:
-        """(the photo as it is encoded, what comes back, its tokens as a coloured grid, figures)."""
-        if photo is None:
-            raise V2FlowError("No photo yet: drop one in, or choose one of the examples.")
-        processor = self.tokenizer.image_processor
-        images = processor.preprocess_one(photo.convert("RGB"))[None]
-        with inference(self.tokenizer, self.dtype):
-            ids = self.tokenizer.encode(images.to(self.tokenizer.device))
-        if self.tokenizer.flexible:
-            ids = ids[:, : int(tokens)]
-        decoded = self._decode(ids, rounds, steps, guidance, seed, decoder)
-        reference, made = to_uint8(images), to_uint8(decoded)
-        length, codes = ids.shape[1], self.tokenizer.config.codebook_size
-        figures = (
-            f"{length:,} tokens of {codes:,} codes: {token_bytes(length, codes):,} bytes. "
-            f"PSNR {similarity.psnr(reference, made).item():.2f} dB, "
-            f"SSIM {similarity.ssim(reference, made).item():.3f}."
+def _photo_tab(studio: Studio) -> None:
+    def reconstruct(photo: Image.Image | None, tokens: float, *settings: Any) -> tuple[Any, ...]:
+        cropped = studio.crop(photo)
+        ids = studio.encode(cropped, tokens)
+        decoded = studio.decode(ids, DecoderSettings(*settings))
+        return (
+            studio.picture(cropped),
+            studio.picture(decoded),
+            studio.grid(ids),
+            studio.figures(ids, cropped, decoded),
         )
-        rows, columns = illustrations.token_grid_shape(length)
-        grid = Image.fromarray(self.view.colours[ids[0].cpu().numpy()].reshape(rows, columns, 3))
-        width = STRIP_WIDTH // columns * columns
-        grid = grid.resize((width, width * rows // columns), Image.Resampling.NEAREST)
-        return processor.to_pil(images)[0], processor.to_pil(decoded)[0], grid, figures
 
-    def draw(
-        self,
+    with gr.Row():
+        with gr.Column():
+            photo = _photo()
+            tokens = _token_count(studio)
+            settings = _decoder_settings(studio)
+            go = gr.Button("Encode and decode", variant="primary")
+            _photo_examples(photo)
+        with gr.Column():
+            cropped = gr.Image(label="As it is encoded", format="png")
+            back = gr.Image(label="Decoded from its tokens", format="png")
+            grid = gr.Image(label="Its tokens; near codes have near colours", format="png")
+            figures = gr.Markdown()
+    outputs = [cropped, back, grid, figures]
+    go.click(_shown(reconstruct), [photo, tokens, *settings], outputs, api_name="reconstruct")
+
+
+def _drawing_tab(studio: Studio) -> None:
+    def draw(prompt: str, temperature: float, *settings: Any) -> tuple[Image.Image, Image.Image]:
+        decoder = DecoderSettings(*settings)
+        ids = studio.draw(prompt, temperature, decoder.seed)
+        return studio.picture(studio.decode(ids, decoder)), studio.grid(ids)
+
+    with gr.Row():
+        with gr.Column():
+            prompt, temperature = _prompt(studio)
+            settings = _decoder_settings(studio)
+            go = gr.Button("Draw", variant="primary")
+            gr.Examples([[text] for text in PROMPTS], [prompt], label="Prompts to start with")
+        with gr.Column():
+            drawn = gr.Image(label="Drawn", format="png")
+            grid = gr.Image(label="The tokens that the language model wrote", format="png")
+    inputs = [prompt, temperature, *settings]
+    gr.on([go.click, prompt.submit], _shown(draw), inputs, [drawn, grid], api_name="draw")
+
+
+def _editing_tab(studio: Studio) -> None:
+    length = studio.llm.vocabulary.tokens_per_image  # so that the LLM can resample them
+    rows, columns = studio.grid_shape(length)
+    choices = [BY_LLM, ONE_CODE, RANDOM_CODES] if studio.can_resample else [ONE_CODE, RANDOM_CODES]
+
+    def show(ids: list[int], rectangle: tuple[int, int, int, int], *settings: Any) -> tuple[Any, ...]:
+        picture = studio.picture(studio.decode(ids, DecoderSettings(*settings)))
+        return ids, studio.grid(ids, rectangle), picture
+
+    def tokens(photo: Image.Image | None, a: float, b: float, c: float, d: float, *settings: Any) -> tuple[Any, ...]:
+        ids = studio.encode(studio.crop(photo), length if studio.can_resample else None)
+        return show(ids, (int(a), int(b), int(c), int(d)), *settings)
+
+    def draw_tokens(
+        prompt: str, temperature: float, a: float, b: float, c: float, d: float, *settings: Any
+    ) -> tuple[Any, ...]:
+        ids = studio.draw(prompt, temperature, DecoderSettings(*settings).seed)
+        return show(ids, (int(a), int(b), int(c), int(d)), *settings)
+
+    def edit(
+        ids: list[int] | None,
+        how: str,
+        code: float,
         prompt: str,
         temperature: float,
-        rounds: float,
-        steps: float,
-        guidance: float,
-        seed: float,
-        decoder: str | None = None,
-    ) -> Image.Image:
-        """The picture that the LLM writes for ``prompt``."""
-        if not prompt.strip():
-            raise V2FlowError('The prompt is empty; say what to draw, such as "a red fox".')
-        ids = self.llm.generate(prompt, seeds=int(seed), temperature=temperature)
-        return self.tokenizer.image_processor.to_pil(self._decode(ids, rounds, steps, guidance, seed, decoder))[0]
+        resample_seed: float,
+        a: float,
+        b: float,
+        c: float,
+        d: float,
+        *settings: Any,
+    ) -> tuple[Any, ...]:
+        if not ids:
+            raise V2FlowError("No tokens yet: encode a photo or draw something first.")
+        rectangle = (int(a), int(b), int(c), int(d))
+        edited = studio.edit(ids, rectangle, how, code=code, prompt=prompt, temperature=temperature, seed=resample_seed)
+        return show(edited, rectangle, *settings)
 
-    def _decode(
-        self, ids: torch.Tensor, rounds: float, steps: float, guidance: float, seed: float, decoder: str | None
-    ) -> torch.Tensor:
-        with inference(self.tokenizer, self.dtype):
-            return self.tokenizer.decode(
-                ids.to(self.tokenizer.device),
-                height=self.size,
-                width=self.size,
-                num_mask_steps=int(rounds),
-                num_flow_steps=int(steps),
-                guidance_scale=guidance,
-                seeds=[int(seed)],
-                decoder=decoder,
-            )
+    def click(ids: list[int] | None, second: bool, a: int, b: int, c: int, d: int, event: gr.SelectData) -> Any:
+        """The first click is one corner and the rectangle, the second one the other corner."""
+        if not ids:
+            return None, False, a, b, c, d
+        row, column = studio.token_at(ids, *event.index)
+        rectangle = (a, b, row, column) if second else (row, column, row, column)
+        return studio.grid(ids, rectangle), not second, *rectangle
+
+    gr.Markdown(EDITING)
+    ids, second = gr.State(None), gr.State(False)
+    with gr.Row():
+        with gr.Column():
+            photo = _photo()
+            encode = gr.Button("Encode the photo")
+            _photo_examples(photo)
+            prompt, temperature = _prompt(studio)
+            draw = gr.Button("Draw")
+            settings = _decoder_settings(studio)
+        with gr.Column():
+            grid = gr.Image(label="Tokens: click two corners", format="png", interactive=False)
+            with gr.Row():
+                corners = [
+                    gr.Number(value, precision=0, minimum=0, label=label)
+                    for label, value in (
+                        ("First row", rows // 4),
+                        ("First column", columns // 4),
+                        ("Last row", rows // 2),
+                        ("Last column", columns // 2),
+                    )
+                ]
+            how = gr.Radio(choices, value=choices[0], label="What is inside becomes")
+            with gr.Row():
+                code = gr.Number(0, precision=0, minimum=0, maximum=studio.codes - 1, label="Code")
+                resample_seed = gr.Number(1, precision=0, minimum=0, label="Seed of the change")
+            change = gr.Button("Change", variant="primary")
+        with gr.Column():
+            picture = gr.Image(label="Decoded", format="png", interactive=False)
+            before = gr.Image(label="Before the last change", format="png", interactive=False)
+    outputs = [ids, grid, picture]
+    encode.click(_shown(tokens), [photo, *corners, *settings], outputs, api_name="tokens")
+    draw.click(_shown(draw_tokens), [prompt, temperature, *corners, *settings], outputs, api_name="draw_tokens")
+    inputs = [ids, how, code, prompt, temperature, resample_seed, *corners, *settings]
+    change.click(lambda image: image, [picture], [before], api_name=False).then(
+        _shown(edit), inputs, outputs, api_name="edit"
+    )
+    grid.select(click, [ids, second, *corners], [grid, second, *corners], api_name=False)
 
 
-def build_app(studio: Studio) -> gradio.Blocks:
-    """The page with both halves; its buttons are also endpoints, ``/reconstruct`` and ``/draw``."""
-    import gradio as gr
+def _photo() -> Any:
+    return gr.Image(type="pil", label="Photo", sources=["upload", "clipboard"])
 
-    from v2flow_cli.assets import sample_photos
 
-    names = studio.tokenizer.decoder_names
+def _photo_examples(photo: Any) -> None:
+    gr.Examples([[image] for _, image in sample_photos()], [photo], label="Photos to start with")
 
-    def sampling(decoder: str) -> list[Any]:
-        """Rounds, flow steps and guidance scale of a decoder's own settings."""
-        own = studio.tokenizer.with_decoder(decoder).config.sampling or {}
-        return [own.get("num_mask_steps", 1), own.get("num_flow_steps", 4), own.get("guidance_scale", 1.0)]
 
-    def knobs() -> list[Any]:
-        """Sliders of the decoder, at the model's own settings, and which decoder that is."""
-        chosen = studio.tokenizer.decoder_name
-        rounds, steps, scale = sampling(chosen)
-        decoder = gr.Radio(names, value=chosen, label="Decoder", visible=len(names) > 1)
+def _prompt(studio: Studio) -> tuple[Any, Any]:
+    """A prompt and the LLM's temperature."""
+    prompt = gr.Textbox(PROMPTS[0], label="Prompt")
+    own = studio.llm.sampling.temperature
+    return prompt, gr.Slider(0, 2, own, step=0.05, label="Temperature of the language model")
+
+
+def _token_count(studio: Studio) -> Any:
+    """A slider where the length is flexible, a choice where there are several, and hidden where there is one."""
+    most = studio.lengths[0]
+    if studio.tokenizer.flexible:
+        return gr.Slider(1, most, most, step=1, label="Tokens")
+    return gr.Radio(list(studio.lengths), value=most, label="Tokens", visible=len(studio.lengths) > 1)
+
+
+def _decoder_settings(studio: Studio) -> list[Any]:
+    """What DecoderSettings has, at the decoder's own values; the decoder itself only where there are several."""
+    names, chosen = studio.tokenizer.decoder_names, studio.tokenizer.decoder_name
+    rounds, steps, scale = sampling_of(studio.tokenizer, chosen)
+    decoder = gr.Radio(names, value=chosen, label="Decoder", visible=len(names) > 1)
+    with gr.Accordion("Decoder settings", open=False):
         sliders = [
             gr.Slider(1, 16, rounds, step=1, label="Rounds of unmasking"),
             gr.Slider(1, 50, steps, step=1, label="Flow steps in each round"),
             gr.Slider(0, 8, scale, step=0.1, label="Guidance scale, 1 is none"),
         ]
-        decoder.change(sampling, [decoder], sliders, api_name=False)
-        return [*sliders, gr.Number(0, precision=0, minimum=0, label="Seed"), decoder]
+    seed = gr.Number(0, precision=0, minimum=0, label="Seed")
+    decoder.change(lambda name: sampling_of(studio.tokenizer, name), [decoder], sliders, api_name=False)
+    return [*sliders, seed, decoder]
 
-    def told(work: Any) -> Any:
-        """``work`` with our own errors shown as a message instead of a failure."""
 
-        def run(*inputs: Any) -> Any:
-            try:
-                return work(*inputs)
-            except V2FlowError as error:
-                raise gr.Error(str(error)) from None
+def _shown(work: Callable[..., Any]) -> Callable[..., Any]:
+    """``work`` with our own errors shown as a message instead of a failure."""
 
-        return run
+    def run(*inputs: Any) -> Any:
+        try:
+            return work(*inputs)
+        except V2FlowError as error:
+            raise gr.Error(str(error)) from None
 
-    fixed = "" if studio.tokenizer.flexible else " (this model's length is fixed)"
-    with gr.Blocks(title="v2flow") as app:
-        gr.Markdown(
-            f"# v2flow\nA photo is {studio.num_tokens:,} words of a language model, and back; a sentence becomes such "
-            "words, and they a picture."
-        )
-        with gr.Tab("Photo to tokens and back"), gr.Row():
-            with gr.Column():
-                photo = gr.Image(type="pil", label="Photo", sources=["upload", "clipboard"])
-                tokens = gr.Slider(
-                    1,
-                    studio.num_tokens,
-                    studio.num_tokens,
-                    step=1,
-                    label=f"Tokens{fixed}",
-                    interactive=studio.tokenizer.flexible,
-                )
-                settings = knobs()
-                go = gr.Button("Encode and decode", variant="primary")
-                gr.Examples([[image] for _, image in sample_photos()], [photo])
-            with gr.Column():
-                cropped = gr.Image(label="As it is encoded", format="png")
-                back = gr.Image(label="What comes back", format="png")
-                grid = gr.Image(label="Its tokens; near codes have near colours", format="png")
-                figures = gr.Markdown()
-            go.click(
-                told(studio.reconstruct),
-                [photo, tokens, *settings],
-                [cropped, back, grid, figures],
-                api_name="reconstruct",
-            )
-        with gr.Tab("Sentence to picture"), gr.Row():
-            with gr.Column():
-                prompt = gr.Textbox("a red fox", label="Prompt")
-                temperature = gr.Slider(0, 2, 0.9, step=0.05, label="Temperature of the language model")
-                settings = knobs()
-                write = gr.Button("Draw", variant="primary")
-            drawn = gr.Image(label="Drawn", format="png")
-            inputs = [prompt, temperature, *settings]
-            gr.on([write.click, prompt.submit], told(studio.draw), inputs, [drawn], api_name="draw")
-    return app
+    return run

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from v2flow_cli.cli.console import log, progress, result
-from v2flow_cli.demo.entry import run
+from v2flow_cli.cli.entry import run
 from v2flow_cli.errors import DataError
 
 if TYPE_CHECKING:
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from v2flow_cli.bench.report.page import DrawnPicture
     from v2flow_cli.store.images import FoundFile
     from v2flow_cli.tokenizer import V2FlowTokenizer
-    from v2flow_cli.tokenizer.preprocess import to_pil
 
 GUIDANCE_SCALES = (1.0, 3.0)
 TEMPERATURES = (0.5, 0.9, 1.3)
@@ -166,6 +165,7 @@ def _draw(
     from v2flow_cli.bench.report.page import DrawnPicture
     from v2flow_cli.llm.sample import DrawingLM
     from v2flow_cli.store.files import write_bytes
+    from v2flow_cli.tokenizer.preprocess import to_pil
 
     drawer = DrawingLM.from_pretrained(llm, device, dtype)
     count = len(TEMPERATURES)

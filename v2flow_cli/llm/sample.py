@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import math
 from collections.abc import Callable, Sequence
@@ -95,6 +94,7 @@ class DrawingLM:
         top_k: int | None = None,
         top_p: float | None = None,
         guidance_scale: float | None = None,
+        kept: Tensor | None = None,
         tick: Callable[[], None] = lambda: None,
     ) -> Tensor:
         """Image tokens (B, L) int64 in [0, K), one row for each prompt; ``V2FlowTokenizer.decode`` draws them.
@@ -104,8 +104,9 @@ class DrawingLM:
         Args:    seeds, one for each prompt, or the first, from which the others count up; temperature, one for each
                  or one for all, 0 takes the likeliest token; top_k 0 and top_p 1 cut nothing; guidance follows
                  uncond + scale (cond - uncond) on logits, the empty prompt being unconditional; what is None is the
-                 LLM's own (``sampling``); ``tick`` is called after every position of the first row. A row depends on
-                 its own prompt, seed and settings; on a CPU it is bit-equal alone and in any batch.
+                 LLM's own (``sampling``); ``kept`` (B, L), tokens that stay as they are, and STOPPED where one is
+                 drawn; ``tick`` is called after every position of the first row. A row depends on its own prompt,
+                 seed and settings; on a CPU it is bit-equal alone and in any batch.
         Raises:  DataError for no prompt, one that is too long, and another number of seeds or temperatures.
         """
         own = self.sampling
@@ -133,10 +134,14 @@ class DrawingLM:
         empty = self.prompt("") if guidance_scale != 1.0 else None
 
         def draw_rows(rows: Tensor) -> Tensor:
-            pick_rows = functools.partial(pick, temperatures=heat[rows], top_k=top_k, top_p=top_p)
-            of_rows = [encoded[row] for row in rows.tolist()]
+            def choose(scores: Tensor, step: int) -> Tensor:
+                token = pick(scores, uniforms[rows, step], heat[rows], top_k, top_p)
+                own = token if kept is None else kept[rows, step].to(device)
+                return torch.where(own >= 0, own, token)
+
             report = tick if 0 in rows else lambda: None
-            return self._draw_rows(of_rows, empty, widths[rows[0]], uniforms[rows], pick_rows, guidance_scale, report)
+            of_rows = [encoded[row] for row in rows.tolist()]
+            return self._draw_rows(of_rows, empty, widths[rows[0]], choose, guidance_scale, report)
 
         drawn = torch.full(uniforms.shape, STOPPED, device=device)
         with each_row_alone(self.model):
@@ -154,13 +159,12 @@ class DrawingLM:
         prompts: Sequence[list[int]],
         empty: list[int] | None,
         width: int,
-        uniforms: Tensor,
-        pick_rows: Callable[[Tensor, Tensor], Tensor],
+        choose: Callable[[Tensor, int], Tensor],
         guidance_scale: float,
         tick: Callable[[], None],
     ) -> Tensor:
         """Image tokens (B, L) of prompt ids that are all padded to ``width``; guided where ``empty`` ids are given."""
-        v = self.vocabulary
+        v, device = self.vocabulary, self.model.device
         length, start, end = v.tokens_per_image, v.visual_token_offset, v.end_image_id - v.visual_token_offset
         unique = list(dict.fromkeys(map(tuple, prompts)))
         rows = [unique.index(tuple(prompt)) for prompt in prompts]
@@ -169,11 +173,11 @@ class DrawingLM:
             unique.append(tuple(empty))
         cache, logits, mask, positions = self._prefill(unique, width, width + length)
         # Samples of one prompt share its prefill: the cache is computed once for each and then spread over the rows.
-        select = torch.tensor(rows, device=uniforms.device)
+        select = torch.tensor(rows, device=device)
         cache.reorder_cache(select)
         logits, mask, positions = logits[select], mask[select], positions[select]
-        drawn = torch.full(uniforms.shape, STOPPED, device=uniforms.device)
-        going = torch.ones(len(prompts), dtype=torch.bool, device=uniforms.device)
+        drawn = torch.full((len(prompts), length), STOPPED, device=device)
+        going = torch.ones(len(prompts), dtype=torch.bool, device=device)
         for step in range(length):
             scores = logits[:, start : start + end + 1].float()  # visual ids and the two marks
             if empty is not None:
@@ -183,7 +187,7 @@ class DrawingLM:
                 scores[:, v.codebook_size : end] = -torch.inf  # begin of image
             else:
                 scores = scores[:, : v.codebook_size]
-            token = pick_rows(scores, uniforms[:, step])
+            token = choose(scores, step)
             going &= token < v.codebook_size
             drawn[going, step] = token[going]
             tick()

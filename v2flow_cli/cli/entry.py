@@ -1,4 +1,4 @@
-"""How both commands of this room start: quiet libraries, and a V2FlowError as one message."""
+"""How the commands that are modules start: quiet libraries, and a V2FlowError as one message."""
 
 from __future__ import annotations
 

@@ -1,0 +1,93 @@
+"""``python -m v2flow_cli.serve`` as a process of its own."""
+
+import base64
+import io
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+
+import httpx
+import pytest
+from PIL import Image
+
+
+@pytest.fixture
+def start(tmp_path):
+    """start(*options) -> (process, URL once it answers)."""
+    processes = []
+
+    def run(*options, **environment):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "v2flow_cli.serve", "--port", "0", "--device", "cpu", *options],
+            stdout=subprocess.PIPE,
+            stderr=(tmp_path / "log").open("w"),
+            text=True,
+            env=os.environ | environment,
+        )
+        processes.append(process)
+        url = process.stdout.readline().strip()
+        assert url.startswith("http://127.0.0.1:"), (tmp_path / "log").read_text()
+        return process, url
+
+    yield run
+    for process in processes:
+        process.kill()
+        process.wait(60)
+
+
+def test_sigterm_finishes_what_runs(start, tiny_tokenizer_folder, llm_folder, tmp_path):
+    options = ("--tokenizer", str(tiny_tokenizer_folder), "--model", str(llm_folder), "--dtype", "fp32")
+    process, url = start(*options, V2FLOW_API_KEY="secret")
+    answers = []
+    ask = dict(json={"prompt": "a red fox", "n": 10}, headers={"Authorization": "Bearer secret"}, timeout=300)
+    assert httpx.post(f"{url}/v1/images/generations", json=ask["json"], timeout=300).status_code == 401
+    asking = threading.Thread(target=lambda: answers.append(httpx.post(f"{url}/v1/images/generations", **ask)))
+    asking.start()
+    while "v2flow_requests_in_flight 1.0" in httpx.get(f"{url}/metrics", timeout=300).text and asking.is_alive():
+        pass  # until it is taken (then there are two: it and the question)
+    process.send_signal(signal.SIGTERM)
+    asking.join(300)
+    assert [len(answer.json()["data"]) for answer in answers] == [10]
+    assert process.wait(120) == 0 and process.stdout.read() == ""
+    log = (tmp_path / "log").read_text()
+    assert "POST /v1/images/generations" in log and "Traceback" not in log
+
+
+def test_a_port_that_is_taken_and_packages_that_are_missing():
+    def fails(code):
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.returncode == 1 and "Traceback" not in done.stderr and done.stdout == ""
+        return done.stderr
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        code = (
+            f"import sys; from v2flow_cli.serve.__main__ import main; sys.argv = ['serve', '--port', '{port}']; main()"
+        )
+        assert f"--host 127.0.0.1 --port {port}: Address already in use. Give another one." in fails(code)
+    missing = (
+        "import importlib.util, sys; find = importlib.util.find_spec; "
+        "importlib.util.find_spec = lambda name, *a: None if name == 'uvicorn' else find(name, *a); "
+        "from v2flow_cli.serve.__main__ import main; sys.argv = ['serve']; main()"
+    )
+    assert 'pip install "v2flow[serve]"' in fails(missing)
+
+
+@pytest.mark.slow
+def test_the_embedded_models_in_at_most_1_2_gb(start, sample_images):
+    _, url = start()
+    file = io.BytesIO()
+    sample_images[0].save(file, "JPEG")
+    for _ in range(2):
+        drawn = httpx.post(f"{url}/v1/images/generations", json={"prompt": "a red fox", "n": 8}, timeout=600).json()
+        encoded = httpx.post(f"{url}/v1/images/tokens", files={"image": file.getvalue()}, timeout=600).json()
+        ask = {"tokens": [encoded["data"][0]["tokens"]] * 8}
+        decoded = httpx.post(f"{url}/v1/tokens/images", json=ask, timeout=600).json()
+    for answer in (drawn, decoded):
+        assert Image.open(io.BytesIO(base64.b64decode(answer["data"][7]["b64_json"]))).size == (256, 256)
+    metrics = httpx.get(f"{url}/metrics", timeout=300).text
+    [line] = [line for line in metrics.splitlines() if line.startswith("process_resident_memory_bytes ")]
+    assert float(line.split()[1]) <= 1.2e9

@@ -1,0 +1,70 @@
+"""What Prometheus reads at /metrics."""
+
+from __future__ import annotations
+
+import time
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, PlatformCollector, ProcessCollector
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from v2flow_cli.serve.errors import CLIENT_CLOSED_REQUEST
+
+SECONDS = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60, 120, 300)
+
+
+class Metrics:
+    """The server's own registry, with the process's memory and CPU seconds."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        PlatformCollector(registry=self.registry)
+        kept = dict(registry=self.registry, namespace="v2flow")
+        self.requests = Counter("requests", "Requests that were answered.", ["endpoint", "status"], **kept)
+        self.seconds = Histogram("request_seconds", "From head to answer.", ["endpoint"], buckets=SECONDS, **kept)
+        self.in_flight = Gauge("requests_in_flight", "Requests that are being answered.", **kept)
+        self.body_bytes = Gauge("body_bytes", "Of all bodies that are held.", **kept)
+        self.waiting = Gauge("rows_waiting", "Images that wait for the model.", **kept)
+        self.running = Gauge("rows_running", "Images that the model is computing.", **kept)
+        self.rows = Counter("rows", "Images that were computed.", ["task"], **kept)
+        self.batch_rows = Histogram("batch_rows", "Images in a batch.", ["task"], buckets=(1, 2, 4, 8, 16, 32), **kept)
+        self.batch_seconds = Histogram("batch_seconds", "Of a batch.", ["task"], buckets=SECONDS, **kept)
+
+    def on_batch(self, task: object, rows: int, seconds: float) -> None:
+        """A batch is done."""
+        name = type(task).__name__.lower()
+        self.rows.labels(name).inc(rows)
+        self.batch_rows.labels(name).observe(rows)
+        self.batch_seconds.labels(name).observe(seconds)
+
+
+class Measured:
+    """ASGI middleware: counts and times every request."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self.app, self.metrics = app, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        start, status = time.perf_counter(), CLIENT_CLOSED_REQUEST
+
+        async def noted(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        self.metrics.in_flight.inc()
+        try:
+            await self.app(scope, receive, noted)
+        except Exception:
+            status = 500
+            raise
+        finally:
+            self.metrics.in_flight.dec()
+            # The route's pattern, so that paths of strangers do not become labels.
+            endpoint = getattr(scope.get("route"), "path", "other")
+            self.metrics.requests.labels(endpoint, status).inc()
+            self.metrics.seconds.labels(endpoint).observe(time.perf_counter() - start)

@@ -1,0 +1,104 @@
+"""What the worker computes: pictures from prompts, ids from images, images from ids. Equal tasks share batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from v2flow_cli.bench.coder import inference
+from v2flow_cli.jobs.generate import Picture, Settings, check_pair, draw_images
+from v2flow_cli.llm.sample import DrawingLM
+from v2flow_cli.llm.sampling import DEFAULT_LLM
+from v2flow_cli.runtime.device import pick_device, pick_dtype
+from v2flow_cli.tokenizer import V2FlowTokenizer
+from v2flow_cli.tokenizer.preprocess import to_pil
+
+Tick = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Models:
+    """A tokenizer and an LLM that draws its tokens, loaded once."""
+
+    tokenizer: V2FlowTokenizer
+    llm: DrawingLM
+    dtype: torch.dtype
+    name: str  # the id in the API
+    token_digest: str
+
+    @classmethod
+    def load(cls, tokenizer: str | None, llm: str | None, device: str = "auto", dtype: str = "auto") -> Models:
+        """From folders or hub ids; None is the embedded model.
+
+        Raises:  ModelError when one is missing, or the two do not belong together.
+        """
+        target = pick_device(device)
+        number_format = pick_dtype(dtype, target)
+        image_tokenizer = V2FlowTokenizer.from_pretrained(tokenizer).to(target)
+        drawing = DrawingLM.from_pretrained(llm, target, number_format)
+        check_pair(drawing, image_tokenizer)
+        name = "v2flow-default" if Path(drawing.name) == DEFAULT_LLM else Path(drawing.name).name
+        return cls(image_tokenizer, drawing, number_format, name, image_tokenizer.token_digest)
+
+    @property
+    def drawn_size(self) -> tuple[int, int]:
+        """Height and width in pixels of what the LLM draws."""
+        return self.tokenizer.grid_of(self.llm.vocabulary.tokens_per_image)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Payloads (prompt, seed, temperature) to images."""
+
+    settings: Settings
+    decoder: str | None
+
+    def run(self, models: Models, payloads: Sequence[tuple[str, int, float]], tick: Tick) -> list[Image.Image]:
+        pictures = [Picture(prompt, seed, temperature, "", "") for prompt, seed, temperature in payloads]
+        tokenizer = models.tokenizer.with_decoder(self.decoder)
+        drawn = draw_images(models.llm, tokenizer, pictures, self.settings, models.dtype, tick)
+        return [image for _, image in drawn]
+
+
+@dataclass(frozen=True)
+class Encode:
+    """Payloads (3, H, W) in [-1, 1] to lists of token ids; ``num_tokens`` None is the tokenizer's default."""
+
+    height: int
+    width: int
+    num_tokens: int | None
+
+    def run(self, models: Models, payloads: Sequence[Tensor], tick: Tick) -> list[list[int]]:
+        images = torch.stack(list(payloads)).to(models.tokenizer.device)
+        with inference(models.tokenizer, models.dtype):
+            return models.tokenizer.encode(images, self.num_tokens).tolist()
+
+
+@dataclass(frozen=True)
+class Decode:
+    """Payloads (token ids, seed) to images; ``sampling`` holds pairs of a name and a value, None is the model's."""
+
+    height: int
+    width: int
+    num_tokens: int
+    decoder: str | None
+    sampling: tuple[tuple[str, Any], ...]
+
+    def run(self, models: Models, payloads: Sequence[tuple[list[int], int]], tick: Tick) -> list[Image.Image]:
+        ids = torch.tensor([ids for ids, _ in payloads], device=models.tokenizer.device)
+        with inference(models.tokenizer, models.dtype):
+            images = models.tokenizer.decode(
+                ids,
+                height=self.height,
+                width=self.width,
+                seeds=[seed for _, seed in payloads],
+                decoder=self.decoder,
+                **dict(self.sampling),
+            )
+        return to_pil(images)
