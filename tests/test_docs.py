@@ -183,7 +183,8 @@ def test_the_serving_page_draws_with_plain_transformers(tmp_path, monkeypatch):
     add_visual_tokens(tokenizer, words, 64).save_pretrained(tmp_path / "my-llm")
     monkeypatch.chdir(tmp_path)
     page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
-    plain, _ = re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
+    blocks = re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
+    [plain] = [block for block in blocks if "AutoModelForCausalLM" in block]
     assert "v2flow_cli" not in plain
     exec(compile(plain, "serving.md", "exec"), {})
     ids = np.load(tmp_path / "foxes.npy")

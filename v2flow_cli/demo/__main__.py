@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import os
 from typing import Annotated
 
@@ -11,6 +11,7 @@ import typer
 from v2flow_cli.cli.console import result
 from v2flow_cli.cli.entry import run
 from v2flow_cli.errors import V2FlowError
+from v2flow_cli.runtime.extras import extra
 
 
 def demo(
@@ -22,11 +23,9 @@ def demo(
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen at.")] = 7860,
 ) -> None:
     """Photos to tokens and back, sentences to pictures, in a browser."""
-    if importlib.util.find_spec("gradio") is None:
-        raise V2FlowError(
-            'The live demo needs Gradio: pip install "v2flow[demo]". `make demo` makes a page without it.'
-        )
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    with extra("demo", "gradio", "the live demo (`make demo` makes a page without it)"):
+        importlib.import_module("gradio")
 
     from v2flow_cli.demo.app import build_app
     from v2flow_cli.demo.studio import Studio

@@ -119,7 +119,7 @@ class Studio:
         if rectangle is not None:
             top, left, bottom, right = (side * edge for edge in _edges(rectangle, rows, columns))
             pen = ImageDraw.Draw(image)
-            for inset, colour in enumerate(("black", "white", "black")):
+            for inset, colour in enumerate(("black", "white", "white", "white", "black")):
                 pen.rectangle((left + inset, top + inset, right - 1 - inset, bottom - 1 - inset), outline=colour)
         return image
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import importlib.util
+import importlib
 import os
 import signal
 import socket
@@ -16,6 +16,7 @@ import typer
 from v2flow_cli.cli.console import log, result
 from v2flow_cli.cli.entry import run
 from v2flow_cli.errors import V2FlowError
+from v2flow_cli.runtime.extras import extra
 
 KEY_VARIABLE = "V2FLOW_API_KEY"
 NEEDED = ("fastapi", "uvicorn", "prometheus_client", "python_multipart")
@@ -43,8 +44,9 @@ def serve(
 
     Clients need a key where the variable V2FLOW_API_KEY is set.
     """
-    if any(importlib.util.find_spec(name) is None for name in NEEDED):
-        raise V2FlowError('The server needs FastAPI and others: pip install "v2flow[serve]".')
+    for package in NEEDED:
+        with extra("serve", package, "the server"):
+            importlib.import_module(package)
     key = os.environ.get(KEY_VARIABLE)
     with _listening(host, port) as listener:
         import uvicorn
