@@ -92,6 +92,7 @@ def test_sizes_that_do_not_fit_are_refused(tiny_tokenizer):
 
 def test_training_pass_reaches_every_trainable_part(tiny_tokenizer):
     model, x, loss = tiny_tokenizer.train(), tiny_tokenizer.latents.encode(images(8)), 0
+    model.config.sampling |= {"guidance_scale": 2.0}  # without guidance nothing would see the dummy D
     for _ in range(3):
         out = model(x, step=10, noise_scale=0.1, loss=LOSS)
         loss = loss + out.flow_loss + out.regression_loss + out.commit_loss
@@ -105,10 +106,13 @@ def test_a_dropped_image_sees_no_token(tiny_tokenizer):
     model = tiny_tokenizer.train()
     torch.manual_seed(0)
     loss = TokenizerLoss(flow=1.0, regression=1.0, commit=0.0, batch_entropy=0.0, guidance_dropout=1.0)
-    out = model(model.latents.encode(images(2)), step=10, noise_scale=0.0, loss=loss)
-    out.flow_loss.backward()
-    assert model.resampler.stem.weight.grad is None
-    assert model.context.dummy_token.grad is not None
+    for scale, dropped in ((2.0, True), (1.0, False)):  # sampling without guidance never looks at D
+        model.config.sampling |= {"guidance_scale": scale}
+        model.zero_grad()
+        out = model(model.latents.encode(images(2)), step=10, noise_scale=0.0, loss=loss)
+        out.flow_loss.backward()
+        assert (model.resampler.stem.weight.grad is None) == dropped
+        assert (model.context.dummy_token.grad is None) == (not dropped)
 
 
 def test_losses_in_pixels_see_what_one_step_without_noise_decodes(tiny_tokenizer):

@@ -42,7 +42,7 @@ def test_a_killed_loader_is_one_sentence():
         raise RuntimeError("DataLoader worker (pid(s) 12) exited unexpectedly\nmore")
         yield
 
-    _, problem = _next(batches())
+    _, problem = _next(batches(), 1)
     assert problem.startswith("DataLoader worker (pid(s) 12) exited unexpectedly") and "--resume" in problem
 
 

@@ -11,7 +11,7 @@ from .conftest import quiet, recipe
 # Where such a change is meant, the new losses are those that this test prints.
 GOLDEN = {
     "autoencoder": [0.358586, 0.370289, 0.284909],
-    "tokenizer": [1.582937, 1.265760, 1.119065],
+    "tokenizer": [2.879691, 1.459343, 1.192433],
 }
 
 

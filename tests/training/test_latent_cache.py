@@ -22,7 +22,7 @@ def cached(world, output, place, *more):
 
 def opened(made):
     objective = build_objective(made)
-    return open_cache(made, objective.model.latents, rank=0, ranks=1, device=torch.device("cpu")), objective
+    return open_cache(made, objective.model, rank=0, ranks=1, device=torch.device("cpu")), objective
 
 
 def test_each_time_round_is_another_order_and_batches_resume():
@@ -101,11 +101,11 @@ def test_latents_of_another_autoencoder_and_damaged_ones_are_refused(world, tmp_
     _, objective = opened(made)
     objective.model.latents.autoencoder.encoder[1].weight.data += 1
     with pytest.raises(ModelError, match="were made with autoencoder"):
-        open_cache(made, objective.model.latents, rank=0, ranks=1, device=torch.device("cpu"))
+        open_cache(made, objective.model, rank=0, ranks=1, device=torch.device("cpu"))
     (tmp_path / "cache" / "rank-0-of-1.safetensors").write_bytes(b"rubbish")
     with pytest.raises(ModelError, match="cached latents cannot be read"):
         opened(made)
-    assert json.loads((tmp_path / "cache" / "rank-0-of-1.json").read_text())["format"] == 1
+    assert json.loads((tmp_path / "cache" / "rank-0-of-1.json").read_text())["format"] == 2
 
 
 def test_no_crops_are_no_cache(world, tmp_path):

@@ -12,6 +12,7 @@ from v2flow_cli.training.checkpoint import Interrupted
 from v2flow_cli.training.loop import build_objective, train
 from v2flow_cli.training.muon import ADAMW_RMS, Muon, copies_kept, orthogonalize
 from v2flow_cli.training.optimizer import build_optimizer
+from v2flow_cli.training.state import flatten_optimizer, restore_optimizer
 
 from .conftest import quiet, recipe
 
@@ -93,3 +94,50 @@ def test_resuming_with_muon_equals_not_stopping(world, tmp_path):
     other = train(recipe(world, "tokenizer", tmp_path / "adamw", "train.steps=4"), resume=False, log=quiet)
     three = load_file(other.folder / "model.safetensors")
     assert not torch.equal(one["context.embed_patch.weight"], three["context.embed_patch.weight"])
+
+
+def test_matrices_of_one_shape_move_in_one_stack_as_they_would_alone():
+    """Bit for bit: linear layers, transposed ones, kernels and stacks of experts, over three steps."""
+    torch.manual_seed(0)
+    shapes = [(24, 24)] * 3 + [(16, 48)] * 2 + [(48, 16)] * 2 + [(8, 4, 3, 3)] * 2 + [(3, 8, 16)] * 2 + [(5, 7)]
+    start = [torch.randn(shape) for shape in shapes]
+    together, alone = ([nn.Parameter(x.clone()) for x in start] for _ in range(2))
+    settings = dict(lr=0.01, weight_decay=0.1)
+    stacked = Muon([{"params": together, "orthogonal": True}], **settings)
+    singles = [Muon([{"params": [parameter], "orthogonal": True}], **settings) for parameter in alone]
+    for _ in range(3):
+        for parameter, other in zip(together, alone):
+            parameter.grad = torch.randn(parameter.shape)
+            other.grad = parameter.grad.clone()
+        stacked.step()
+        for optimizer in singles:
+            optimizer.step()
+    for parameter, other in zip(together, alone):
+        assert torch.equal(parameter, other)
+        assert parameter.grad is not None
+
+
+def test_a_state_of_fused_adamw_is_restored_where_it_counts():
+    """Its steps lie on the weights' device; 2 steps, saved and restored, and 1 more equal 3."""
+
+    def made(fused):
+        torch.manual_seed(0)
+        layer = nn.Linear(4, 4)
+        groups = [{"params": [layer.weight], "orthogonal": True}, {"params": [layer.bias]}]
+        return layer, Muon(groups, lr=0.1, fused=fused), {id(p): n for n, p in layer.named_parameters()}
+
+    def step(layer, optimizer):
+        layer(torch.ones(2, 4)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for fused in (False, True):
+        layer, optimizer, names = made(fused)
+        other, restored, other_names = made(fused)
+        for _ in range(2):
+            step(layer, optimizer)
+        other.load_state_dict(layer.state_dict())
+        restore_optimizer(restored, other_names, flatten_optimizer(optimizer, names))
+        for pair in ((layer, optimizer), (other, restored)):
+            step(*pair)
+        assert torch.equal(layer.weight, other.weight) and torch.equal(layer.bias, other.bias)

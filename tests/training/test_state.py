@@ -11,7 +11,7 @@ def test_average_by_hand():
     module.weight.data.fill_(0.0)
     average = WeightAverage.of(module, 0.5)
     module.weight.data.fill_(8.0)
-    average.update(module, step=100)
+    average.update(step=100)
     assert average.weights["weight"].item() == 4.0
     average.copy_to(module)
     assert module.weight.item() == 4.0
@@ -25,7 +25,7 @@ def test_statistics_of_the_vectors_lag_with_the_weights_and_codes_do_not():
     quantizer.mean.fill_(8.0)
     quantizer.std.fill_(3.0)
     quantizer.codebook.mul_(-1)
-    average.update(module, step=100)
+    average.update(step=100)
     assert quantizer.mean.tolist() == [8.0, 8.0]  # training goes on with its own
     average.copy_to(module)
     assert quantizer.mean.tolist() == [4.0, 4.0] and quantizer.std.tolist() == [2.0, 2.0]
@@ -37,7 +37,7 @@ def test_the_window_grows_with_the_step():
     module.weight.data.fill_(0.0)
     average = WeightAverage.of(module, 0.999)
     module.weight.data.fill_(1.0)
-    average.update(module, step=0)
+    average.update(step=0)
     assert abs(average.weights["weight"].item() - 0.9) < 1e-6
 
 

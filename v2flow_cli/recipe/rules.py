@@ -46,6 +46,8 @@ def _tokenizer(recipe: TokenizerRecipe) -> Iterator[str]:
     yield from _aspects(recipe.data)
     if recipe.data.aspects and recipe.latents.cache:
         yield "data.aspects draws a shape for each batch, which latents.cache does not keep; leave one of them empty"
+    if recipe.data.aspects and recipe.data.resident_px:
+        yield "data.aspects draws a shape for each batch, but data.resident_px keeps squares; set one to empty or 0"
     whole = isinstance(recipe.flow, FlowTransformer)
     if whole != (recipe.context is None):
         yield (
@@ -65,6 +67,7 @@ def _tokenizer(recipe: TokenizerRecipe) -> Iterator[str]:
         yield f"context.mask_ratio_min is {recipe.context.mask_ratio_min}; expected a share in [0, 1]"
     if not 0 <= recipe.flow.share <= 1:
         yield f"flow.share is {recipe.flow.share}; expected a share in [0, 1]"
+    yield from _data_problems(recipe.data)
     if not 0 < recipe.data.min_scale <= recipe.data.max_scale <= 1:
         yield (
             f"data.min_scale is {recipe.data.min_scale} and data.max_scale {recipe.data.max_scale}; expected "
@@ -104,11 +107,6 @@ def _drawn_problems(recipe: TokenizerRecipe) -> Iterator[str]:
     loss = recipe.loss
     if not 0 < loss.pixel_share <= 1:
         yield f"loss.pixel_share is {loss.pixel_share}; expected a share above 0, at most 1"
-    if recipe.latents.cache:
-        yield (
-            "loss.pixels, loss.ssim and loss.perceptual compare with the photos, which latents.cache does not keep; "
-            "set the one or the other to 0 or empty"
-        )
     if loss.perceptual and not loss.features:
         yield 'loss.features is empty; loss.perceptual needs a file of network weights there, or "lpips"'
     if loss.pictures == "sampling" and not recipe.flow.share:
@@ -205,3 +203,11 @@ _RULES: dict[type, Callable[[Any], Iterator[str]]] = {
     LMRecipe: _language_model,
     FinetuneRecipe: _drawing,
 }
+
+
+def _data_problems(data: ImageData) -> Iterator[str]:
+    if data.resident_px and data.resident_px < data.crop_size:
+        yield (
+            f"data.resident_px is {data.resident_px}; expected at least data.crop_size {data.crop_size}, so that crops "
+            "are not enlarged, or 0 to read photos anew"
+        )

@@ -27,6 +27,7 @@ class ImageData:
     workers: int = 1  # loader processes per rank; 0 loads in the training process
     error_budget: float = 0.001  # share of the samples that may be bad; more of them stop the training
     aspects: tuple[float, ...] = ()  # width / height of crops, one drawn for each batch; empty: square ones alone
+    resident_px: int = 0  # side of the squares of all photos that are kept on the device; 0: photos are read anew
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class TrainLoop:
     skip_bad_steps: int = 0  # steps of non-finite loss or gradient to skip before the run stops
     grid_every: int = 500  # steps between pictures of the same crops and what comes back, and one at the end; 0: none
     tracker: Literal["auto", "none", "tensorboard", "wandb"] = "auto"  # beside metrics.jsonl; auto: what is installed
+    compile: bool = True  # on a GPU: one compiled graph a step, which takes minutes to make; CPUs run the plain one
 
 
 @dataclass(frozen=True)
@@ -284,7 +286,7 @@ class TokenizerLoss:
     regression: float  # auxiliary: patches from the context by one linear layer
     commit: float  # squared distance of a vector to its code
     batch_entropy: float  # bonus for the entropy of the batch's mean word distribution
-    guidance_dropout: float  # share of images whose tokens become the dummy D (Eq. 7)
+    guidance_dropout: float  # share of images whose tokens become the dummy D (Eq. 7); 0 where nothing is guided
     pixels: float = 0.0  # natural log of an image's squared error in pixels, averaged: 1 is 4.34 dB of PSNR
     ssim: float = 0.0  # 1 - SSIM
     perceptual: float = 0.0  # distance to the photo in the features of a network, see ``features``

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -51,14 +52,19 @@ def copy_from_first(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def maximum(values: Sequence[float], device: torch.device) -> list[float]:
-    """Of each value the largest over all processes, on every process."""
+def maximum(values: Sequence[float]) -> list[float]:
+    """Of each value the largest over all processes, on every process; exchanged by the hosts, whatever GPUs do."""
     if world_size() == 1:
         return list(values)
-    # MPS has no float64, and no launch either.
-    shared = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(shared, op=dist.ReduceOp.MAX)
+    shared = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(shared, op=dist.ReduceOp.MAX, group=_hosts())
     return shared.tolist()
+
+
+@functools.cache
+def _hosts() -> dist.ProcessGroup | None:
+    """The group that exchanges CPU tensors. Through NCCL each exchange would wait for all that its GPU has to do."""
+    return None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
 
 
 def gather_texts(text: str, device: torch.device = CPU) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import torch
@@ -53,6 +53,22 @@ class Drawn:
         return self.noise_temperature * torch.randn_like(data) if self.noise_temperature else torch.zeros_like(data)
 
 
+@dataclass(frozen=True)
+class StepPlan:
+    """What sets the shapes of a training step, and what changes with the step.
+
+    Drawn on the host before the step: inside it a number read back from a tensor would make the host wait for the GPU
+    and cut the compiled graph.
+    """
+
+    hidden: int = 0  # patches of each image that are hidden; only for the masked decoder
+    dropped: int = 0  # images that see the dummy D, the first ones of the batch
+    rate: int = 0  # of the resampler
+    quantizer_step: int = 0  # a step in which the quantizer does the same
+    noise_scale: float | Tensor = 0.0  # factor on the Gumbel noise; a tensor () where it changes from step to step
+    drawn: Drawn = field(default_factory=Drawn)
+
+
 class DecoderLosses(NamedTuple):
     """Flow loss of Eq. 3 and regression loss, both scalars, and the data as foretold: patches (B, N, P)."""
 
@@ -74,9 +90,9 @@ class Decoder(Protocol):
         lengths: Tensor | None,
         places: Places,
         loss: TokenizerLoss,
-        drawn: Drawn,
+        plan: StepPlan,
     ) -> DecoderLosses:
-        """Of one pass; a share ``loss.guidance_dropout`` of the images, the first ones, sees D (Eq. 7)."""
+        """Of one pass; the first ``plan.dropped`` images see D (Eq. 7)."""
         ...
 
     def sample(
@@ -92,6 +108,6 @@ class Decoder(Protocol):
         ...
 
 
-def count_dropped(share: float, batch: int) -> int:
-    """How many images of a batch see D: ``share`` of them on average."""
-    return min(batch, int(share * batch + torch.rand(()).item()))
+def count_dropped(share: float, batch: int, u: float) -> int:
+    """How many images of a batch see D, ``share`` of them on average over ``u``, uniform in [0, 1)."""
+    return min(batch, int(share * batch + u))

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from v2flow_cli.recipe.schema import Context, Flow, Sampling, TokenizerLoss
+from v2flow_cli.recipe.schema import Flow, Sampling, TokenizerLoss
 from v2flow_cli.tokenizer.context import MaskedTransformer
-from v2flow_cli.tokenizer.decoder import DecoderLosses, Drawn, Places, count_dropped
+from v2flow_cli.tokenizer.decoder import DecoderLosses, Places, StepPlan
 from v2flow_cli.tokenizer.flow import VelocityNetwork, solve
 from v2flow_cli.tokenizer.guidance import Guided
-from v2flow_cli.tokenizer.masking import gather, random_orders, reveal_schedule, sample_mask_ratio, seeded_orders
+from v2flow_cli.tokenizer.masking import gather, random_orders, reveal_schedule, seeded_orders
 
 
 class MaskedDecoder:
     """Masked autoregressive flow: context of the hidden patches, then a flow on each of them."""
 
-    def __init__(self, context: MaskedTransformer, flow: VelocityNetwork, masked: Context, settings: Flow) -> None:
-        self.context, self.flow, self.masked, self.settings = context, flow, masked, settings
+    def __init__(self, context: MaskedTransformer, flow: VelocityNetwork, settings: Flow) -> None:
+        self.context, self.flow, self.settings = context, flow, settings
 
     def losses(
         self,
@@ -29,28 +28,25 @@ class MaskedDecoder:
         lengths: Tensor | None,
         places: Places,
         loss: TokenizerLoss,
-        drawn: Drawn,
+        plan: StepPlan,
     ) -> DecoderLosses:
         """Source: section 2.3."""
         batch, positions, _ = patches.shape
-        ratio = sample_mask_ratio(self.masked.mask_ratio_min, self.masked.mask_ratio_std)
         order = random_orders(batch, positions, patches.device)
-        hidden_count = max(1, math.ceil(ratio * positions))
-        hidden, seen = order[:, :hidden_count], order[:, hidden_count:]
+        hidden, seen = order[:, : plan.hidden], order[:, plan.hidden :]
         visible, visible_at = gather(patches, seen), gather(places.patches, seen)
         hidden_at, hidden_cells = gather(places.patches, hidden), places.cells.gather(1, hidden)
         parts = places.parts.gather(1, hidden)
         # D is one token, not n copies, so the images that see it form a batch of their own.
-        dropped = count_dropped(loss.guidance_dropout, batch)
         contexts = []
-        for part, known in ((slice(0, dropped), False), (slice(dropped, batch), True)):
+        for part, known in ((slice(0, plan.dropped), False), (slice(plan.dropped, batch), True)):
             if part.start < part.stop:
                 given = (tokens[part], places.tokens[part]) if known else (None, None)
                 rest = (visible, visible_at, hidden_at, hidden_cells)
                 kept = None if lengths is None else lengths[part]
                 contexts.append(self.context(*given, *(x[part] for x in rest), kept, parts[part], places.rate))
         asked = gather(patches, hidden)
-        flow, regression, foretold = self.flow.loss(asked, torch.cat(contexts), self.settings, drawn)
+        flow, regression, foretold = self.flow.loss(asked, torch.cat(contexts), self.settings, plan.drawn)
         places_of = hidden[..., None].expand(-1, -1, patches.shape[-1])
         return DecoderLosses(flow, regression, patches.scatter(1, places_of, foretold.to(patches.dtype)))
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from v2flow_cli.errors import ModelError
 from v2flow_cli.recipe.schema import FlowTransformer, Sampling, TokenizerLoss
 from v2flow_cli.tokenizer.context import Block, RotaryPositions, nearby, sines
-from v2flow_cli.tokenizer.decoder import DecoderLosses, Drawn, Places, count_dropped
+from v2flow_cli.tokenizer.decoder import DecoderLosses, Drawn, Places, StepPlan
 from v2flow_cli.tokenizer.flow import TIME_FEATURES, Path, sample_times, solve, time_features
 from v2flow_cli.tokenizer.guidance import Guided
 from v2flow_cli.tokenizer.prefix import TokenEmbedding
@@ -119,11 +119,11 @@ class VelocityTransformer(nn.Module):
         lengths: Tensor | None,
         places: Places,
         loss: TokenizerLoss,
-        drawn: Drawn,
+        plan: StepPlan,
     ) -> DecoderLosses:
         """The flow loss is that of random times, the regression loss the squared error of the data at t = 1."""
-        batch = len(patches)
-        memory = self.memory(tokens, lengths, places, count_dropped(loss.guidance_dropout, batch))
+        batch, drawn = len(patches), plan.drawn
+        memory = self.memory(tokens, lengths, places, plan.dropped)
         regression, mean = patches.new_zeros(()), patches
         if loss.regression or drawn.count:
             mean = self._predict(patches, torch.ones(batch, device=patches.device), memory)

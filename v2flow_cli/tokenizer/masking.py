@@ -4,21 +4,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from statistics import NormalDist
 
 import torch
 from torch import Tensor
 
 
-def sample_mask_ratio(minimum: float, std: float) -> float:
-    """A mask ratio from the normal around 1 with ``std``, truncated to [minimum, 1]; uses torch's generator.
+def mask_ratio(minimum: float, std: float, u: float) -> float:
+    """The mask ratio at quantile ``u`` in [0, 1) of the normal around 1 with ``std``, truncated to [minimum, 1].
 
     Silent (S4): the distribution.
     """
-    # Inverse CDF of the truncated normal: Phi(x) between Phi(minimum) and Phi(1) = 1/2.
-    lowest = 0.5 * (1 + math.erf((minimum - 1) / (std * math.sqrt(2))))
-    u = lowest + (0.5 - lowest) * torch.rand(()).item()
-    ratio = 1 + std * math.sqrt(2) * torch.erfinv(torch.tensor(2 * u - 1, dtype=torch.float64)).item()
-    return min(1.0, max(minimum, ratio))
+    normal = NormalDist(1.0, std)
+    lowest = normal.cdf(minimum)
+    quantile = lowest + (0.5 - lowest) * u
+    return min(1.0, max(minimum, normal.inv_cdf(quantile))) if quantile else minimum
+
+
+def hidden_patches(ratio: float, positions: int, coarse: bool) -> int:
+    """How many of ``positions`` patches are hidden at a mask ratio, at least 1.
+
+    ``coarse`` rounds up to a multiple of an eighth of them, so that few shapes occur and a compiled step is reused.
+    """
+    hidden = max(1, math.ceil(ratio * positions))
+    grain = max(1, positions // 8) if coarse else 1
+    return min(positions, math.ceil(hidden / grain) * grain)
 
 
 def random_orders(batch: int, positions: int, device: torch.device) -> Tensor:

@@ -77,6 +77,15 @@ class EMAQuantizer(nn.Module):
             passed = turn_onto if self.settings.gradient == "rotation" else straight_through
             return QuantizerOutput(self.length * passed(vectors, codes), ids, commit_loss)
 
+    def first_like(self, step: int) -> int:
+        """The first training step that does what ``step`` does, so that one compiled graph serves all like it."""
+        start, kmeans_steps = self.settings.start_step, self.settings.kmeans_steps
+        if step in (0, start - 1):  # the statistics start; every code starts as an average one
+            return step
+        if step >= start:
+            return max(start, 1)
+        return start - kmeans_steps - 1 if kmeans_steps and start - step <= kmeans_steps + 1 else 1
+
     @property
     def vectors(self) -> Tensor:
         """The codes (K, D) in the space that vectors come from: standardisation undone."""
@@ -182,16 +191,12 @@ class EMAQuantizer(nn.Module):
         for state in states:
             state[places] = torch.where(born, state.mean(), state[places])
 
-    def statistics(self) -> dict[str, float]:
+    def statistics(self) -> dict[str, Tensor]:
         """Usage and perplexity of the running counts, and the number of codes near revival."""
         share = self.counts / self.counts.sum()
         entropy = -(share * (share + 1e-12).log()).sum()
         dead = self._dead().float()
-        return {
-            "codebook_usage": 1 - dead.mean().item(),
-            "perplexity": entropy.exp().item(),
-            "dead_codes": dead.sum().item(),
-        }
+        return {"codebook_usage": 1 - dead.mean(), "perplexity": entropy.exp(), "dead_codes": dead.sum()}
 
 
 def straight_through(vectors: Tensor, codes: Tensor) -> Tensor:

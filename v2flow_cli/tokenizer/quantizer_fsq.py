@@ -58,6 +58,10 @@ class FSQQuantizer(nn.Module):
         bounded = torch.tanh(x + torch.atanh(offset / half)) * half - offset
         return bounded + (bounded.round() - bounded).detach()
 
+    def first_like(self, step: int) -> int:
+        """The first training step that does what ``step`` does: all do the same."""
+        return 0
+
     def embed(self, token_ids: Tensor) -> Tensor:
         """Codes (B, N, D) of token ids (B, N), as ``QuantizerOutput.embeddings``."""
         digits = token_ids[..., None] // self.basis % self.levels
@@ -75,9 +79,9 @@ class FSQQuantizer(nn.Module):
         counts.index_add_(0, ids.flatten(), torch.ones_like(ids.flatten(), dtype=counts.dtype))
         self.counts.mul_(USAGE_DECAY).add_(sum_in_place(counts), alpha=1 - USAGE_DECAY)
 
-    def statistics(self) -> dict[str, float]:
+    def statistics(self) -> dict[str, Tensor]:
         """Usage (codes seen in recent steps) and perplexity of the running counts."""
         share = self.counts / self.counts.sum().clamp_min(1e-12)
         entropy = -(share * (share + 1e-12).log()).sum()
         alive = self.counts > (1 - USAGE_DECAY) * math.exp(-1)  # seen once in the last 1 / (1 - decay) steps
-        return {"codebook_usage": alive.float().mean().item(), "perplexity": entropy.exp().item()}
+        return {"codebook_usage": alive.float().mean(), "perplexity": entropy.exp()}

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import json
 import math
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,18 +18,19 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from v2flow_cli.errors import ModelError, reason_of
-from v2flow_cli.recipe.schema import FlowTransformer, Sampling, TokenizerLoss
+from v2flow_cli.recipe.schema import Context, FlowTransformer, Sampling, TokenizerLoss
 from v2flow_cli.runtime.batch_invariant import on_single_threads
 from v2flow_cli.runtime.device import tf32, without_autocast
 from v2flow_cli.runtime.digest import model_digest
 from v2flow_cli.runtime.hub import model_folder
 from v2flow_cli.tokenizer.config import V2FlowConfig
 from v2flow_cli.tokenizer.context import MaskedTransformer, grid_coordinates
-from v2flow_cli.tokenizer.decoder import Decoder, Drawn, Places
+from v2flow_cli.tokenizer.decoder import Decoder, Drawn, Places, StepPlan, count_dropped
 from v2flow_cli.tokenizer.decoder_masked import MaskedDecoder
 from v2flow_cli.tokenizer.decoder_transformer import VelocityTransformer
 from v2flow_cli.tokenizer.flow import VelocityNetwork
 from v2flow_cli.tokenizer.latents import Latents
+from v2flow_cli.tokenizer.masking import hidden_patches, mask_ratio
 from v2flow_cli.tokenizer.other_decoders import (
     DECODER,
     FAITHFUL,
@@ -112,9 +114,13 @@ class V2FlowTokenizer(PretrainedModule):
             self.flow: VelocityTransformer | VelocityNetwork = VelocityTransformer(
                 flow, code_size, patch_numbers, ordered
             )
+            decoder: Decoder = self.flow
         else:
             self.context = MaskedTransformer(context, code_size, patch_numbers, ordered, self._other_parts())
             self.flow = VelocityNetwork(flow, context.hidden_size, patch_numbers)
+            decoder = MaskedDecoder(self.context, self.flow, flow)
+        # In a tuple, so that it is no second name for its parameters, which are ``context`` and ``flow``.
+        self._decoder = (decoder,)
 
     def _other_parts(self) -> list[int]:
         """Patches a token at each of the resampler's rates but the first."""
@@ -123,10 +129,8 @@ class V2FlowTokenizer(PretrainedModule):
 
     @property
     def decoder(self) -> Decoder:
-        """The decoder that the recipe chose; its parameters are ``context`` and ``flow``, or ``flow`` alone."""
-        if isinstance(self.flow, VelocityTransformer):
-            return self.flow
-        return MaskedDecoder(self.context, self.flow, self.config.section("context"), self.config.section("flow"))
+        """The decoder that the recipe chose."""
+        return self._decoder[0]
 
     @property
     def decoder_names(self) -> tuple[str, ...]:
@@ -298,16 +302,20 @@ class V2FlowTokenizer(PretrainedModule):
         return token_ids[:, :num_tokens]
 
     def _nearest_ids(self, images: Tensor, rate: int = 0) -> Tensor:
-        latents = self.latents.encode(images)
+        return self.ids_of_latents(self.latents.encode(images), rate)
+
+    @torch.no_grad()
+    def ids_of_latents(self, latents: Tensor, rate: int = 0) -> Tensor:
+        """Token ids (B, L) of scaled latents (B, C, h, w), as ``encode`` finds them."""
         # Vectors differ by less than a hundredth of what they are made of, and bf16 rounds to not much less.
         with without_autocast(latents):
             vectors, _, _ = self.embed(latents.to(self.dtype), noise_scale=0.0, entropies=False, rate=rate)
-        return self.quantizer(vectors).token_ids
+            return self.quantizer(vectors).token_ids
 
     def embed(
         self,
         latents: Tensor,
-        noise_scale: float,
+        noise_scale: float | Tensor,
         entropies: bool = True,
         rate: int = 0,
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -386,31 +394,85 @@ class V2FlowTokenizer(PretrainedModule):
 
     # -- training ------------------------------------------------------------------------------------------
 
-    def forward(self, latents: Tensor, step: int, noise_scale: float, loss: TokenizerLoss) -> V2FlowOutput:
+    def plan_step(
+        self,
+        step: int,
+        latents: torch.Size,
+        loss: TokenizerLoss,
+        draw: random.Random,
+        noise_scale: float | Tensor = 0.0,
+        coarse: bool = False,
+        context: Context | None = None,
+        sampling: Sampling | None = None,
+    ) -> StepPlan:
+        """What a training pass over latents of shape (B, C, h, w) needs to know before it starts.
+
+        ``coarse`` allows few numbers of hidden patches only. Where sampling uses no guidance, the masked decoder spares
+        the images that would see D a pass of their own; in a flow transformer they cost nothing. ``context`` and
+        ``sampling`` are the config's, which takes a millisecond to parse.
+        """
+        batch, _, height, width = latents
+        if sampling is None:
+            context, sampling = self.config.section("context"), self.config.section("sampling")
+        u, v, hidden = draw.random(), draw.random(), 0
+        share = loss.guidance_dropout
+        if context is not None:
+            positions = (height // self.patch_size) * (width // self.patch_size)
+            ratio = mask_ratio(context.mask_ratio_min, context.mask_ratio_std, u)
+            hidden = hidden_patches(ratio, positions, coarse)
+            share = share if sampling.guidance_scale != 1 else 0.0
+        return StepPlan(
+            hidden=hidden,
+            dropped=count_dropped(share, batch, v),
+            rate=self.resampler.rate_at(step),
+            quantizer_step=self.quantizer.first_like(step),
+            noise_scale=noise_scale,
+            drawn=Drawn.of(loss, sampling, batch),
+        )
+
+    def forward(
+        self,
+        latents: Tensor,
+        loss: TokenizerLoss,
+        plan: StepPlan | None = None,
+        step: int = 0,
+        noise_scale: float = 0.0,
+        token_ids: Tensor | None = None,
+    ) -> V2FlowOutput:
         """One training pass over scaled latents (B, C, h, w); randomness comes from torch's generators.
 
-        ``noise_scale`` is that of the Gumbel noise at this step.
+        Without a ``plan`` of the step this pass draws its own, for ``step`` and ``noise_scale``. While the quantiser is
+        frozen, tokens are those of ``encode``, or the given ``token_ids`` (B, n) of an earlier pass, and nothing before
+        them has a loss.
 
         Source: sections 2.2 and 2.3; a share ``loss.guidance_dropout`` of the images sees the dummy D (Eq. 7). Of an
         ordered sequence each image keeps a prefix of random length (nested dropout, FlexTok).
         """
         height, width = (side * self.latents.downsampling for side in latents.shape[-2:])
-        rate = self.resampler.rate_at(step)
-        vectors, word_entropy, batch_entropy = self.embed(latents, noise_scale, rate=rate)
-        quantized = self.quantizer(vectors, step if self.quantizer.training else None)
+        if plan is None:
+            seed = int(torch.randint(2**62, ()))
+            plan = self.plan_step(step, latents.shape, loss, random.Random(seed), noise_scale)
+        rate = plan.rate
+        if self.training and not self.quantizer.training:
+            token_ids = self.ids_of_latents(latents, rate) if token_ids is None else token_ids
+            word_entropy = batch_entropy = commit_loss = latents.new_zeros(())
+            embeddings = self.quantizer.embed(token_ids)
+        else:
+            vectors, word_entropy, batch_entropy = self.embed(latents, plan.noise_scale, rate=rate)
+            quantized = self.quantizer(vectors, plan.quantizer_step if self.quantizer.training else None)
+            embeddings, token_ids, commit_loss = quantized.embeddings, quantized.token_ids, quantized.commit_loss
         lengths = self.resampler.prefix_lengths(len(latents), latents.device)
         places = self._places(height, width, len(latents), rate)
-        tokens = quantized.embeddings.to(latents.dtype)
-        drawn = Drawn.of(loss, self.config.section("sampling"), len(latents))
-        decoded = self.decoder.losses(self._patchify(latents), tokens, lengths, places, loss, drawn)
+        tokens = embeddings.to(latents.dtype)
+        decoded = self.decoder.losses(self._patchify(latents), tokens, lengths, places, loss, plan)
         predicted = self._unpatchify(decoded.patches, *self._patch_grid(height, width))
         return V2FlowOutput(
             decoded.flow,
             decoded.regression,
-            quantized.commit_loss,
+            commit_loss,
             batch_entropy,
             word_entropy,
-            quantized.token_ids,
+            token_ids,
             predicted,
         )
 

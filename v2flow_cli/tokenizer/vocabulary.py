@@ -81,7 +81,7 @@ class VocabularyProjection(nn.Module):
             codebook = codebook @ self.unwhiten
         return codebook * self.table_rms + self.table_mean
 
-    def forward(self, tokens: Tensor, noise_scale: float = 0.0, entropies: bool = True) -> VocabularyOutput:
+    def forward(self, tokens: Tensor, noise_scale: float | Tensor = 0.0, entropies: bool = True) -> VocabularyOutput:
         """Mixtures v (B, N, D) of tokens (B, N, d_v); ``noise_scale`` 0 is deterministic, 1 is Eq. 4.
 
         Without ``entropies``, which only a training needs, both are 0.
@@ -109,7 +109,7 @@ class VocabularyProjection(nn.Module):
         mean_entropy = torch.stack([part.entropy for part in parts]).sum() / len(flat)
         return VocabularyOutput(embeddings, mean_entropy, batch_entropy)
 
-    def _mix_all(self, tokens: Tensor, lengths: Tensor, noise_scale: float, entropies: bool) -> _Mixed:
+    def _mix_all(self, tokens: Tensor, lengths: Tensor, noise_scale: float | Tensor, entropies: bool) -> _Mixed:
         logits = self.generator(tokens)
         table = self.table.to(logits.dtype)  # under autocast a copy; autocast itself would make two
         if self.settings.generator == "tied":
@@ -118,7 +118,7 @@ class VocabularyProjection(nn.Module):
         mass = probs.sum(0, dtype=torch.float32) if entropies else probs.new_zeros(())
         return _Mixed(probs.to(table.dtype) @ table, mass, entropy)
 
-    def _mix_best(self, tokens: Tensor, lengths: Tensor, noise_scale: float, entropies: bool) -> _Mixed:
+    def _mix_best(self, tokens: Tensor, lengths: Tensor, noise_scale: float | Tensor, entropies: bool) -> _Mixed:
         """Departs (D7): mixtures of each token's ``top_k`` best words; the rest get no weight."""
         k = min(self.settings.top_k, len(self.table))
         projected = self.generator(tokens)
@@ -131,9 +131,9 @@ class VocabularyProjection(nn.Module):
         mixtures = _weighted_rows(self.table, index, probs)
         return _Mixed(mixtures.to(projected.dtype), probs.new_zeros(()), entropy)
 
-    def _soft_categorical(self, logits: Tensor, noise_scale: float, entropies: bool) -> tuple[Tensor, Tensor]:
+    def _soft_categorical(self, logits: Tensor, noise_scale: float | Tensor, entropies: bool) -> tuple[Tensor, Tensor]:
         """alpha of Eq. 4 (M, k), and the sum of the entropies of its rows in nats, or 0."""
-        if noise_scale:
+        if isinstance(noise_scale, Tensor) or noise_scale:
             # -log of an exponential variate is a Gumbel variate, at one logarithm an entry.
             logits = logits - noise_scale * torch.empty_like(logits).exponential_().log_()
         if not entropies:

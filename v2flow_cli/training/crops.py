@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import random
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -18,26 +20,35 @@ from v2flow_cli.recipe.schema import ImageData
 from v2flow_cli.store.failures import Failure
 from v2flow_cli.store.images import open_image
 from v2flow_cli.store.stream import Sample, SampleRef, SampleStream
-from v2flow_cli.tokenizer.preprocess import crop_to_tensor, fitted_size
+from v2flow_cli.tokenizer.preprocess import crop_to_uint8, fitted_size, from_uint8
 
 TRIES = 16  # samples in a row that may be bad before a batch is given up
 
 
 @dataclass(frozen=True)
 class CropBatch:
-    """``images`` (B, 3, H, W) in [-1, 1], the ``keys`` of the photos they come from, and bad ones passed over.
+    """``pixels`` (B, H, W, 3), 8-bit, the ``keys`` of the photos they come from, and bad ones passed over.
 
     total: samples in the set; failures: bad ones met while this batch was made.
     """
 
-    images: Tensor
+    pixels: Tensor
     keys: list[str]
     failures: list[Failure]
     total: int
 
+    @property
+    def images(self) -> Tensor:
+        """(B, 3, S, S) in [-1, 1]."""
+        return from_uint8(self.pixels)
+
     def inputs(self, device: torch.device) -> dict[str, Tensor]:
-        """What the objective takes."""
-        return {"images": self.images.to(device, non_blocking=True)}
+        """What the objective takes; pixels become floats on the device, so that few bytes are copied."""
+        return {"images": from_uint8(self.pixels.to(device, non_blocking=True))}
+
+    def pin_memory(self) -> CropBatch:
+        """The batch in memory that a GPU copies from while the host goes on; DataLoader calls this."""
+        return dataclasses.replace(self, pixels=self.pixels.pin_memory())
 
 
 class CropBatches(IterableDataset[CropBatch | V2FlowError]):
@@ -123,14 +134,14 @@ def _first_good(refs: Iterable[SampleRef], failures: list[Failure]) -> tuple[Sam
 
 
 def random_crop(image: Image.Image, data: ImageData, rng: random.Random, size: tuple[int, int]) -> Tensor:
-    """A crop (3, H, W) of ``size``: its share of the largest such crop's sides is uniform in [min_scale, max_scale]."""
+    """A crop (H, W, 3), 8-bit: its share of the largest such crop's sides is uniform in [min_scale, max_scale]."""
     width, height = image.size
     aspect = size[1] / size[0]
     wide = max(1.0, min(width, height * aspect) * rng.uniform(data.min_scale, data.max_scale))
     high = min(float(height), max(1.0, wide / aspect))
     left, top = rng.uniform(0, width - wide), rng.uniform(0, height - high)
-    crop = crop_to_tensor(image, (left, top, left + wide, top + high), size)
-    return crop.flip(-1) if data.horizontal_flip and rng.random() < 0.5 else crop
+    crop = crop_to_uint8(image, (left, top, left + wide, top + high), size)
+    return crop.flip(1) if data.horizontal_flip and rng.random() < 0.5 else crop
 
 
 def crop_loader(
@@ -142,7 +153,40 @@ def crop_loader(
         batches,
         batch_size=None,
         num_workers=data.workers,
+        pin_memory=torch.cuda.is_available(),
         prefetch_factor=4 if data.workers else None,
         multiprocessing_context="spawn" if data.workers else None,
         persistent_workers=False,
     )
+
+
+def first_crops(
+    data: ImageData, batch_size: int, *, seed: int, rank: int, world_size: int, per_photo: int = 1
+) -> Iterator[CropBatch]:
+    """Batches of the first crops of the stream, ``per_photo`` of each photo of this rank's part; the last one is cut.
+
+    Raises:  V2FlowError, what stopped the stream.
+    """
+    done = 0
+    for batch in crop_loader(data, batch_size, seed=seed, start=0, rank=rank, world_size=world_size):
+        if isinstance(batch, V2FlowError):
+            raise batch
+        wanted = max(1, batch.total // world_size) * per_photo
+        left = wanted - done
+        yield dataclasses.replace(batch, pixels=batch.pixels[:left], keys=batch.keys[:left])
+        done += batch_size
+        if done >= wanted:
+            return
+
+
+def shuffled_rows(total: int, batch_size: int, *, seed: int, start: int) -> Iterator[np.ndarray]:
+    """Endless batches of row numbers (B,) in [0, total), from batch ``start`` on; each time round is a permutation."""
+    around, order = -1, np.empty(0, int)
+    for first in itertools.count(start * batch_size, batch_size):
+        rows = np.empty(batch_size, int)
+        for place in range(batch_size):
+            if (first + place) // total != around:
+                around = (first + place) // total
+                order = np.random.default_rng([seed, around]).permutation(total)
+            rows[place] = order[(first + place) % total]
+        yield rows

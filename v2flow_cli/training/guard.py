@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,17 +24,41 @@ def on_samples(what: str, keys: Sequence[str]) -> str:
     return f"{what} on samples {', '.join(keys[:8])}{more}" if keys else what
 
 
-def what_is_wrong(where: str, loss: Tensor, grad_norm: Any, keys: Sequence[str]) -> str:
+def what_is_wrong(where: str, loss: float, grad_norm: float, keys: Sequence[str], device: torch.device) -> str:
     """Why this step cannot be taken, the same text on every rank; empty where it can.
 
     Args:  loss, of this rank; grad_norm, of the mean gradient; keys, of the samples that this rank saw in the step.
     """
-    device = loss.device
-    mine = "" if torch.isfinite(loss).item() else on_samples(f"{where}: the loss is not finite ({loss.item()})", keys)
+    mine = "" if math.isfinite(loss) else on_samples(f"{where}: the loss is not finite ({loss})", keys)
     texts = [text for text in gather_texts(mine, device) if text]
-    if not texts and not math.isfinite(float(grad_norm)):  # of the mean gradient, so every rank sees it
+    if not texts and not math.isfinite(grad_norm):  # of the mean gradient, so every rank sees it
         texts = [t for t in gather_texts(on_samples(f"{where}: the gradient is not finite", keys), device) if t]
     return "; ".join(texts)
+
+
+@dataclass
+class UnreadSteps:
+    """Terms of the steps since the host last looked at them: reading a number makes it wait for all the GPU has to do.
+
+    Terms are tensors () by name, ``loss`` and ``grad_norm`` among them; keys are those of a step's samples.
+    """
+
+    steps: list[tuple[str, dict[str, Tensor], list[str]]] = field(default_factory=list)
+
+    def add(self, where: str, terms: dict[str, Tensor], keys: list[str]) -> None:
+        self.steps.append((where, terms, keys))
+
+    def read(self) -> Iterator[tuple[dict[str, float], str]]:
+        """Terms of each step, and what is wrong with it, "" where nothing is; one transfer for all."""
+        if not self.steps:
+            return
+        device = self.steps[0][1]["loss"].device
+        flat = [value.detach().float().to(device) for _, terms, _ in self.steps for value in terms.values()]
+        numbers = iter(torch.stack(flat).tolist())
+        steps, self.steps = self.steps, []
+        for where, terms, keys in steps:
+            values = {name: next(numbers) for name in terms}
+            yield values, what_is_wrong(where, values["loss"], values["grad_norm"], keys, device)
 
 
 def skip_or_stop(wrong: str, bad_steps: int, allowed: int, checkpoints: Path, log: Callable[[str], None]) -> None:

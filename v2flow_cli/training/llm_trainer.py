@@ -77,7 +77,7 @@ class LMTrainer(SafeCheckpoints):
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """The last word before the weights move.  Raises: SharedError for more bad steps than may be skipped."""
         norm = super()._get_grad_norm(model, grad_norm)
-        if wrong := what_is_wrong(self.place, self._tr_loss, norm, self.keys):
+        if wrong := what_is_wrong(self.place, float(self._tr_loss), float(norm), self.keys, self.args.device):
             self.clock.skip(wrong, Path(self.args.output_dir))
             # Without gradients AdamW leaves weights and averages as they are. The log's means are over the other steps.
             model.zero_grad()
@@ -169,7 +169,7 @@ class RunClock(TrainerCallback, ExportableState):
         # Processes must leave the loop, and save, at the same step: what stops one of them stops all.
         due = bool(self.save_minutes) and self.seconds - self.saved_seconds > 60 * self.save_minutes
         flags = [self.time_is_up, bool(self.signals), due or control.should_save]
-        late, self.interrupted, control.should_save = map(bool, maximum(flags, args.device))
+        late, self.interrupted, control.should_save = map(bool, maximum(flags))
         if (late or self.interrupted) and state.global_step < state.max_steps:
             if not self.interrupted:
                 self.log(f"time limit: {self.max_minutes:g} minutes, stopping after step {state.global_step}")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,18 +20,19 @@ from v2flow_cli.errors import ModelError, V2FlowError
 from v2flow_cli.recipe import AutoencoderRecipe, TokenizerRecipe, dump_recipe
 from v2flow_cli.recipe.schema import TrainLoop
 from v2flow_cli.runtime.device import pick_dtype, tf32
-from v2flow_cli.runtime.processes import losing_contact, maximum, prepare_cpu_launch, raise_everywhere
+from v2flow_cli.runtime.processes import losing_contact, maximum, prepare_cpu_launch, raise_everywhere, sum_in_place
 from v2flow_cli.store.files import publishing, write_bytes
 from v2flow_cli.training.card import write_card
 from v2flow_cli.training.checkpoint import Interrupted, load_newest, save_checkpoint, stop_requested
 from v2flow_cli.training.crops import CropBatch, crop_loader
-from v2flow_cli.training.guard import BadSamples, on_samples, skip_or_stop, what_is_wrong
+from v2flow_cli.training.guard import BadSamples, UnreadSteps, on_samples, skip_or_stop
 from v2flow_cli.training.latent_cache import LatentBatch, cached_batches
 from v2flow_cli.training.meter import Meter
 from v2flow_cli.training.objectives.autoencoder import AutoencoderObjective
 from v2flow_cli.training.objectives.tokenizer import TokenizerObjective
 from v2flow_cli.training.optimizer import build_optimizer, learning_rate_at, set_learning_rate
 from v2flow_cli.training.output import check_output
+from v2flow_cli.training.resident import resident_batches
 from v2flow_cli.training.resume import check_same_ranks, check_same_recipe
 from v2flow_cli.training.state import (
     TrainState,
@@ -115,9 +117,26 @@ def train(
     bad = BadSamples(
         folder / "bad_samples.jsonl", recipe.data.error_budget, log, accelerator.is_main_process, accelerator.device
     )
+    if loop.compile and accelerator.device.type == "cuda":
+        _compile(objective)
     model = accelerator.prepare(objective)
+    unread, deferred = UnreadSteps(), _defers_reading(accelerator.device)
+
+    def read_terms() -> bool:
+        """Take back the steps that were not finite, and log the terms of the others; False where there was one."""
+        all_good = True
+        for terms, wrong in unread.read():
+            if wrong:
+                all_good = False
+                state.step, state.bad_steps = state.step - 1, state.bad_steps + 1
+                state.images_seen -= loop.batch_size
+                skip_or_stop(wrong, state.bad_steps, loop.skip_bad_steps, checkpoints, log)
+            else:
+                meter.add(terms, images=loop.batch_size)
+        return all_good
 
     def save() -> None:
+        read_terms()
         problem = ""
         if accelerator.is_main_process and state.step != saved_step:
             groups = {
@@ -142,7 +161,9 @@ def train(
     start = (state.step + state.bad_steps) * loop.accumulate
     batches: Iterator[CropBatch | LatentBatch | V2FlowError]
     if isinstance(objective, TokenizerObjective) and objective.recipe.latents.cache:
-        batches = cached_batches(accelerator, objective.recipe, objective.model.latents, micro_batch, start, log)
+        batches = cached_batches(accelerator, objective.recipe, objective.model, micro_batch, start, log)
+    elif recipe.data.resident_px:
+        batches = resident_batches(accelerator, recipe.data, micro_batch, loop.seed, start, log)
     else:
         where = dict(start=start, rank=rank, world_size=ranks)
         loader = crop_loader(recipe.data, micro_batch, seed=loop.seed, multiple=objective.size_multiple, **where)
@@ -154,41 +175,61 @@ def train(
     rounding = tf32(recipe.train.precision != "fp32")
     contact = losing_contact(lambda: on_samples(f"step {state.step}, rank {rank}", keys))
     with rounding, stop_requested() as stop, contact:
-        while state.step < loop.steps and not (loop.max_minutes and state.seconds > 60 * loop.max_minutes):
+        while state.step < loop.steps:
+            start = time.monotonic()
+            micro_batches, problem = _next(batches, loop.accumulate)
+            meter.waited += time.monotonic() - start
+            state.seconds = earlier_seconds + time.monotonic() - run_start
+            lossy = any(batch.failures for batch in micro_batches)
+            # All that ranks agree on before a step, in one exchange; the slowest rank's clock counts for all.
+            seconds, *flags = maximum([state.seconds, bool(stop), bool(problem), lossy])
+            interrupted, troubled, lossy = map(bool, flags)
+            due = bool(loop.save_minutes) and seconds - saved_seconds > 60 * loop.save_minutes
+            due = due or bool(loop.save_every and state.step % loop.save_every == 0)
+            if interrupted or (due and state.step):
+                save()
+                saved_step, saved_seconds = state.step, seconds
+            if interrupted:
+                raise Interrupted(state.step)
+            if loop.max_minutes and seconds > 60 * loop.max_minutes:
+                break
+            where = f"step {state.step}, rank {rank}"
+            if troubled:
+                raise_everywhere(problem and f"{where}: {problem}", accelerator.device)
+            keys = [key for batch in micro_batches for key in batch.keys]
+            for batch in micro_batches if lossy else ():
+                bad.add(batch)
+
             set_learning_rate(optimizer, learning_rate_at(state.step, recipe.optimizer, loop.steps))
-            torch.manual_seed(_step_seed(loop.seed, state.step + state.bad_steps, rank))
+            attempt = state.step + state.bad_steps
+            torch.manual_seed(_step_seed(loop.seed, attempt, rank))
+            draw = random.Random(_step_seed(loop.seed, attempt, 0))  # shapes are the same on every rank
             before = moving_buffers(objective) if loop.skip_bad_steps else {}
-            keys.clear()
-            terms, waited = _forward_backward(accelerator, model, batches, loop.accumulate, state.step, keys, bad)
+            terms = _forward_backward(accelerator, objective, model, micro_batches, state.step, draw)
             norm = accelerator.clip_grad_norm_(objective.parameters(), recipe.optimizer.clip_norm)
-            if wrong := what_is_wrong(f"step {state.step}, rank {rank}", terms["loss"], norm, keys):
-                state.bad_steps += 1
-                skip_or_stop(wrong, state.bad_steps, loop.skip_bad_steps, checkpoints, log)
+            terms["grad_norm"] = torch.as_tensor(norm)
+            unread.add(where, terms, keys)
+            state.step += 1
+            state.images_seen += loop.batch_size
+            if not deferred and not read_terms():
                 optimizer.zero_grad(set_to_none=True)
                 restore_buffers(objective, before)
                 continue
-            terms["grad_norm"] = norm
+            good = _finite_everywhere(terms) if deferred and loop.skip_bad_steps else None
+            if good is not None:  # torch's fused optimizers and Muon leave everything as it is where this is 1
+                optimizer.found_inf = 1 - good.float()  # type: ignore[attr-defined]
+                restore_buffers(objective, before, good)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            state.step += 1
-            state.images_seen += loop.batch_size
-            average.update(objective, state.step)
-            figures = {**terms, **objective.after_step(state.step)}
-            # The slowest rank's clock, so that all ranks leave the loop at the same step.
-            [state.seconds] = maximum([earlier_seconds + time.monotonic() - run_start], accelerator.device)
-            meter.add(figures, images=loop.batch_size, waited=waited)
-            if state.step % loop.log_every == 0 or state.step == loop.steps:
-                watch.figures(meter.write(state, optimizer.param_groups[0]["lr"]))
+            average.update(state.step, good)
+            state.seconds = earlier_seconds + time.monotonic() - run_start
+            if (state.step % loop.log_every == 0 or state.step == loop.steps) and read_terms():
+                figures = _numbers(objective.statistics(state.step))
+                watch.figures(meter.write(state, optimizer.param_groups[0]["lr"], figures))
+                objective.check(state.step, figures)
             if loop.grid_every and (state.step % loop.grid_every == 0 or state.step == loop.steps):
                 watch.grid(objective, state.step)
             at_step(state.step)
-            interrupted = any(maximum([float(bool(stop))], accelerator.device))
-            due = bool(loop.save_minutes) and state.seconds - saved_seconds > 60 * loop.save_minutes
-            if interrupted or due or (loop.save_every and state.step % loop.save_every == 0):
-                save()
-                saved_step, saved_seconds = state.step, state.seconds
-            if interrupted:
-                raise Interrupted(state.step)
         save()
     average.copy_to(objective)
     if accelerator.is_main_process:
@@ -223,7 +264,8 @@ def _accelerator(loop: TrainLoop, folder: Path) -> Accelerator:
     dtype = pick_dtype(loop.precision, PartialState().device)
     AcceleratorState._reset_state()  # an earlier training in this process may have had another precision
     # A step in which no image, or every image, sees the dummy D leaves some weights without a gradient.
-    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+    # Buffers are frozen tables, or statistics that every rank computes from the vectors of all: none has to be sent.
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)
     return Accelerator(
         mixed_precision="bf16" if dtype is torch.bfloat16 else "no",
         kwargs_handlers=[unused],
@@ -233,45 +275,67 @@ def _accelerator(loop: TrainLoop, folder: Path) -> Accelerator:
 
 def _forward_backward(
     accelerator: Accelerator,
+    objective: AutoencoderObjective | TokenizerObjective,
     model: nn.Module,
-    batches: Iterator[CropBatch | LatentBatch | V2FlowError],
-    accumulate: int,
+    micro_batches: Sequence[CropBatch | LatentBatch],
     step: int,
-    keys: list[str],
-    bad: BadSamples,
-) -> tuple[dict[str, Tensor], float]:
-    """Gradients of one step; returns the mean loss terms and the seconds spent waiting for data.
-
-    Args:   keys, which the step's sample keys are added to; bad, which its bad samples are.
-    """
+    draw: random.Random,
+) -> dict[str, Tensor]:
+    """Gradients of one step by ``model``, which is ``objective`` or DDP around it; returns the mean loss terms."""
     totals: dict[str, Tensor] = {}
-    waited = 0.0
-    for micro in range(accumulate):
-        start = time.monotonic()
-        batch, problem = _next(batches)
-        waited += time.monotonic() - start
-        raise_everywhere(problem and f"step {step}, rank {accelerator.process_index}: {problem}", accelerator.device)
-        bad.add(batch)
-        keys.extend(batch.keys)
-        sync = nullcontext() if micro == accumulate - 1 else accelerator.no_sync(model)
+    count, few_shapes = len(micro_batches), accelerator.device.type == "cuda"
+    for number, batch in enumerate(micro_batches, start=1):
+        inputs = batch.inputs(accelerator.device)
+        planned = objective.plan(step, inputs, draw, few_shapes)
+        sync = nullcontext() if number == count else accelerator.no_sync(model)
         with sync, accelerator.autocast():
-            terms = model(step=step, **batch.inputs(accelerator.device))
-            accelerator.backward(terms["loss"] / accumulate)
+            terms = model(**inputs, **planned)
+            accelerator.backward(terms["loss"] / count)
         for name, value in terms.items():
-            totals[name] = totals.get(name, 0.0) + value.detach() / accumulate
-    return totals, waited
+            totals[name] = totals.get(name, 0.0) + value.detach() / count
+    return totals
 
 
-def _next(batches: Iterator[CropBatch | LatentBatch | V2FlowError]) -> tuple[CropBatch | LatentBatch, str]:
-    """The next batch, or an empty one and why there is none."""
-    nothing = CropBatch(torch.empty(0), [], [], 0)
-    try:
-        batch = next(batches)
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        return nothing, f"{str(error).splitlines()[0]} Resume with --resume; where memory ran out, lower data.workers."
-    return (nothing, str(batch)) if isinstance(batch, V2FlowError) else (batch, "")
+def _defers_reading(device: torch.device) -> bool:
+    """Whether the host runs ahead of the device, so that it should read numbers only when it logs."""
+    return device.type == "cuda"
+
+
+def _finite_everywhere(terms: Mapping[str, Tensor]) -> Tensor:
+    """Whether loss and gradient of a step are finite on all ranks: a tensor (), which nobody has to wait for."""
+    good = torch.isfinite(terms["loss"]) & torch.isfinite(terms["grad_norm"])
+    return sum_in_place((~good).float()) == 0
+
+
+def _numbers(figures: Mapping[str, Tensor]) -> dict[str, float]:
+    """Tensors () as numbers, in one transfer."""
+    values = torch.stack([value.float() for value in figures.values()]).tolist() if figures else []
+    return dict(zip(figures, values))
+
+
+def _compile(objective: nn.Module) -> None:
+    """One fused graph for the step, made anew for each of the few shapes that ``plan`` allows."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    objective.forward = torch.compile(objective.forward, dynamic=False)  # type: ignore[method-assign]
+
+
+def _next(
+    batches: Iterator[CropBatch | LatentBatch | V2FlowError], count: int
+) -> tuple[list[CropBatch | LatentBatch], str]:
+    """The next ``count`` batches, or fewer and why there are no more."""
+    found: list[CropBatch | LatentBatch] = []
+    for _ in range(count):
+        try:
+            batch = next(batches)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            reason = str(error).splitlines()[0]
+            return found, f"{reason} Resume with --resume; where memory ran out, lower data.workers."
+        if isinstance(batch, V2FlowError):
+            return found, str(batch)
+        found.append(batch)
+    return found, ""
 
 
 def _step_seed(seed: int, step: int, rank: int) -> int:

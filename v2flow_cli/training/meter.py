@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,17 +49,20 @@ class Meter:
         if kept != lines:
             write_bytes(self.path, "".join(kept).encode())
 
-    def add(self, terms: dict[str, Any], images: int, waited: float) -> None:
+    def add(self, terms: Mapping[str, float], images: int) -> None:
         for name, value in terms.items():
-            self.sums[name] = self.sums.get(name, 0.0) + float(value)
+            self.sums[name] = self.sums.get(name, 0.0) + value
             self.counts[name] = self.counts.get(name, 0) + 1
         self.images += images
-        self.waited += waited
 
-    def write(self, state: TrainState, learning_rate: float) -> dict[str, float]:
-        """Log the means since the last line, and return them.  Raises: ModelError where they cannot be written."""
+    def write(self, state: TrainState, learning_rate: float, figures: Mapping[str, float]) -> dict[str, float]:
+        """Log the means since the last line with ``figures`` of this moment, and return all.
+
+        Raises:  ModelError where they cannot be written.
+        """
         elapsed = max(time.monotonic() - self.start, 1e-9)
-        self.last = {f"train/{name}": self.sums[name] / self.counts[name] for name in self.sums}
+        means = {name: self.sums[name] / self.counts[name] for name in self.sums}
+        self.last = {f"train/{name}": value for name, value in {**means, **figures}.items()}
         record = {
             "step": state.step,
             "images_seen": state.images_seen,

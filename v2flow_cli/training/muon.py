@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,27 +32,43 @@ class Muon(torch.optim.AdamW):
                 loss = closure()
         gradients: dict[nn.Parameter, Tensor] = {}
         for group in self.param_groups:
+            matrices: dict[torch.Size, list[nn.Parameter]] = {}
             for parameter in group["params"] if group.get("orthogonal") else ():
-                if parameter.grad is None:
-                    continue
-                gradients[parameter], parameter.grad = parameter.grad, None  # AdamW leaves it alone
-                self._move(parameter, gradients[parameter], group["lr"], group["weight_decay"])
+                if parameter.grad is not None:
+                    matrices.setdefault(_as_matrices(parameter).shape, []).append(parameter)
+            for alike in matrices.values():
+                self._move(alike, group["lr"], group["weight_decay"])
+                for parameter in alike:  # AdamW leaves alone what has no gradient
+                    gradients[parameter], parameter.grad = cast(Tensor, parameter.grad), None
         super().step()
         for parameter, gradient in gradients.items():
             parameter.grad = gradient
         return loss
 
-    def _move(self, parameter: nn.Parameter, gradient: Tensor, rate: float, decay: float) -> None:
-        state = self.state[parameter]
-        if "momentum" not in state:
-            state["momentum"] = torch.zeros_like(parameter)
-            state["step"] = torch.zeros(())  # AdamW looks for it in every state that it loads
-        state["step"] += 1
-        momentum = state["momentum"].lerp_(gradient, 1 - MOMENTUM)
-        ahead = gradient.lerp(momentum, MOMENTUM)  # Nesterov's
-        matrices = ahead.flatten(1) if ahead.ndim == 4 else ahead
-        direction = orthogonalize(matrices) * (ADAMW_RMS * max(matrices.shape[-2:]) ** 0.5)
-        parameter.mul_(1 - rate * decay).sub_(direction.view_as(parameter), alpha=rate)
+    def _move(self, parameters: list[nn.Parameter], rate: float, decay: float) -> None:
+        """One step of parameters of one shape, as one stack: a few large products instead of many small ones."""
+        gradients = [cast(Tensor, parameter.grad) for parameter in parameters]
+        for parameter in parameters:
+            if "momentum" not in self.state[parameter]:
+                self.state[parameter]["momentum"] = torch.zeros_like(parameter)
+                self.state[parameter]["step"] = torch.zeros(())  # AdamW looks for it in every state that it loads
+        states = [self.state[parameter] for parameter in parameters]
+        momenta = [state["momentum"] for state in states]
+        torch._foreach_add_([state["step"] for state in states], 1)
+        bad = getattr(self, "found_inf", None)  # as torch's fused optimizers read it: 1 leaves everything as it is
+        before = [x.clone() for x in (*momenta, *parameters)] if bad is not None else []
+        torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
+        ahead = torch._foreach_lerp(gradients, momenta, MOMENTUM)  # Nesterov's
+        stack = torch.stack([_as_matrices(x) for x in ahead])
+        directions = orthogonalize(stack) * (ADAMW_RMS * max(stack.shape[-2:]) ** 0.5)
+        torch._foreach_mul_(parameters, 1 - rate * decay)
+        torch._foreach_add_(parameters, [d.reshape(p.shape) for d, p in zip(directions, parameters)], alpha=-rate)
+        for now, old in zip((*momenta, *parameters), before):
+            now.copy_(torch.where(cast(Tensor, bad) > 0, old, now))
+
+
+def _as_matrices(x: Tensor) -> Tensor:
+    return x.flatten(1) if x.ndim == 4 else x
 
 
 def copies_kept(optimizer: torch.optim.AdamW, group: dict[str, Any]) -> int:

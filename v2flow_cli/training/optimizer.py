@@ -45,7 +45,13 @@ def build_optimizer(
         {"params": plain, "weight_decay": 0.0},
     ]
     kind = Muon if settings.kind == "muon" else torch.optim.AdamW
-    return kind(groups, lr=settings.learning_rate, betas=settings.betas), names
+    fused = _fuses(next(objective.parameters()).device)
+    return kind(groups, lr=settings.learning_rate, betas=settings.betas, fused=fused), names
+
+
+def _fuses(device: torch.device) -> bool:
+    """Whether AdamW is one kernel for all weights; it can then leave out a bad step without asking the host."""
+    return device.type == "cuda"
 
 
 def learning_rate_at(step: int, settings: Optimizer, steps: int) -> float:

@@ -30,6 +30,7 @@ FREE_TO_CHANGE = {
     "grid_every",
     "license",
     "datasets",
+    "compile",
 }
 
 

@@ -37,17 +37,23 @@ class WeightAverage:
 
     decay: float
     weights: dict[str, Tensor] = field(default_factory=dict)
+    averaged: list[Tensor] = field(default_factory=list)  # of the module, which are always changed in place
 
     @classmethod
     def of(cls, module: nn.Module, decay: float) -> WeightAverage:
-        return cls(decay, {name: p.detach().clone().float() for name, p in _averaged(module)})
+        tensors = dict(_averaged(module))
+        return cls(decay, {name: p.detach().clone().float() for name, p in tensors.items()}, list(tensors.values()))
 
     @torch.no_grad()
-    def update(self, module: nn.Module, step: int) -> None:
+    def update(self, step: int, good: Tensor | None = None) -> None:
+        """Take up the weights after ``step`` steps; where ``good``, a tensor (), is False nothing changes."""
         # Early on the average would be mostly initialisation: grow the window with the step.
-        decay = min(self.decay, (1 + step) / (10 + step))
-        current = [p.detach().float() for _, p in _averaged(module)]
-        torch._foreach_lerp_(list(self.weights.values()), current, 1 - decay)
+        rate = 1 - min(self.decay, (1 + step) / (10 + step))
+        weights, current = list(self.weights.values()), [p.detach().float() for p in self.averaged]
+        if good is None:
+            torch._foreach_lerp_(weights, current, rate)
+        else:
+            torch._foreach_lerp_(weights, current, [rate * good.float()] * len(weights))
 
     @torch.no_grad()
     def copy_to(self, module: nn.Module) -> None:
@@ -82,7 +88,10 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, names: dict[int, str], f
             state = {key[len(prefix) :]: value for key, value in flat.items() if key.startswith(prefix)}
             if state:
                 optimizer.state[parameter] = {
-                    key: value.clone() if key == "step" else value.to(parameter.device, copy=True)
+                    # Fused kernels count on the device, the others on the host.
+                    key: value.clone()
+                    if key == "step" and not group.get("fused")
+                    else value.to(parameter.device, copy=True)
                     for key, value in state.items()
                 }
 
@@ -94,8 +103,8 @@ def moving_buffers(module: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def restore_buffers(module: nn.Module, saved: dict[str, Tensor]) -> None:
-    """Undo what a skipped step did to the buffers."""
+def restore_buffers(module: nn.Module, saved: dict[str, Tensor], good: Tensor | None = None) -> None:
+    """Undo what a skipped step did to the buffers; with ``good``, a tensor (), only where that is False."""
     buffers = dict(module.named_buffers())
     for name, value in saved.items():
-        buffers[name].copy_(value)
+        buffers[name].copy_(value if good is None else torch.where(good, buffers[name], value))

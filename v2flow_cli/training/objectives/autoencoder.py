@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +40,19 @@ class AutoencoderObjective(nn.Module):
         self.register_buffer("latent_mean", torch.zeros(()))
         self.register_buffer("latent_square", torch.ones(()))
 
-    def forward(self, images: Tensor, step: int) -> dict[str, Tensor]:
+    def plan(self, step: int, inputs: dict[str, Tensor], draw: random.Random, coarse: bool = False) -> dict[str, Any]:
+        """What ``forward`` takes beside ``inputs``: the step, as a tensor, because a number would be compiled in."""
+        return {"step": torch.tensor(float(step))}
+
+    def forward(self, images: Tensor, step: int | Tensor) -> dict[str, Tensor]:
         """Loss terms of a batch (B, 3, S, S); ``loss`` is what is minimised."""
         reconstruction, latents = self.model(images)
         reconstruction = reconstruction.float()
         mse, l1 = F.mse_loss(reconstruction, images), F.l1_loss(reconstruction, images)
         with torch.no_grad():
-            rate = max(0.01, 1 / (step + 1))
-            self.latent_mean.lerp_(latents.float().mean(), rate)
-            self.latent_square.lerp_(latents.float().square().mean(), rate)
+            rate = torch.as_tensor(1 / (step + 1)).clamp_min(0.01)
+            self.latent_mean.add_(rate * (latents.float().mean() - self.latent_mean))
+            self.latent_square.add_(rate * (latents.float().square().mean() - self.latent_square))
         weights = self.recipe.loss
         return {
             "loss": weights.mse * mse + weights.l1 * l1,
@@ -62,8 +68,11 @@ class AutoencoderObjective(nn.Module):
     def no_decay(self) -> tuple[str, ...]:
         return ()
 
-    def after_step(self, step: int) -> dict[str, Any]:
+    def statistics(self, step: int) -> dict[str, Tensor]:
         return {}
+
+    def check(self, step: int, figures: Mapping[str, float]) -> None:
+        pass
 
     def export(self, folder: Path) -> None:
         """Save the model with the latents' statistics as its scale (applied by ``tokenizer/latents.py``)."""

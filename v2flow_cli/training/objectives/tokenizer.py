@@ -5,16 +5,19 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import random
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from v2flow_cli.errors import ModelError, V2FlowError
 from v2flow_cli.recipe.schema import TokenizerRecipe
 from v2flow_cli.runtime.device import DTYPES
 from v2flow_cli.store.llm_table import load_vocab_embeddings
-from v2flow_cli.tokenizer.decoder import Drawn
+from v2flow_cli.tokenizer.decoder import Drawn, StepPlan
 from v2flow_cli.tokenizer.latents import load_autoencoder_spec
 from v2flow_cli.tokenizer.other_decoders import DECODER, FAITHFUL
 from v2flow_cli.tokenizer.v2flow import SECTIONS, V2FlowConfig, V2FlowTokenizer
@@ -64,14 +67,44 @@ class TokenizerObjective(nn.Module):
             self.model.quantizer.eval()  # its codebook stands still
         return self
 
-    def forward(self, images: Tensor | None = None, step: int = 0, latents: Tensor | None = None) -> dict[str, Tensor]:
-        """Loss terms of images (B, 3, S, S), or of their scaled latents; ``loss`` is what is minimised."""
+    def plan(self, step: int, inputs: dict[str, Any], draw: random.Random, coarse: bool = False) -> dict[str, Any]:
+        """What ``forward`` takes beside ``inputs``: the part of a step that is drawn on the host, from ``draw``."""
+        if "latents" in inputs:
+            shape = inputs["latents"].shape
+        else:
+            batch, _, height, width = inputs["images"].shape
+            side = self.model.latents.downsampling
+            shape = torch.Size((batch, self.model.latents.channels, height // side, width // side))
+        words = self.recipe.vocabulary
+        ramp = min(1.0, step / words.gumbel_ramp_steps) if words.gumbel_ramp_steps else 1.0
+        noise: float | Tensor = ramp * words.gumbel_noise
+        if words.gumbel_noise and words.gumbel_ramp_steps:
+            noise = torch.tensor(noise)  # a number would be compiled into the graph
+        sections: dict[str, Any] = {"context": self.recipe.context, "sampling": self.recipe.sampling}
+        return {"plan": self.model.plan_step(step, shape, self.recipe.loss, draw, noise, coarse, **sections)}
+
+    def forward(
+        self,
+        images: Tensor | None = None,
+        step: int = 0,
+        latents: Tensor | None = None,
+        plan: StepPlan | None = None,
+        token_ids: Sequence[Tensor] = (),
+    ) -> dict[str, Tensor]:
+        """Loss terms of images (B, 3, S, S), or of their scaled latents; ``loss`` is what is minimised.
+
+        Without a ``plan`` of the step this pass draws its own. With latents the images are for the losses of pictures;
+        ``token_ids`` are those of frozen tokens, one (B, n) for each rate of the resampler.
+        """
+        if plan is None:
+            given = {"images": images} if latents is None else {"latents": latents}
+            inputs = {name: tensor for name, tensor in given.items() if tensor is not None}
+            plan = self.plan(step, inputs, random.Random(int(torch.randint(2**62, ()))))["plan"]
         if latents is None:
             assert images is not None, "images or latents"
             latents = self.model.latents.encode(images)
-        words, weights = self.recipe.vocabulary, self.recipe.loss
-        ramp = min(1.0, step / words.gumbel_ramp_steps) if words.gumbel_ramp_steps else 1.0
-        out = self.model(latents, step=step, noise_scale=ramp * words.gumbel_noise, loss=weights)
+        weights = self.recipe.loss
+        out = self.model(latents, loss=weights, plan=plan, token_ids=token_ids[plan.rate] if token_ids else None)
         pictures = self._of_pictures(images, out.latents)
         loss = (
             weights.flow * out.flow_loss
@@ -124,20 +157,21 @@ class TokenizerObjective(nn.Module):
         """Parameters without weight decay: the flow head, as in the official training."""
         return ("model.flow.",)
 
-    def after_step(self, step: int) -> dict[str, float]:
-        """Codebook statistics for the log. Raises V2FlowError when usage stays under the recipe's floor."""
+    def statistics(self, step: int) -> dict[str, Tensor]:
+        """Codebook statistics for the log, each a tensor (), after ``step`` steps."""
+        return self.model.quantizer.statistics() if step > self.recipe.quantizer.start_step else {}
+
+    def check(self, step: int, figures: Mapping[str, float]) -> None:
+        """Raises: V2FlowError when the codebook's usage in ``figures`` is under the recipe's floor."""
         settings = self.recipe.quantizer
-        if step <= settings.start_step:
-            return {}
-        figures = self.model.quantizer.statistics()
         grace = settings.start_step + FLOOR_GRACE_STEPS
-        if step > grace and figures["codebook_usage"] < settings.usage_floor:
+        usage = figures.get("codebook_usage", 1.0)
+        if step > grace and usage < settings.usage_floor:
             raise V2FlowError(
-                f"step {step}: only {figures['codebook_usage']:.1%} of the codebook is in use; the recipe's floor is "
+                f"step {step}: only {usage:.1%} of the codebook is in use; the recipe's floor is "
                 f"quantizer.usage_floor = {settings.usage_floor:.1%}. Lower vocabulary.logit_scale or gumbel_noise, or "
                 "raise quantizer.revive_after."
             )
-        return figures
 
     def export(self, folder: Path) -> None:
         """Save the model folder that ``V2FlowTokenizer.from_pretrained`` loads.
