@@ -33,21 +33,26 @@ def broken_rules(recipe: Recipe) -> Iterator[str]:
 def _autoencoder(recipe: AutoencoderRecipe) -> Iterator[str]:
     if recipe.data.crop_size % 8:
         yield f"data.crop_size is {recipe.data.crop_size}; the autoencoder needs a multiple of 8"
-    yield from _aspects(recipe.data)
+    yield from _data(recipe.data)
     yield from _loop_problems(recipe.train)
 
 
-def _aspects(data: ImageData) -> Iterator[str]:
+def _data(data: ImageData) -> Iterator[str]:
     if not all(1 / MAX_ASPECT <= aspect <= MAX_ASPECT for aspect in data.aspects):
         yield f"data.aspects is {list(data.aspects)}; expected width / height from {1 / MAX_ASPECT} to {MAX_ASPECT}"
+    if data.resident_px and data.resident_px < data.crop_size:
+        yield (
+            f"data.resident_px is {data.resident_px}; expected at least data.crop_size {data.crop_size}, so that crops "
+            "are not enlarged, or 0 to read photos anew"
+        )
+    if data.aspects and data.resident_px:
+        yield "data.aspects draws a shape for each batch, but data.resident_px keeps squares; set one to empty or 0"
 
 
 def _tokenizer(recipe: TokenizerRecipe) -> Iterator[str]:
-    yield from _aspects(recipe.data)
+    yield from _data(recipe.data)
     if recipe.data.aspects and recipe.latents.cache:
         yield "data.aspects draws a shape for each batch, which latents.cache does not keep; leave one of them empty"
-    if recipe.data.aspects and recipe.data.resident_px:
-        yield "data.aspects draws a shape for each batch, but data.resident_px keeps squares; set one to empty or 0"
     whole = isinstance(recipe.flow, FlowTransformer)
     if whole != (recipe.context is None):
         yield (
@@ -67,7 +72,6 @@ def _tokenizer(recipe: TokenizerRecipe) -> Iterator[str]:
         yield f"context.mask_ratio_min is {recipe.context.mask_ratio_min}; expected a share in [0, 1]"
     if not 0 <= recipe.flow.share <= 1:
         yield f"flow.share is {recipe.flow.share}; expected a share in [0, 1]"
-    yield from _data_problems(recipe.data)
     if not 0 < recipe.data.min_scale <= recipe.data.max_scale <= 1:
         yield (
             f"data.min_scale is {recipe.data.min_scale} and data.max_scale {recipe.data.max_scale}; expected "
@@ -203,11 +207,3 @@ _RULES: dict[type, Callable[[Any], Iterator[str]]] = {
     LMRecipe: _language_model,
     FinetuneRecipe: _drawing,
 }
-
-
-def _data_problems(data: ImageData) -> Iterator[str]:
-    if data.resident_px and data.resident_px < data.crop_size:
-        yield (
-            f"data.resident_px is {data.resident_px}; expected at least data.crop_size {data.crop_size}, so that crops "
-            "are not enlarged, or 0 to read photos anew"
-        )
