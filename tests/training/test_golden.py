@@ -10,8 +10,8 @@ from .conftest import quiet, recipe
 
 # Where such a change is meant, the new losses are those that this test prints.
 GOLDEN = {
-    "autoencoder": [0.358586, 0.370289, 0.284909],
-    "tokenizer": [2.879691, 1.459343, 1.192433],
+    "autoencoder": [0.486116, 0.497923, 0.287683],
+    "tokenizer": [2.815736, 1.426485, 1.214121],
 }
 
 
