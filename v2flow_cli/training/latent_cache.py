@@ -29,7 +29,6 @@ from v2flow_cli.store.failures import Failure
 from v2flow_cli.store.files import write_bytes
 from v2flow_cli.tokenizer.latents import Latents
 from v2flow_cli.tokenizer.preprocess import from_uint8
-from v2flow_cli.tokenizer.resampler_grid import GridResampler
 from v2flow_cli.tokenizer.v2flow import V2FlowTokenizer
 from v2flow_cli.training.crops import first_crops, shuffled_rows
 
@@ -202,8 +201,7 @@ def _compute(
 ) -> LatentCache:
     """The cache, made on ``device`` and kept on ``place``."""
     batch_size, per_photo = recipe.train.batch_size // recipe.train.accumulate // ranks, recipe.latents.cache_crops
-    resampler = model.resampler
-    rates = range(len(resampler.lengths) if isinstance(resampler, GridResampler) else 1)
+    rates = range(len(model.resampler.lengths))
     latents: list[Tensor] = []
     pixels: list[Tensor] = []
     token_ids: list[list[Tensor]] = [[] for _ in rates]
