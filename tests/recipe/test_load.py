@@ -1,6 +1,9 @@
+import dataclasses
 from pathlib import Path
 
+import hypothesis.strategies as st
 import pytest
+from hypothesis import given
 
 from v2flow_cli.errors import RecipeError
 from v2flow_cli.recipe import dump_recipe, load_recipe
@@ -65,6 +68,59 @@ def test_bad_files_and_overrides(tmp_path):
         load_recipe(TOKENIZER, ["kind=soup"])
     with pytest.raises(RecipeError, match="use `v2flow train`"):
         load_recipe(TOKENIZER, kinds=("lm",))
+
+
+NUMBERS = {
+    "optimizer.learning_rate": [".nan", ".inf", "-1", "1e400"],
+    "optimizer.betas": ["[0.9, 1.0]", "[-0.1, 0.9]", "[.nan, 0.9]"],
+    "train.steps": ["0", "-1", "99999999999999999999999"],
+    "train.batch_size": ["0", "-4"],
+    "train.accumulate": ["0"],
+    "train.seed": ["-1", "4294967296"],
+    "train.ema_decay": ["1", ".nan"],
+    "train.log_every": ["0"],
+    "train.keep_checkpoints": ["0"],  # which would keep none, not all
+    "data.crop_size": ["0", "-64"],
+    "data.workers": ["-1"],
+    "data.error_budget": ["2", "-0.1"],
+    "image_size": ["0"],
+    "flow.repeats": ["0"],
+    "loss.flow": [".nan", "-1"],
+    "sampling.num_flow_steps": ["0"],
+    "sampling.guidance_scale": ["-.inf"],
+}
+
+
+@pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in NUMBERS.items() for value in values])
+def test_numbers_have_ranges(key, value):
+    with pytest.raises(RecipeError, match=rf"{key} is .*; expected (a|at least) .*") as caught:
+        load_recipe(TOKENIZER, [f"{key}={value}"])
+    assert str(caught.value).count("  - ") == 1
+
+
+def numbers_of(tree, prefix=""):
+    for field in dataclasses.fields(tree):
+        value = getattr(tree, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from numbers_of(value, f"{prefix}{field.name}.")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield f"{prefix}{field.name}"
+
+
+@pytest.mark.parametrize("kind", ["autoencoder", "tokenizer", "lm", "llm"])
+@given(st.data())
+def test_no_number_of_a_recipe_may_be_nan_or_infinite_or_huge(kind, data):
+    path = RECIPES / "tiny" / f"{kind}.yaml"
+    key = data.draw(st.sampled_from(sorted(numbers_of(load_recipe(path)))))
+    value = data.draw(st.sampled_from([".nan", ".inf", "-.inf", str(10**30), str(-(10**30))]))
+    with pytest.raises(RecipeError, match=f"{key} is"):
+        load_recipe(path, [f"{key}={value}"])
+
+
+@pytest.mark.parametrize("key", ["output", "latents.autoencoder"])
+def test_a_zero_byte_is_no_path(key):
+    with pytest.raises(RecipeError, match=f"{key} is .*without a zero byte"):
+        load_recipe(TOKENIZER, [f'{key}="a\\0b"'])
 
 
 def test_false_is_false():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from v2flow_cli.recipe.ranges import out_of_range
 from v2flow_cli.recipe.schema import (
     FSQ,
     MAX_ASPECT,
@@ -26,14 +27,24 @@ from v2flow_cli.recipe.schema import (
 
 
 def broken_rules(recipe: Recipe) -> Iterator[str]:
-    """One sentence for each rule that ``recipe`` breaks: the field, what it is, what was expected."""
-    yield from _RULES[type(recipe)](recipe)
+    """One sentence for each rule that ``recipe`` breaks: the field, what it is, what was expected.
+
+    The rules that tie fields together are asked where every number is in its range.
+    """
+    yield from list(out_of_range(recipe)) or _RULES[type(recipe)](recipe)
 
 
 def _autoencoder(recipe: AutoencoderRecipe) -> Iterator[str]:
     if recipe.data.crop_size % 8:
         yield f"data.crop_size is {recipe.data.crop_size}; the autoencoder needs a multiple of 8"
+<<<<<<< HEAD
     yield from _data(recipe.data)
+=======
+    for name in ("encoder_width", "decoder_width"):
+        if getattr(recipe.model, name) % 2:
+            yield f"model.{name} is {getattr(recipe.model, name)}; expected an even number (half is used too)"
+    yield from _aspects(recipe.data)
+>>>>>>> c289b99 (Recipes: every number has a range, checked before the rules that tie fields together)
     yield from _loop_problems(recipe.train)
 
 
