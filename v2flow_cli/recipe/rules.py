@@ -37,14 +37,10 @@ def broken_rules(recipe: Recipe) -> Iterator[str]:
 def _autoencoder(recipe: AutoencoderRecipe) -> Iterator[str]:
     if recipe.data.crop_size % 8:
         yield f"data.crop_size is {recipe.data.crop_size}; the autoencoder needs a multiple of 8"
-<<<<<<< HEAD
-    yield from _data(recipe.data)
-=======
     for name in ("encoder_width", "decoder_width"):
         if getattr(recipe.model, name) % 2:
             yield f"model.{name} is {getattr(recipe.model, name)}; expected an even number (half is used too)"
-    yield from _aspects(recipe.data)
->>>>>>> c289b99 (Recipes: every number has a range, checked before the rules that tie fields together)
+    yield from _data(recipe.data)
     yield from _loop_problems(recipe.train)
 
 
