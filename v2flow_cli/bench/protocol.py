@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import platform
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 NAME = "v2flow-bench-2"
 LIBRARIES = ("torch", "torchmetrics", "lpips", "torch-fidelity", "pillow", "numpy")
@@ -51,5 +52,9 @@ class Protocol:
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of what the figures depend on."""
-    return {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
+    """Versions of what the figures depend on, of those that are installed."""
+    found = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        with contextlib.suppress(PackageNotFoundError):  # of the extra `metrics`
+            found[name] = version(name)
+    return found
