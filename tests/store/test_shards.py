@@ -264,3 +264,13 @@ def test_bad_tables(tmp_path, name, table, message):
     (tmp_path / name).write_bytes(table if isinstance(table, bytes) else table.encode())
     with pytest.raises(DataError, match=message):
         list(sources_from_table(tmp_path, tmp_path / name, []))
+
+
+def test_failures_of_earlier_versions_are_read(tmp_path):
+    from v2flow_cli.store.failures import Failure, load_failures, save_failures
+
+    lost = [Failure("a.tar", "cut", "k", 2), Failure("b.jpg", "empty", None, None)]
+    save_failures(tmp_path / "x.bad.jsonl", lost)
+    text = (tmp_path / "x.bad.jsonl").read_text()
+    (tmp_path / "old.bad.jsonl").write_text(text.replace('"source"', '"shard"'))  # as version a4f45f9 wrote it
+    assert load_failures(tmp_path / "x.bad.jsonl") == load_failures(tmp_path / "old.bad.jsonl") == lost

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from v2flow_cli.recipe.schema import Flow
-from v2flow_cli.tokenizer.flow import Path, VelocityNetwork, flow_times, sample_times, solve
+from v2flow_cli.tokenizer.flow import ProbabilityPath, VelocityNetwork, flow_times, sample_times, solve
 
 SOLVERS = ("euler", "heun", "dpm++", "ddim")
 
@@ -12,19 +12,19 @@ SOLVERS = ("euler", "heun", "dpm++", "ddim")
 def test_path_ends_are_data_and_noise():
     data, noise = torch.randn(3, 5), torch.randn(3, 5)
     for formulation in ("rectified_flow", "ddim"):
-        path = Path(formulation)
+        path = ProbabilityPath(formulation)
         assert torch.equal(path.point(data, noise, torch.tensor(0.0)), data)
         assert torch.allclose(path.point(data, noise, torch.tensor(1.0)), noise, atol=1e-6)
 
 
 def test_velocity_is_noise_minus_data():
     data, noise, t = torch.randn(3, 5), torch.randn(3, 5), torch.tensor(0.3)
-    path = Path("rectified_flow")
+    path = ProbabilityPath("rectified_flow")
     assert torch.allclose(path.velocity(path.point(data, noise, t), data, t), noise - data, atol=1e-5)
 
 
 def test_flow_loss_weight_turns_data_error_into_velocity_error():
-    path, t = Path("rectified_flow"), torch.tensor([0.25, 0.8])
+    path, t = ProbabilityPath("rectified_flow"), torch.tensor([0.25, 0.8])
     data, wrong, z_t = torch.zeros(2), torch.tensor([0.1, 0.3]), torch.randn(2)
     direct = (path.velocity(z_t, wrong, t) - path.velocity(z_t, data, t)) ** 2
     assert torch.allclose(path.loss_weight(t) * (wrong - data) ** 2, direct)
@@ -34,7 +34,7 @@ def test_flow_loss_weight_turns_data_error_into_velocity_error():
 @pytest.mark.parametrize("steps", [1, 2, 7])
 def test_constant_velocity_integrates_exactly(solver, steps):
     data, noise = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
-    found = solve(lambda z, t: data, noise, Path("rectified_flow"), steps, solver)
+    found = solve(lambda z, t: data, noise, ProbabilityPath("rectified_flow"), steps, solver)
     assert torch.allclose(found, data, atol=1e-6)
 
 
@@ -46,7 +46,7 @@ def _gaussian_case(steps: int, solver: str) -> float:
     def posterior_mean(z, t):
         return mean + (1 - t) * std**2 / ((1 - t) ** 2 * std**2 + t**2) * (z - (1 - t) * mean)
 
-    found = solve(posterior_mean, noise, Path("rectified_flow"), steps, solver)
+    found = solve(posterior_mean, noise, ProbabilityPath("rectified_flow"), steps, solver)
     return (found - (mean + std * noise)).abs().max().item()
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from v2flow_cli.recipe.schema import Sampling
-from v2flow_cli.tokenizer.flow import Condition, Path, solve
+from v2flow_cli.tokenizer.flow import Condition, ProbabilityPath, solve
 from v2flow_cli.tokenizer.guidance import Guided
 
 PLAIN = Sampling(1, 2, "euler", 3.0, "constant", 1.0, "cfg", apg_momentum=0.0, apg_threshold=0.0, apg_parallel=1.0)
@@ -64,5 +64,5 @@ def test_linear_guidance_starts_at_one():
 def test_guidance_works_with_every_solver():
     for solver in ("euler", "heun", "dpm++", "ddim"):
         made = guided([[2.0, 1.0]], [[1.0, 3.0]], guidance="apg")
-        found = solve(made, torch.randn(1, 1, 2), Path("rectified_flow"), 3, solver)
+        found = solve(made, torch.randn(1, 1, 2), ProbabilityPath("rectified_flow"), 3, solver)
         assert found[0, 0].tolist() == pytest.approx([4.0, -3.0])  # a constant prediction is where it ends

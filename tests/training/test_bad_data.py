@@ -28,7 +28,7 @@ def test_a_bad_photo_is_listed_once_and_replaced(world, tmp_path, spoiled):
     made = recipe(world, "autoencoder", tmp_path / "a", *more)
     assert train(made, resume=False, log=quiet).images == 20
     (line,) = (tmp_path / "a" / "bad_samples.jsonl").read_text().splitlines()
-    assert json.loads(line)["shard"] == str(spoiled) and "image" in json.loads(line)["reason"]
+    assert json.loads(line)["source"] == str(spoiled) and "image" in json.loads(line)["reason"]
 
 
 def test_more_bad_photos_than_the_budget_stop_the_run(world, tmp_path, spoiled):

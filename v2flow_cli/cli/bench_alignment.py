@@ -33,13 +33,13 @@ def alignment(
 
         v2flow bench alignment imgs/ --model runs/mine --model runs/no-vocabulary
     """
-    import io
     from itertools import islice
 
     from v2flow_cli.assets import sample_photos
     from v2flow_cli.bench.alignment import align, draw_planes, photo_tokens, word_table
     from v2flow_cli.bench.photos import PhotoReader
     from v2flow_cli.runtime.device import pick_device
+    from v2flow_cli.store.images import png_bytes
     from v2flow_cli.tokenizer import V2FlowTokenizer
 
     target = pick_device(device)
@@ -55,9 +55,7 @@ def alignment(
         failed = reader.failed if reader is not None else []
     word_count = 0 if words is None else len(words)
     if plot:
-        buffer = io.BytesIO()
-        draw_planes(alignments).save(buffer, "PNG")
-        options.write_to(plot, buffer.getvalue())
+        options.write_to(plot, png_bytes(draw_planes(alignments)))
     if json_:
         rows = [{k: v for k, v in one.__dict__.items() if not k.endswith("_plane")} for one in alignments]
         result_json({"alignments": rows, "words": word_count, "plot": str(plot) if plot else None})

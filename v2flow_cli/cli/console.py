@@ -95,7 +95,7 @@ def _finite(value: Any) -> Any:
 
 def failures_json(failures: Iterable[Any]) -> list[dict[str, Any]]:
     """What was left out, for ``--json``: a file, or a shard and the key of a sample in it, and the reason."""
-    return [{"source": f.source, "key": f.key, "reason": f.reason, "samples": f.samples} for f in failures]
+    return [failure.as_json() for failure in failures]
 
 
 @contextlib.contextmanager

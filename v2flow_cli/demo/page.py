@@ -5,7 +5,6 @@ photos -> tokens -> photos at two guidance scales -> pictures from a sentence ->
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -117,13 +116,11 @@ def _write_sample_photos(folder: Path) -> list[FoundFile]:
     """The sample photos as PNG files, as if a user had brought them."""
     from v2flow_cli.assets import sample_photos
     from v2flow_cli.store.files import write_bytes
-    from v2flow_cli.store.images import FoundFile
+    from v2flow_cli.store.images import FoundFile, png_bytes
 
     files = []
     for name, image in sample_photos():
-        buffer = io.BytesIO()
-        image.save(buffer, "PNG")
-        write_bytes(folder / f"{name}.png", buffer.getvalue())
+        write_bytes(folder / f"{name}.png", png_bytes(image))
         files.append(FoundFile(folder / f"{name}.png", name))
     return files
 
@@ -165,6 +162,7 @@ def _draw(
     from v2flow_cli.bench.report.page import DrawnPicture
     from v2flow_cli.llm.sample import DrawingLM
     from v2flow_cli.store.files import write_bytes
+    from v2flow_cli.store.images import png_bytes
     from v2flow_cli.tokenizer.preprocess import to_pil
 
     drawer = DrawingLM.from_pretrained(llm, device, dtype)
@@ -174,9 +172,7 @@ def _draw(
     with inference(tokenizer, dtype):
         images = to_pil(tokenizer.decode(token_ids, seeds=[0] * count))
     for temperature, image in zip(TEMPERATURES, images):
-        buffer = io.BytesIO()
-        image.save(buffer, "PNG")
-        write_bytes(folder / f"temperature-{temperature:g}.png", buffer.getvalue())
+        write_bytes(folder / f"temperature-{temperature:g}.png", png_bytes(image))
     return [DrawnPicture(prompt, t, 0, np.asarray(image)) for t, image in zip(TEMPERATURES, images)]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from v2flow_cli.errors import TokenFileError
 from v2flow_cli.store.failures import Failure
 from v2flow_cli.store.files import check_absent, write_bytes
-from v2flow_cli.store.images import FoundFile
+from v2flow_cli.store.images import FoundFile, png_bytes
 from v2flow_cli.store.shards import safe_key
 from v2flow_cli.store.token_file import TokenManifest, find_manifest, load_samples, load_token_ids, row_of
 from v2flow_cli.tokenizer import V2FlowTokenizer
@@ -118,9 +117,7 @@ def decode_files(
         with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             images = tokenizer.decode(token_ids, lengths=lengths, height=height, width=width, seeds=seeds, **sampling)
         for image, (_, _, target) in zip(to_pil(images), batch):
-            buffer = io.BytesIO()
-            image.save(buffer, "PNG")
-            write_bytes(target, buffer.getvalue())
+            write_bytes(target, png_bytes(image))
             report.images.append(target)
         tick(len(batch))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from PIL.PngImagePlugin import PngInfo
 from v2flow_cli.errors import DataError
 from v2flow_cli.llm.sample import STOPPED, DrawingLM
 from v2flow_cli.store.files import write_bytes
+from v2flow_cli.store.images import png_bytes
 from v2flow_cli.store.token_file import TokenManifest, save_token_ids
 from v2flow_cli.tokenizer import V2FlowTokenizer
 from v2flow_cli.tokenizer.preprocess import to_pil
@@ -163,9 +163,7 @@ def write_png(path: Path, image: Image.Image, record: dict[str, Any]) -> None:
     info = PngInfo()
     for key, value in _texts(record).items():
         info.add_text(key, value)
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", pnginfo=info)
-    write_bytes(path, buffer.getvalue())
+    write_bytes(path, png_bytes(image, info))
 
 
 def is_made(path: Path, record: dict[str, Any]) -> bool:

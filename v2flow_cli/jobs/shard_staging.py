@@ -122,7 +122,7 @@ class StagedSet:
             if not (complete or whole):
                 break  # this one and those after it are written again
             report.shards.append(info)
-            report.failures += [Failure(f["shard"], f["reason"], f["key"], f["samples"]) for f in record["failures"]]
+            report.failures += map(Failure.from_json, record["failures"])
             report.captions = record["captions"]
             taken = record["sources"], record["seen"]
         report.kept_shards, self._failures = len(report.shards), len(report.failures)

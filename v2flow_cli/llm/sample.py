@@ -128,14 +128,14 @@ class DrawingLM:
         uniforms = torch.stack(
             [torch.rand(length, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in seeds]
         ).to(device)  # (B, L)
-        heat = torch.tensor(temperatures, device=device, dtype=torch.float32)  # (B,)
+        row_temperatures = torch.tensor(temperatures, device=device, dtype=torch.float32)  # (B,)
         encoded = [self.prompt(prompt) for prompt in prompts]
         widths = [-(-len(ids) // PROMPT_MULTIPLE) * PROMPT_MULTIPLE for ids in encoded]
         empty = self.prompt("") if guidance_scale != 1.0 else None
 
         def draw_rows(rows: Tensor) -> Tensor:
             def choose(scores: Tensor, step: int) -> Tensor:
-                token = pick(scores, uniforms[rows, step], heat[rows], top_k, top_p)
+                token = pick(scores, uniforms[rows, step], row_temperatures[rows], top_k, top_p)
                 own = token if kept is None else kept[rows, step].to(device)
                 return torch.where(own >= 0, own, token)
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from v2flow_cli.errors import DataError
 from v2flow_cli.store.files import write_bytes
@@ -28,7 +29,13 @@ class Failure:
         return self.source if self.key is None else f"{self.source}/{self.key}"
 
     def as_json(self) -> dict[str, str | int | None]:
-        return {"shard": self.source, "key": self.key, "reason": self.reason, "samples": self.samples}
+        return {"source": self.source, "key": self.key, "reason": self.reason, "samples": self.samples}
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> Failure:
+        """What ``as_json`` wrote; files of earlier versions call the source ``shard``."""
+        source = record["source"] if "source" in record else record["shard"]
+        return cls(source, record["reason"], record["key"], record["samples"])
 
 
 def over_budget(failures: Iterable[Failure], good: int, budget: float) -> bool:
@@ -50,7 +57,7 @@ def budget_error(failures: Sequence[Failure], budget: float) -> DataError:
 
 
 def save_failures(path: Path, failures: Iterable[Failure]) -> None:
-    """Write one JSON object a line: shard, key, reason, samples."""
+    """Write one JSON object a line: source, key, reason, samples."""
     lines = [json.dumps(failure.as_json(), ensure_ascii=False) + "\n" for failure in failures]
     write_bytes(path, "".join(lines).encode("utf-8", "backslashreplace"))
 
@@ -60,7 +67,7 @@ def load_failures(path: Path) -> list[Failure]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
         records = [json.loads(line) for line in lines if line.endswith("\n")]  # a killed run may leave half of one
-        return [Failure(r["shard"], r["reason"], r["key"], r["samples"]) for r in records]
+        return [Failure.from_json(record) for record in records]
     except (FileNotFoundError, NotADirectoryError):
         return []
     except (OSError, ValueError, TypeError, KeyError) as error:

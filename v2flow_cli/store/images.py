@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from v2flow_cli.errors import DataError
 from v2flow_cli.runtime.rgb import to_rgb
@@ -64,6 +65,13 @@ def open_image(source: Path | bytes, name: str) -> Image.Image:
         return to_rgb(image)
     except Exception as error:  # as above: OSError, SyntaxError, struct.error, zlib.error, ...
         raise DataError(f"{name}: a damaged or truncated {image.format} image ({error}).") from error
+
+
+def png_bytes(image: Image.Image, info: PngInfo | None = None) -> bytes:
+    """A PNG file of ``image``, with ``info`` as its text metadata."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", pnginfo=info)
+    return buffer.getvalue()
 
 
 def read_bytes(path: Path) -> bytes:

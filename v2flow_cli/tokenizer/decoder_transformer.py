@@ -13,7 +13,7 @@ from v2flow_cli.errors import ModelError
 from v2flow_cli.recipe.schema import FlowTransformer, Sampling, TokenizerLoss
 from v2flow_cli.tokenizer.context import Block, RotaryPositions, nearby, sines
 from v2flow_cli.tokenizer.decoder import DecoderLosses, Drawn, Places, StepPlan
-from v2flow_cli.tokenizer.flow import TIME_FEATURES, Path, sample_times, solve, time_features
+from v2flow_cli.tokenizer.flow import TIME_FEATURES, ProbabilityPath, sample_times, solve, time_features
 from v2flow_cli.tokenizer.guidance import Guided
 from v2flow_cli.tokenizer.prefix import TokenEmbedding
 
@@ -68,7 +68,7 @@ class VelocityTransformer(nn.Module):
         super().__init__()
         width, head_size = settings.hidden_size, settings.hidden_size // settings.num_heads
         self.settings, self.width = settings, width
-        self.path = Path(settings.formulation)
+        self.path = ProbabilityPath(settings.formulation)
         self.embed_token = TokenEmbedding(token_size, width, max_tokens)
         self.dummy_token = nn.Parameter(0.02 * torch.randn(width))  # D of Eq. 7, in every token's place
         self.positions = RotaryPositions(head_size)

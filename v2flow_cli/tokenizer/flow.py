@@ -1,4 +1,4 @@
-"""Path, velocity network and ODE sampler (Eq. 1 to 3, 5, 7). t = 0 is data, t = 1 is noise."""
+"""ProbabilityPath, velocity network and ODE sampler (Eq. 1 to 3, 5, 7). t = 0 is data, t = 1 is noise."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from v2flow_cli.tokenizer.decoder import Drawn
 T_MIN = 0.05  # times below this are trained as if they were this: 1 / t weights the loss
 
 
-class Path:
+class ProbabilityPath:
     """z_t = alpha(t) data + sigma(t) noise.
 
     ``rectified_flow``: alpha = 1 - t, sigma = t (Eq. 2). ``ddim``: the variance-preserving cosine path of
@@ -80,7 +80,7 @@ class VelocityNetwork(nn.Module):
         super().__init__()
         width = settings.hidden_size
         self.depth, self.width = settings.depth, width
-        self.path = Path(settings.formulation)
+        self.path = ProbabilityPath(settings.formulation)
         self.regress = nn.Linear(context_size, patch_size)
         self.embed = nn.Linear(patch_size, width)
         self.time = nn.Sequential(nn.Linear(TIME_FEATURES, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
@@ -173,7 +173,7 @@ def flow_times(steps: int) -> list[float]:
     return [1 - k / steps for k in range(steps + 1)]
 
 
-def solve(predict: Predict, noise: Tensor, path: Path, steps: int, solver: str) -> Tensor:
+def solve(predict: Predict, noise: Tensor, path: ProbabilityPath, steps: int, solver: str) -> Tensor:
     """Integrate from ``noise`` at t = 1 to data at t = 0 in ``steps`` steps of ``solver``.
 
     ``euler`` and ``heun`` follow the velocity; ``ddim`` is its deterministic step on any path (on the straight
@@ -199,7 +199,7 @@ def solve(predict: Predict, noise: Tensor, path: Path, steps: int, solver: str) 
     return z
 
 
-def _ddim_step(z: Tensor, data: Tensor, path: Path, t: float, s: float) -> Tensor:
+def _ddim_step(z: Tensor, data: Tensor, path: ProbabilityPath, t: float, s: float) -> Tensor:
     """z_s on the line through the data and the noise that z_t implies; Euler's step on the straight path."""
     alpha_t, sigma_t = path.alpha_sigma(torch.tensor(t))
     noise = (z - alpha_t * data) / sigma_t
@@ -208,7 +208,7 @@ def _ddim_step(z: Tensor, data: Tensor, path: Path, t: float, s: float) -> Tenso
 
 
 def _dpm_step(
-    z: Tensor, data: Tensor, previous: tuple[Tensor, float] | None, path: Path, t: float, s: float
+    z: Tensor, data: Tensor, previous: tuple[Tensor, float] | None, path: ProbabilityPath, t: float, s: float
 ) -> tuple[Tensor, tuple[Tensor, float]]:
     log_snr_t, log_snr_s = _log_snr(path, t), _log_snr(path, s)
     estimate = data
@@ -222,7 +222,7 @@ def _dpm_step(
     return z, (data, log_snr_t)
 
 
-def _log_snr(path: Path, t: float) -> float:
+def _log_snr(path: ProbabilityPath, t: float) -> float:
     # At t = 1 alpha is 0; a time just below it stands for the start, as in DPM-Solver's own clamp.
     alpha, sigma = path.alpha_sigma(torch.tensor(min(t, 1 - 1e-3), dtype=torch.float64))
     return math.log(alpha / sigma)

@@ -92,7 +92,7 @@ class BadSamples:
         """
         text = json.dumps([failure.as_json() for failure in batch.failures]) if batch.failures else ""
         records = [r for part in gather_texts(text, self.device) if part for r in json.loads(part)]
-        new = [f for r in records if (f := Failure(r["shard"], r["reason"], r["key"], r["samples"])) not in self.seen]
+        new = [failure for failure in map(Failure.from_json, records) if failure not in self.seen]
         if not new:
             return
         self.seen.update(dict.fromkeys(new))

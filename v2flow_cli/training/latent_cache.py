@@ -150,7 +150,7 @@ def open_cache(
         opened = safe_open(file, framework="pt")
         kept = {name: opened.get_slice(name) for name in opened.keys()}
         ids = [kept[name] for name in sorted(kept) if name.startswith("token_ids.")]
-        failures = [Failure(f["shard"], f["reason"], f["key"], f["samples"]) for f in found["failures"]]
+        failures = [Failure.from_json(failure) for failure in found["failures"]]
         return LatentCache(kept["latents"], found["keys"], failures, found["photos"], kept.get("pixels"), ids)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ModelError(

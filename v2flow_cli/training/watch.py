@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import io
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +20,7 @@ from v2flow_cli.errors import V2FlowError
 from v2flow_cli.recipe.schema import ImageData
 from v2flow_cli.runtime.processes import raise_everywhere
 from v2flow_cli.store.files import write_bytes
+from v2flow_cli.store.images import png_bytes
 from v2flow_cli.tokenizer.preprocess import to_uint8
 from v2flow_cli.training.crops import crop_loader
 
@@ -94,9 +94,7 @@ class Watch:
         objective.train(True)
         rows = [np.concatenate(list(to_uint8(part).numpy()), axis=1) for part in (images, made)]
         pixels = np.concatenate(rows, axis=0)  # (2 S, 8 S, 3)
-        file = io.BytesIO()
-        Image.fromarray(pixels).save(file, "PNG")
-        write_bytes(self._folder / "grids" / f"step-{step:08d}.png", file.getvalue())
+        write_bytes(self._folder / "grids" / f"step-{step:08d}.png", png_bytes(Image.fromarray(pixels)))
         for tracker in self._accelerator.trackers:
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
             tracker.log_images({"crops above reconstructions": pixels[None]}, step=step, **layout)

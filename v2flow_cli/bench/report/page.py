@@ -18,7 +18,7 @@ import numpy as np
 
 from v2flow_cli import __version__
 from v2flow_cli.bench.report import illustrations
-from v2flow_cli.bench.report.photo_html import photo_card
+from v2flow_cli.bench.report.photo_html import photo_article
 from v2flow_cli.bench.report.plots import plots
 from v2flow_cli.bench.report.tables import image_table, measured_table, published_table
 from v2flow_cli.bench.report.token_view import TokenView
@@ -118,7 +118,7 @@ def _photos(page: Page, bench: Bench) -> str:
         f"maps run from black (none) to pale yellow ({illustrations.ERROR_FULL_SCALE} grey levels or more). Below each "
         "picture: PSNR and SSIM."
     )
-    cards = "".join(photo_card(bench, image, page.views) for image in kept)
+    cards = "".join(photo_article(bench, image, page.views) for image in kept)
     at = f" at {protocol.image_size} pixels" if len(page.benches) > 1 else ""
     return f'<section><h2>Photos, and what comes back{at}</h2><p class="hint">{shown}{hint}</p>{cards}</section>'
 

@@ -19,7 +19,7 @@ MAX_ERROR_MAPS = 3  # tokenizers with an error map of their own; of more, only t
 Variant = tuple[str, str, np.ndarray, bool]  # label, note, pixels, enlarge without smoothing
 
 
-def photo_card(bench: Bench, image: KeptImage, views: Mapping[str, TokenView]) -> str:
+def photo_article(bench: Bench, image: KeptImage, views: Mapping[str, TokenView]) -> str:
     """The HTML of one photo; ``views`` by family colour the tokens of the first tokenizer that has one."""
     name = escape(image.name)
     group = escape(f"pick {bench.result.protocol.image_size} {image.name}")
