@@ -73,3 +73,44 @@ def test_what_is_no_result(tmp_path: Path, text: str) -> None:
         join([tmp_path / "x.json"])
     with pytest.raises(DataError, match=r"y\.json: cannot be read"):
         join([tmp_path / "y.json"])
+
+
+def test_figures_of_a_feature_network_have_their_own_names_and_a_plane(
+    tiny_tokenizer_folder: Path, sample_images, tmp_path: Path
+) -> None:
+    import torch
+    from safetensors.torch import save_file
+    from torchvision.models import squeezenet1_1
+
+    from v2flow_cli.bench.networks import MetricNetworks
+    from v2flow_cli.bench.perceptual import Features
+    from v2flow_cli.bench.report.plots import plots
+    from v2flow_cli.bench.sweep import parse_sweeps
+
+    torch.manual_seed(0)
+    save_file(squeezenet1_1(weights=None).state_dict(), tmp_path / "features.safetensors")
+    networks = MetricNetworks(features=Features(tmp_path / "features.safetensors"))
+    tokenizer = V2FlowTokenizer.from_pretrained(tiny_tokenizer_folder)
+    photos = [(str(number), image) for number, image in enumerate(sample_images[:3])]
+    options = {"with_codecs": False, "with_speed": False, "settings": parse_sweeps(["cfg=1,3"])}
+    [table] = tables([run_bench({"m": tokenizer}, photos, size=32, networks=networks, **options)])
+    first, second, autoencoder = table.rows
+    assert table.protocol["features"].startswith("SqueezeNet 1.1 features of features.safetensors, SHA-256")
+    for row in (first, second, autoencoder):
+        assert row["feature_distance"] > 0 and row["feature_distance_ci95"] > 0 and row["feature_frechet"] > 0
+        assert row["lpips"] is row["rfid"] is None
+    assert first["feature_distance"] != second["feature_distance"]
+    page = plots(table)
+    assert "Perception and distortion: feature distance over PSNR in dB" in page
+    [small] = tables([run_bench({"m": tokenizer}, photos, size=16, networks=networks, **options)])
+    assert small.rows[0]["feature_distance"] > 0 and small.rows[0]["feature_frechet"] > 0  # enlarged for the network
+
+
+def test_results_of_other_feature_networks_are_refused(record: dict, tmp_path: Path) -> None:
+    one, other = copy.deepcopy(record), copy.deepcopy(record)
+    one["protocols"][0]["features"], other["protocols"][0]["features"] = "a", "b"
+    del record["protocols"][0]["features"]  # written by an earlier version
+    files = [write(tmp_path / f"{i}.json", r) for i, r in enumerate((record, one, other))]
+    assert join(files[:2])[0][0].protocol["features"] == "a"
+    with pytest.raises(DataError, match="features: b against a"):
+        join(files)

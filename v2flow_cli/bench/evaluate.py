@@ -150,6 +150,7 @@ def evaluate(
         reference_digest=digest.hexdigest()[:16],
         lpips=networks.lpips.definition if networks.lpips else None,
         rfid=networks.inception.definition if networks.inception else None,
+        features=networks.features.definition if networks.features else None,
         seed=seed,
         versions=library_versions(),
     )

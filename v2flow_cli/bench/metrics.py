@@ -19,7 +19,7 @@ from v2flow_cli.bench.candidates import Batch
 from v2flow_cli.bench.codebook_use import CodebookFigures, bits_per_pixel
 from v2flow_cli.bench.codec_speed import Speed
 from v2flow_cli.bench.networks import MetricNetworks
-from v2flow_cli.bench.perceptual import FrechetDistance, Inception
+from v2flow_cli.bench.perceptual import FEATURE_VECTOR, Features, FrechetDistance, Inception
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,21 @@ class RFID:
         return self._distance.value(images)
 
 
+class FeatureFrechet:
+    """Frechet distance of reconstructions to their references in the features of ``--features``; it is no FID."""
+
+    def __init__(self, features: Features) -> None:
+        self._features, self._distance = features, FrechetDistance(FEATURE_VECTOR)
+
+    def add(self, batch: Batch, pictures: Tensor) -> None:
+        if "features" not in batch.features:
+            batch.features["features"] = self._features.vectors(batch.reference)
+        self._distance.add(batch.features["features"], self._features.vectors(pictures))
+
+    def value(self, images: int) -> float | None:
+        return self._distance.value(images)
+
+
 METRICS = (
     Metric("tokens_per_image", "tokens", 0, of_system=lambda s: s.tokens),
     Metric("bytes_per_image", "bytes", 0, of_system=lambda s: s.bytes),
@@ -139,6 +154,20 @@ METRICS = (
         of_set=lambda n: RFID(n.inception) if n.inception else None,
         better="lower",
         always=True,
+    ),
+    Metric(
+        "feature_distance",
+        "feature distance",
+        3,
+        of_images=lambda reference, pictures, n: n.features(reference, pictures) if n.features else None,
+        better="lower",
+    ),
+    Metric(
+        "feature_frechet",
+        "feature Fréchet",
+        3,
+        of_set=lambda n: FeatureFrechet(n.features) if n.features else None,
+        better="lower",
     ),
     Metric("encode_images_per_s", "encode/s", 2, of_system=lambda s: s.speed.encode_images_per_s if s.speed else None),
     Metric("decode_images_per_s", "decode/s", 2, of_system=lambda s: s.speed.decode_images_per_s if s.speed else None),

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import torch
 
-from v2flow_cli.bench.perceptual import Inception, Lpips
+from v2flow_cli.bench.perceptual import Features, Inception, Lpips
 from v2flow_cli.errors import ModelError
 from v2flow_cli.store.network_weights import JudgeWeights
 
@@ -18,10 +18,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class MetricNetworks:
-    """None where the weights are missing, with one note for each that is."""
+    """None where the weights are missing, with one note for each that is; ``features`` are there only if asked for."""
 
     lpips: Lpips | None = None
     inception: Inception | None = None
+    features: Features | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -31,10 +32,13 @@ def load_networks(
     fid: bool | None = None,
     folder: Path | None = None,
     download: bool = False,
+    features: Path | None = None,
 ) -> MetricNetworks:
     """LPIPS (alex unless ``lpips_net`` is another) and Inception, from ``folder``, the cache, or by ``download``.
 
-    Raises:  ModelError for missing weights, where ``lpips_net``, ``fid`` or ``download`` ask for them.
+    ``features``: a file of the network that feature distances are taken in; without it there are none.
+
+    Raises:  ModelError for missing weights, where ``lpips_net``, ``fid``, ``features`` or ``download`` ask for them.
     """
     weights, notes = JudgeWeights(folder, download), []
 
@@ -49,4 +53,4 @@ def load_networks(
 
     lpips = load(lambda: Lpips(lpips_net or "alex", weights, device), lpips_net is not None)
     inception = None if fid is False else load(lambda: Inception(weights, device), fid is True)
-    return MetricNetworks(lpips, inception, tuple(notes))
+    return MetricNetworks(lpips, inception, Features(features, device) if features else None, tuple(notes))

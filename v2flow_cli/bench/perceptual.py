@@ -6,6 +6,7 @@ in for them.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from v2flow_cli.store.network_weights import INCEPTION, JudgeWeights
 from v2flow_cli.training import perceptual
 
 FEATURES = 2048  # of Inception's last pooling
+FEATURE_VECTOR = 512  # of SqueezeNet's last block
 
 
 class Lpips:
@@ -35,6 +37,29 @@ class Lpips:
 def as_floats(pictures: Tensor, device: torch.device) -> Tensor:
     """Pictures (B, H, W, 3) uint8 as images (B, 3, H, W) in [-1, 1]."""
     return pictures.permute(0, 3, 1, 2).to(device).float() / 127.5 - 1
+
+
+class Features:
+    """Distance and feature vectors of images by a network of a file: see ``training.perceptual.FeatureNetwork``."""
+
+    def __init__(self, file: str | Path, device: torch.device | str = "cpu") -> None:
+        """Raises:  ModelError for a file that is not the network's."""
+        self._device = torch.device(device)
+        self._model = perceptual.load_features(file).to(self._device)
+        self.definition = (
+            f"{self._model.definition}, 8-bit images; distance: squared difference of unit features of seven blocks, "
+            "mean over blocks; Frechet distance: means of the last block"
+        )
+
+    def __call__(self, reference: Tensor, images: Tensor) -> Tensor:
+        """Distances (B,) float32 on the CPU."""
+        with torch.inference_mode():
+            return self._model(*(as_floats(x, self._device) for x in (reference, images))).cpu()
+
+    def vectors(self, images: Tensor) -> Tensor:
+        """(B, 512) float32 on the CPU."""
+        with torch.inference_mode():
+            return self._model.pooled(as_floats(images, self._device)).cpu()
 
 
 class Inception:

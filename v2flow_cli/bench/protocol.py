@@ -12,7 +12,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 NAME = "v2flow-bench-2"
 LIBRARIES = ("torch", "torchmetrics", "lpips", "torch-fidelity", "pillow", "numpy")
-NOT_IN_KEY = ("lpips", "rfid", "seed", "versions")  # lpips and rfid are compared where both results have them
+NETWORKS = ("lpips", "rfid", "features")  # compared where both results have them
+NOT_IN_KEY = (*NETWORKS, "seed", "versions")
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Protocol:
     rfid: str | None
     seed: int  # an image's own is drawn from it and its name
     versions: dict[str, str]
+    features: str | None = None
     name: str = NAME
     crop: str = "shorter side to image_size (Pillow bicubic, antialiased), centre square"
     rounding: str = "reference and reconstruction rounded to 8 bits, RGB, clamped to 0..255"

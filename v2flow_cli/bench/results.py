@@ -16,7 +16,7 @@ from typing import Any
 
 from v2flow_cli.bench.evaluate import Row
 from v2flow_cli.bench.metrics import METRICS, Estimate, Metric
-from v2flow_cli.bench.protocol import NOT_IN_KEY
+from v2flow_cli.bench.protocol import NETWORKS, NOT_IN_KEY
 from v2flow_cli.bench.published import PUBLISHED, SOURCE
 from v2flow_cli.bench.run import Bench
 from v2flow_cli.errors import DataError
@@ -168,7 +168,7 @@ def join(files: Sequence[Path]) -> tuple[list[Table], list[str]]:
                 if row not in joined[size].rows  # a codec measured twice on the same photos is one row
             ]
             protocol = {**joined[size].protocol}
-            protocol |= {key: protocol[key] or table.protocol[key] for key in ("lpips", "rfid")}
+            protocol |= {key: protocol.get(key) or table.protocol.get(key) for key in NETWORKS}
             joined[size] = Table(protocol, (*joined[size].rows, *rows))
     return list(joined.values()), list(dict.fromkeys(notes))
 
@@ -190,7 +190,7 @@ def _read(file: Path) -> list[Table]:
 def _compare(first: Record, first_file: Path, other: Record, file: Path) -> list[str]:
     """Notes on what may differ.  Raises: DataError on what must not."""
     must = [key for key in {*first, *other} - {"key", *NOT_IN_KEY} if first.get(key) != other.get(key)]
-    must += [key for key in ("lpips", "rfid") if first[key] and other[key] and first[key] != other[key]]
+    must += [key for key in NETWORKS if first.get(key) and other.get(key) and first[key] != other[key]]
     if must:
         differences = "; ".join(f"{key}: {other.get(key)} against {first.get(key)}" for key in sorted(must))
         raise DataError(

@@ -67,6 +67,13 @@ def reconstruction(
     fid: Annotated[
         bool | None, typer.Option("--fid/--no-fid", help="rFID. Default: where its weights are available.")
     ] = None,
+    features: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Feature and Frechet distance by SqueezeNet 1.1's features (.safetensors). Default: none.",
+        ),
+    ] = None,
     weights: Annotated[
         Path | None,
         typer.Option(metavar="FOLDER", help="Where weights of LPIPS and Inception are, besides the torch hub cache."),
@@ -140,7 +147,7 @@ def reconstruction(
     target = pick_device(device)
     externals = [load_external(place) for place in external or ()]
     models = load_tokenizers((model or [None]) if ours else [], target)
-    networks = load_networks(target, lpips_net, fid, weights, download)
+    networks = load_networks(target, lpips_net, fid, weights, download, features)
     benches = []
     with launch() as processes:
         for size in sizes:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ from v2flow_cli.store.network_weights import JudgeWeights, weights_url
 LPIPS, LPIPS_NET = "lpips", "vgg"  # as a recipe names it; the backbone that is usual for training
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, pixels in [0, 1]
 BLOCKS = (1, 4, 7, 9, 10, 11, 12)  # layers of SqueezeNet 1.1 whose outputs LPIPS compares
-MIN_SIZE = 17  # pixels a side: less leaves the last blocks empty
+MIN_SIZE = 17  # pixels a side, to which smaller images are enlarged: less leaves the last blocks empty
 
 
 class FeatureNetwork(nn.Module):
@@ -53,6 +54,8 @@ class FeatureNetwork(nn.Module):
         outputs = []
         with without_autocast(images):
             x = ((images.float() + 1) / 2 - self.mean) / self.std
+            if min(x.shape[-2:]) < MIN_SIZE:
+                x = F.interpolate(x, [max(side, MIN_SIZE) for side in x.shape[-2:]], mode="bilinear")
             for number, layer in enumerate(self.features):
                 x = layer(x)
                 if number in BLOCKS:

@@ -1,4 +1,4 @@
-"""The report's plots as inline SVG: quality over bits a pixel, and quality over decoding speed.
+"""The report's plots as inline SVG: quality over bits a pixel and over decoding speed, and perception over distortion.
 
 Published figures are not drawn: they were measured in another way, on other pictures.
 """
@@ -16,6 +16,8 @@ from v2flow_cli.bench.results import Record, Table
 WIDTH, HEIGHT = 560, 380
 LEFT, RIGHT, TOP, BOTTOM = 56, 16, 16, 46  # pixels around the axes
 HUES = 8  # series colours in report.html
+AUTOENCODER = "autoencoder"  # rows of this kind bound a plot, and are no point of it
+PERCEPTION = tuple(m for m in METRICS if m.key in ("feature_distance", "lpips", "feature_frechet", "rfid"))
 
 
 @dataclass(frozen=True)
@@ -57,22 +59,25 @@ class Axis:
 
 
 def plots(table: Table) -> str:
-    """Both plots of a table, each with a choice of metrics; one without two points is left out."""
+    """The plots of a table, each with a choice of metrics; one without two points is left out."""
     charts = [
         _chart(table, "bits_per_pixel", "bits a pixel", "Rate and distortion"),
         _chart(table, "decode_images_per_s", "images decoded a second", "Speed and quality"),
+        _chart(table, "psnr_db", "PSNR in dB", "Perception and distortion", log=False, metrics=PERCEPTION),
     ]
     body = "".join(chart for chart in charts if chart)
     return f'<div class="plots">{body}</div>' if body else ""
 
 
-def _chart(table: Table, x: str, x_label: str, title: str) -> str:
+def _chart(
+    table: Table, x: str, x_label: str, title: str, log: bool = True, metrics: Sequence[Metric] = METRICS
+) -> str:
     """One figure: a drawing for each metric, of which the page shows one."""
     group = f"{x}-{table.size}"
     drawings: list[str] = []
     choices: list[str] = []
-    for metric in METRICS:
-        rows = [row for row in table.rows if row[x] and row.get(metric.key) is not None]
+    for metric in metrics:
+        rows = [row for row in table.rows if row[x] and row.get(metric.key) is not None and row["kind"] != AUTOENCODER]
         if not metric.better:
             continue
         if len(rows) < 2:
@@ -85,11 +90,11 @@ def _chart(table: Table, x: str, x_label: str, title: str) -> str:
         )
         drawings.append(
             f'<div class="drawing" data-metric="{metric.key}"{"" if first else " hidden"}>'
-            f"{_drawing(table, rows, x, x_label, metric, f'{title}: {name} over {x_label}')}</div>"
+            f"{_drawing(table, rows, x, x_label, metric, f'{title}: {name} over {x_label}', log)}</div>"
         )
     if not drawings:
         return ""
-    families = dict.fromkeys(row["family"] for row in table.rows if row[x])
+    families = dict.fromkeys(row["family"] for row in table.rows if row[x] and row["kind"] != AUTOENCODER)
     legend = "".join(f'<li><i class="hue{_hue(table, family)}"></i>{escape(family)}</li>' for family in families)
     note = '<li><i class="ceiling"></i>autoencoder alone</li>' if _ceilings(table, x) else ""
     return (
@@ -99,11 +104,11 @@ def _chart(table: Table, x: str, x_label: str, title: str) -> str:
     )
 
 
-def _drawing(table: Table, rows: Sequence[Record], x: str, x_label: str, metric: Metric, title: str) -> str:
+def _drawing(table: Table, rows: Sequence[Record], x: str, x_label: str, metric: Metric, title: str, log: bool) -> str:
     key, digits = metric.key, metric.decimals - 1
     label = metric.heading + (", less is better" if metric.better == "lower" else "")
     ceilings = [row for row in _ceilings(table, x) if row[key] is not None]
-    across = Axis.around([row[x] for row in rows], log=True)
+    across = Axis.around([row[x] for row in rows], log=log)
     up = Axis.around([row[key] for row in (*rows, *ceilings)], log=False)
 
     def point(row: Record) -> tuple[float, float]:
@@ -121,7 +126,8 @@ def _drawing(table: Table, rows: Sequence[Record], x: str, x_label: str, metric:
         place = LEFT + across.at(tick) * (WIDTH - LEFT - RIGHT)
         parts.append(f'<line class="grid" x1="{place:.1f}" x2="{place:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
         parts.append(f'<text x="{place:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{tick:g}</text>')
-    parts.append(f'<text class="axis" x="{WIDTH - RIGHT}" y="{HEIGHT - 8}" text-anchor="end">{x_label} (log)</text>')
+    below = f"{x_label} (log)" if log else x_label
+    parts.append(f'<text class="axis" x="{WIDTH - RIGHT}" y="{HEIGHT - 8}" text-anchor="end">{below}</text>')
     parts.append(f'<text class="axis" x="{LEFT + 6}" y="{TOP + 12}">{label}</text>')
     for row in ceilings:
         y = HEIGHT - BOTTOM - up.at(row[key]) * (HEIGHT - TOP - BOTTOM)
@@ -147,9 +153,9 @@ def _drawing(table: Table, rows: Sequence[Record], x: str, x_label: str, metric:
 
 def _ceilings(table: Table, x: str) -> list[Record]:
     """Autoencoders alone bound the quality at any rate; over speed they would only flatten the plot."""
-    return [row for row in table.rows if row["kind"] == "autoencoder" and x == "bits_per_pixel"]
+    return [row for row in table.rows if row["kind"] == AUTOENCODER and x == "bits_per_pixel"]
 
 
 def _hue(table: Table, family: str) -> int:
-    families = list(dict.fromkeys(row["family"] for row in table.rows if row["kind"] != "autoencoder"))
+    families = list(dict.fromkeys(row["family"] for row in table.rows if row["kind"] != AUTOENCODER))
     return families.index(family) % HUES
