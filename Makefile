@@ -33,6 +33,8 @@ default-model: .venv/installed
 	$(V2FLOW) train recipes/default/tokenizer.yaml --resume
 	$(V2FLOW) train recipes/default/tokenizer_256.yaml --resume
 	$(V2FLOW) train recipes/default/tokenizer_decoder.yaml --resume
+	$(V2FLOW) train recipes/default/tokenizer_sharp.yaml --resume
+	$(PY) -c 'from v2flow_cli.jobs.add_decoder import add_decoder as add; add("runs/default/tokenizer", "runs/default/tokenizer_sharp")'
 	$(ENCODE) runs/default/centred -o runs/default/tokens_centred
 	$(ENCODE) runs/default/scenes -o runs/default/tokens_scenes
 	$(ENCODE) $(DATA)/photos $(DATA)/captioned -o runs/default/tokens_photos
@@ -40,6 +42,8 @@ default-model: .venv/installed
 	$(V2FLOW) finetune-llm recipes/default/llm_scenes.yaml --resume
 	mkdir -p v2flow_cli/assets/default/tokenizer v2flow_cli/assets/default/llm
 	cp runs/default/tokenizer/README.md runs/default/tokenizer/recipe.yaml runs/default/tokenizer/*.json runs/default/tokenizer/*.safetensors v2flow_cli/assets/default/tokenizer/
+	cp recipes/default/NOTICE v2flow_cli/assets/default/tokenizer/
+	cp recipes/default/NOTICE v2flow_cli/assets/default/llm/
 	cp runs/default/llm/README.md runs/default/llm/recipe.yaml runs/default/llm/*.json runs/default/llm/*.safetensors runs/default/llm/*.jinja runs/default/llm/*.npy v2flow_cli/assets/default/llm/
 
 # Sizes are printed although earlier stages have not run, which each command reports and make then passes over.
@@ -49,6 +53,7 @@ default-model-dry-run: .venv/installed
 	-$(V2FLOW) train recipes/default/tokenizer.yaml --dry-run
 	-$(V2FLOW) train recipes/default/tokenizer_256.yaml --dry-run
 	-$(V2FLOW) train recipes/default/tokenizer_decoder.yaml --dry-run
+	-$(V2FLOW) train recipes/default/tokenizer_sharp.yaml --dry-run
 
 clean:
 	rm -rf .venv demo build dist
