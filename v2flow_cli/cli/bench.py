@@ -11,7 +11,7 @@ from typing import Any
 import typer
 import typer.core
 
-from v2flow_cli.cli import bench_alignment, bench_cost, bench_join, bench_llm, bench_reconstruction
+from v2flow_cli.cli import bench_alignment, bench_cost, bench_draw, bench_join, bench_llm, bench_reconstruction
 
 DEFAULT = "reconstruction"
 RECIPE_SUFFIXES = (".yaml", ".yml")
@@ -52,6 +52,8 @@ bench = typer.Typer(
 
         v2flow bench llm captioned/
 
+        v2flow bench draw drawings.tar --features features.safetensors --report sheet.html
+
         v2flow bench alignment imgs/ --plot alignment.png
 
         v2flow bench cost recipes/paper/512px-256.yaml --batches 1,4
@@ -65,6 +67,7 @@ bench.command("reconstruction", short_help="Images: PSNR, SSIM, LPIPS, rFID, bit
     bench_reconstruction.reconstruction
 )
 bench.command("llm", short_help="Whether an LLM draws what captions say.")(bench_llm.llm)
+bench.command("draw", short_help="Whether drawings show what prompts ask for.")(bench_draw.draw)
 bench.command("alignment", short_help="Visual tokens among the LLM's words.")(bench_alignment.alignment)
 bench.command("cost", short_help="A recipe's FLOPs, speed and memory.")(bench_cost.cost)
 bench.command("join", short_help="Saved results in one table.")(bench_join.join)

@@ -104,7 +104,7 @@ def generate(
     )
     from v2flow_cli.store.files import check_absent
 
-    pictures = plan_pictures(_read_prompts(prompts) if prompts else prompt or [], seeds, temperatures)
+    pictures = plan_pictures(read_prompts(prompts) if prompts else prompt or [], seeds, temperatures)
     grids = sorted({p.group for p in pictures}) if len(temperatures) > 1 else []
     suffixes = [".png", ".npy"] if save_tokens else [".png"]
     if not prompts:
@@ -219,7 +219,7 @@ def _models(
     return image_tokenizer, llm, number_format
 
 
-def _read_prompts(path: Path) -> list[str]:
+def read_prompts(path: Path) -> list[str]:
     """The lines of a file that are not blank.  Raises: DataError for one that cannot be read or has none."""
     try:
         text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8-sig")

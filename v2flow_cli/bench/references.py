@@ -1,0 +1,131 @@
+"""Pictures with titles: what drawings are compared with, and which of them are kept for judging the judge."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from v2flow_cli.bench.prompts import COLOURS, phrase_of, without_colour
+from v2flow_cli.errors import DataError
+from v2flow_cli.store.images import SUFFIXES, expand_input, find_images, open_image, read_bytes
+from v2flow_cli.store.shards import find_shards, index_shard, open_shard, read_captions, read_member
+
+MARGIN = 0.1  # of its longest side, around a cut-out: a drawing's ground is found by its border
+HELD_OUT_SHARE = 0.25  # of the titles with at least three pictures, that lose one of them to judging
+
+
+@dataclass(frozen=True)
+class Reference:
+    """One picture.  names: what it may be called, lower case, its title first; colour: its main one, or ""."""
+
+    key: str
+    content: bytes  # of its file
+    names: tuple[str, ...]
+    colour: str
+
+    @property
+    def noun(self) -> str:
+        """Its title without the colour."""
+        return without_colour(self.names[0])
+
+    def pixels(self) -> np.ndarray:
+        """(H, W, 3) uint8; a cut-out is laid on white with a margin.  Raises: DataError for a damaged file."""
+        image = open_image(self.content, self.key)
+        with Image.open(io.BytesIO(self.content)) as opened:
+            if not opened.has_transparency_data:
+                return np.asarray(image)
+        return np.asarray(ImageOps.expand(image, round(MARGIN * max(image.size)), "white"))
+
+
+def read_references(sources: Sequence[str]) -> list[Reference]:
+    """The titled pictures of tars and folders: beside each KEY.webp (jpg, png, ...) lies KEY.json or KEY.txt.
+
+    Of ``KEY.json`` ``title`` counts, and ``colour_title`` and ``colours`` where they are there; of ``KEY.txt`` every
+    line, such as "a red apple" or "a drawing of an apple".
+    Raises:  DataError where nothing has a title, or a shard is damaged.
+    """
+    found: dict[str, Reference] = {}
+    for source in sources:
+        for key, content, record, captions in _samples(source):
+            names, colour = _names(record, captions)
+            if names:
+                found.setdefault(key, Reference(key, content, names, colour))
+    if not found:
+        raise DataError(
+            f"{', '.join(sources)}: no picture with a title; expected KEY.json with a title, or KEY.txt, beside each."
+        )
+    return [found[key] for key in sorted(found)]
+
+
+def _samples(source: str) -> Iterator[tuple[str, bytes, dict, tuple[str, ...]]]:
+    """(key, bytes of the picture, JSON record, lines of the text) of every picture."""
+    suffixes = {path.suffix.lower() for path in expand_input(source)[1]}
+    if ".tar" in suffixes:
+        for shard in find_shards([source]):
+            index = index_shard(shard)
+            for failure in index.failures:
+                raise DataError(f"{failure.name}: {failure.reason}")
+            with open_shard(shard) as file:
+                for sample in index.samples:
+                    if sample.image is not None:
+                        texts = {
+                            e: read_member(file, sample.members[e]) for e in ("json", "txt") if e in sample.members
+                        }
+                        yield sample.key, read_member(file, sample.members[sample.image]), *_texts(texts)
+    if suffixes & SUFFIXES or ".tar" not in suffixes:
+        for image in find_images([source]):
+            beside = {e: image.path.with_suffix(f".{e}") for e in ("json", "txt")}
+            texts = {e: read_bytes(path) for e, path in beside.items() if path.is_file()}
+            yield image.key, read_bytes(image.path), *_texts(texts)
+
+
+def _texts(texts: dict[str, bytes]) -> tuple[dict, tuple[str, ...]]:
+    try:
+        record = json.loads(texts.get("json", b"{}"))
+    except (ValueError, RecursionError):
+        record = {}
+    return record if isinstance(record, dict) else {}, read_captions(texts.get("txt", b""))
+
+
+def _names(record: dict, captions: Sequence[str]) -> tuple[tuple[str, ...], str]:
+    """(names, main colour) from what lies beside a picture."""
+    titles = [record[key] for key in ("title", "colour_title") if isinstance(record.get(key), str)]
+    phrases = [phrase_of(text) for text in (*titles, *captions) if text.strip()]
+    names = [name for phrase in phrases for name in (phrase, without_colour(phrase), phrase.removesuffix(" face"))]
+    colours = record.get("colours")
+    listed = [str(c) for c in colours if c in COLOURS] if isinstance(colours, list) else []
+    worded = [phrase.split(" ")[0] for phrase in phrases if without_colour(phrase) != phrase]
+    return tuple(dict.fromkeys(names)), next(iter((*worded, *listed)), "")
+
+
+def split_held_out(references: Sequence[Reference]) -> tuple[list[Reference], list[Reference]]:
+    """(to compare with, to judge the judge by): one picture of a quarter of the titles that have three, by hash."""
+    of_noun: dict[str, list[Reference]] = defaultdict(list)
+    for reference in references:
+        of_noun[reference.noun].append(reference)
+    titles = sorted((noun for noun, group in of_noun.items() if len(group) >= 3), key=_hash)
+    chosen = titles[: math.ceil(HELD_OUT_SHARE * len(titles))]
+    held = {min(of_noun[noun], key=lambda r: _hash(r.key)).key for noun in chosen}
+    return [r for r in references if r.key not in held], [r for r in references if r.key in held]
+
+
+def nouns_with_colours(references: Sequence[Reference], least: int = 2) -> dict[str, set[str]]:
+    """The nouns that at least ``least`` pictures have as their title, with the colours that any of them has."""
+    pictures: dict[str, int] = defaultdict(int)
+    colours: dict[str, set[str]] = defaultdict(set)
+    for reference in references:
+        pictures[reference.noun] += 1
+        colours[reference.noun] |= {reference.colour} - {""}
+    return {noun: colours[noun] for noun in sorted(pictures) if pictures[noun] >= least}
+
+
+def _hash(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()

@@ -1,0 +1,154 @@
+"""The sheet of ``bench draw``: every prompt with its picture, what the judge saw in it, and the figures.
+
+One self-contained page, as ``page.py`` makes; markup and style stand in ``draw.html``. All text is escaped.
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from importlib.resources import files
+
+import numpy as np
+from PIL import Image
+
+from v2flow_cli import __version__
+from v2flow_cli.bench.draw import PARTS, Copies, KindFigures, Share
+from v2flow_cli.bench.judge import Verdict
+from v2flow_cli.bench.prompts import KINDS, Prompt
+from v2flow_cli.bench.references import Reference
+from v2flow_cli.bench.report.illustrations import data_uri
+
+SIDE, SMALL_SIDE = 192, 68  # pixels of a picture and of its neighbour on the sheet
+TITLES = {
+    "object": "A thing",
+    "colour": "A thing in a colour",
+    "count": "Several of a thing",
+    "relation": "Two things, and where they are",
+    "other": "Not judged: nothing in these prompts is a title of the references",
+}
+HEADS = {
+    "all": "all right",
+    "noun": "thing",
+    "noun_in_5": "thing among the nearest 5",
+    "colour": "colour",
+    "count": "number",
+    "place": "place",
+}
+
+
+@dataclass(frozen=True)
+class DrawnSheet:
+    """What the sheet shows: pictures (H, W, 3) uint8 with their prompts and verdicts, and the figures of all."""
+
+    pictures: Sequence[tuple[Prompt, np.ndarray, Verdict]]
+    figures: Sequence[KindFigures]
+    copies: Copies | None
+    references: Sequence[Reference]
+    facts: Mapping[str, str]
+    command: str
+
+
+def render(sheet: DrawnSheet) -> str:
+    """The page as one HTML text."""
+    template = string.Template(files("v2flow_cli.bench.report").joinpath("draw.html").read_text(encoding="utf-8"))
+    kinds = [(kind, [p for p in sheet.pictures if p[0].kind == kind]) for kind in (*KINDS, "other")]
+    sections = [_section(kind, pictures, sheet.references) for kind, pictures in kinds if pictures]
+    facts = "".join(f"<dt>{escape(term)}</dt><dd>{escape(text)}</dd>" for term, text in sheet.facts.items())
+    return template.substitute(
+        title="Prompts and what was drawn",
+        lead="All pictures, in the order of the prompts, none picked. Below each: what the judge takes it for, by its "
+        "nearest neighbour among titled pictures, which is shown beside it.",
+        body=f"{_figures(sheet.figures)}{_copies(sheet.copies)}<dl>{facts}</dl>{''.join(sections)}",
+        footer=f"Made by <code>{escape(sheet.command)}</code> with v2flow {__version__}.",
+        version=__version__,
+    )
+
+
+def percent(share: Share) -> str:
+    """A share with its interval, in percent."""
+    return f"{share.share:.0%} ({share.low:.0%} to {share.high:.0%})"
+
+
+def table_rows(figures: Sequence[KindFigures]) -> tuple[list[str], list[list[str]]]:
+    """Heads and lines of the table of figures: for each kind the drawn pictures, then the judge on real ones."""
+    parts = [part for part in PARTS if any(part in one.drawn for one in figures)]
+    lines = []
+    for one in figures:
+        rows = (
+            (f"{one.kind}: {one.prompts} prompts, {one.pictures} pictures drawn", one.drawn),
+            ("  the judge, on real pictures", one.real),
+            ("  the judge, on real pictures through the tokenizer", one.real_tokens),
+        )
+        for label, shares in rows:
+            if shares:
+                cells = [percent(shares[part]) if part in shares else "" for part in parts]
+                lines.append([label, *cells, str(max(share.trials for share in shares.values()))])
+    return ["judged right (95% interval)", *(HEADS[part] for part in parts), "trials"], lines
+
+
+def copy_rows(copies: Copies) -> tuple[list[str], list[list[str]]]:
+    """Heads and lines of the table of distances."""
+    rows = {
+        "drawn": copies.drawn,
+        "held out, through the tokenizer": copies.held_out_tokens,
+        "held out": copies.held_out,
+        "training pictures, through the tokenizer (copies)": copies.copies,
+    }
+    heads = ["distance to the nearest training picture", "5th percentile", "median", "95th percentile", "pictures"]
+    lines = [
+        [name, f"{s.percentile_5:.3f}", f"{s.median:.3f}", f"{s.percentile_95:.3f}", str(s.count)]
+        for name, s in rows.items()
+    ]
+    return heads, lines
+
+
+def _figures(figures: Sequence[KindFigures]) -> str:
+    return _table(*table_rows(figures)) if figures else ""
+
+
+def _copies(copies: Copies | None) -> str:
+    if copies is None:
+        return ""
+    note = (
+        f"{percent(copies.nearer)} of the drawn pictures are nearer to a training picture than 95% of the held-out "
+        "ones are (through the tokenizer); 5% would be expected of pictures that copy nothing."
+    )
+    return f"<h2>Copies</h2>{_table(*copy_rows(copies))}<p>{escape(note)}</p>"
+
+
+def _table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th>{escape(text)}</th>" for text in heads)
+    body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in line)}</tr>" for line in lines)
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _section(kind: str, pictures: Sequence[tuple[Prompt, np.ndarray, Verdict]], references: Sequence[Reference]) -> str:
+    cards = "".join(_card(*one, references) for one in pictures)
+    return f'<h2>{escape(TITLES[kind])}</h2><div class="sheet">{cards}</div>'
+
+
+def _card(prompt: Prompt, picture: np.ndarray, verdict: Verdict, references: Sequence[Reference]) -> str:
+    near = references[verdict.answers[0][0]]
+    seen = " and ".join(references[answers[0]].names[0] for answers in verdict.answers)
+    if "count" in verdict.right:
+        seen = f"{verdict.count} × {seen}"
+    if "colour" in verdict.right:
+        seen += f", {verdict.colour}"
+    mark = ""
+    if verdict.right:
+        mark = '<span class="yes">✓</span> ' if verdict.right["all"] else '<span class="no">✗</span> '
+    return (
+        f'<figure><img src="{data_uri(_shrunk(picture, SIDE))}" alt="{escape(prompt.text)}"><figcaption>'
+        f"<b>{mark}{escape(prompt.text)}</b>"
+        f'<span class="near"><img src="{data_uri(_shrunk(near.pixels(), SMALL_SIDE))}" alt="">{escape(seen)}</span>'
+        "</figcaption></figure>"
+    )
+
+
+def _shrunk(picture: np.ndarray, side: int) -> np.ndarray:
+    image = Image.fromarray(picture)
+    image.thumbnail((side, side), Image.Resampling.LANCZOS)
+    return np.asarray(image)

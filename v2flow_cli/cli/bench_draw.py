@@ -1,0 +1,209 @@
+"""``v2flow bench draw``: how well an LLM draws what prompts ask for."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from v2flow_cli.cli import options
+from v2flow_cli.cli.console import log, progress, result, result_json
+
+if TYPE_CHECKING:
+    from v2flow_cli.bench.draw import DrawBench
+    from v2flow_cli.bench.judge import Judge
+
+
+def draw(
+    references: Annotated[
+        list[str],
+        typer.Argument(help="Pictures with titles: folders or WebDataset tars, KEY.json or KEY.txt beside each."),
+    ],
+    features: Annotated[
+        str,
+        typer.Option(
+            metavar="FILE|MODEL", help="SqueezeNet 1.1's features (.safetensors), or a CLIP folder or hub id."
+        ),
+    ],
+    prompts: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A prompt a line; `-` is stdin. Default: made from the titles.")
+    ] = None,
+    per_kind: Annotated[
+        int, typer.Option(min=1, help="Most prompts made of each kind: thing, colour, number, place.")
+    ] = 50,
+    held_out: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SOURCE",
+            help="Titled pictures that the LLM did not learn from, to judge the judge by. Default: some of REFERENCES.",
+        ),
+    ] = None,
+    train: Annotated[
+        list[str] | None,
+        typer.Option(metavar="SOURCE", help="Titled pictures that the LLM learned from. Default: REFERENCES."),
+    ] = None,
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the PNG files.")] = Path("drawn"),
+    report: Annotated[Path | None, typer.Option(metavar="FILE.html", help="Write a sheet of all pictures.")] = None,
+    count: Annotated[int, typer.Option("-n", "--count", min=1, help="Pictures per prompt.")] = 1,
+    temp: Annotated[float | None, typer.Option(min=0.0, help="LLM temperature. Default: the LLM's.")] = None,
+    top_k: Annotated[
+        int | None, typer.Option(min=0, help="Keep the k likeliest tokens; 0 keeps all. Default: the LLM's.")
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(min=0.0, max=1.0, help="Keep this probability mass. Default: the LLM's.")
+    ] = None,
+    llm_cfg: Annotated[
+        float | None, typer.Option(min=0.0, help="Guidance scale of the LLM; 1 means none. Default: the LLM's.")
+    ] = None,
+    decoder: options.Decoder = None,
+    llm_model: Annotated[
+        str | None, typer.Option(help="LLM: folder or hub id. Default: the one inside the package.")
+    ] = None,
+    model: options.Tokenizer = None,
+    seed: Annotated[int, typer.Option(help="Of the prompts that are made, and the first one of the pictures.")] = 0,
+    batch_size: options.BatchSize = 16,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    force: options.Force = False,
+    json_: options.Json = False,
+) -> None:
+    """Draw prompts and judge the pictures: the thing by its nearest neighbours, its colour, its number, its place.
+
+    Examples:
+
+        v2flow bench draw drawings.tar --features squeezenet1_1_features.safetensors --report sheet.html
+
+        v2flow bench draw drawings.tar --features openai/clip-vit-base-patch32 --prompts prompts.txt -n 4
+
+        v2flow bench draw drawings.tar --features features.safetensors --held-out held-out.tar --train scenes/ --json
+    """
+    from v2flow_cli.bench.draw import measure_drawing
+    from v2flow_cli.bench.features import load_space
+    from v2flow_cli.bench.judge import Judge
+    from v2flow_cli.bench.prompts import make_prompts, parse_prompts, without_colour
+    from v2flow_cli.bench.references import nouns_with_colours, read_references, split_held_out
+    from v2flow_cli.cli.generate import read_prompts as read_lines
+    from v2flow_cli.errors import DataError
+    from v2flow_cli.jobs.generate import Settings, check_pair, plan_pictures
+    from v2flow_cli.llm.sample import DrawingLM
+    from v2flow_cli.llm.sampling import stored_sampling
+    from v2flow_cli.runtime.device import pick_device, pick_dtype
+    from v2flow_cli.store.files import check_absent, write_bytes
+    from v2flow_cli.tokenizer import V2FlowTokenizer
+
+    library = read_references(references)
+    if held_out:
+        unseen = read_references(held_out)
+        keys = {reference.key for reference in unseen}
+        library = [reference for reference in library if reference.key not in keys]
+    else:
+        library, unseen = split_held_out(library)
+    if not library:
+        raise DataError(f"{', '.join(references)}: all pictures are held out, so none is left to compare with.")
+    if prompts is None:
+        asked = make_prompts(nouns_with_colours(library), per_kind, seed)
+    else:
+        asked = parse_prompts(read_lines(prompts), {without_colour(n) for r in library for n in r.names})
+    if not asked:
+        raise DataError(f"{', '.join(references)}: no title has two pictures; give --prompts FILE.")
+
+    target = pick_device(device)
+    space = load_space(features, target)
+    tokenizer = V2FlowTokenizer.from_pretrained(model, decoder=decoder).to(target)
+    llm = DrawingLM.from_pretrained(llm_model, target, pick_dtype(dtype, target))
+    check_pair(llm, tokenizer)
+    default = stored_sampling(llm.name)
+    temperature = default.temperature if temp is None else temp
+    seeds = list(range(seed, seed + count))
+    names = [picture.name for picture in plan_pictures([p.text for p in asked], seeds, [temperature])]
+    check_absent([out / f"{name}.png" for name in names], force)
+    for prompt in asked:
+        llm.prompt(prompt.text)  # one that is too long is reported before anything is drawn
+    with progress("references", len(library)) as tick:
+        judge = Judge(space, library, tick)
+    training: Judge = judge
+    if train:
+        pictures = read_references(train)
+        with progress("training pictures", len(pictures)) as tick:
+            training = Judge(space, pictures, tick)
+    with progress("draw", len(names)) as tick:
+        bench = measure_drawing(
+            llm,
+            tokenizer,
+            asked,
+            judge,
+            training,
+            unseen,
+            out,
+            Settings(
+                default.top_k if top_k is None else top_k,
+                default.top_p if top_p is None else top_p,
+                default.guidance_scale if llm_cfg is None else llm_cfg,
+            ),
+            temperature=temperature,
+            seeds=seeds,
+            per_kind=max(per_kind, 100),
+            batch_size=batch_size,
+            dtype=pick_dtype(dtype, target),
+            tick=tick,
+        )
+    things = len(nouns_with_colours(library, 1))
+    facts = {
+        "LLM": f"{llm.name}, digest {llm.digest}",
+        "tokenizer": f"digest {tokenizer.token_digest}, decoder {tokenizer.decoder_name}",
+        "sampling": f"temperature {temperature:g}, seeds {seeds[0]} to {seeds[-1]}",
+        "judge": space.definition,
+        "references": f"{len(library):,} pictures of {things:,} things; {len(unseen):,} held out",
+    }
+    if report:
+        from v2flow_cli.bench.report.draw_page import DrawnSheet, render
+
+        drawn = [(drawing.prompt, drawing.pixels, drawing.verdict) for drawing in bench.drawings]
+        page = DrawnSheet(drawn, bench.figures, bench.copies, library, facts, "v2flow bench draw")
+        write_bytes(report, render(page).encode())
+    if json_:
+        result_json({**_record(bench, judge), **facts, "report": str(report) if report else None})
+        return
+    _print(bench)
+    result(f"wrote {len(bench.drawings)} pictures to {out}" + (f", and {report}" if report else ""))
+    unread = [drawing.prompt.text for drawing in bench.drawings if drawing.prompt.kind == "other"]
+    if unread:
+        log(f"note: {len(unread)} pictures are not judged; their prompts name no title of the references: {unread[0]}")
+
+
+def _record(bench: DrawBench, judge: Judge) -> dict[str, Any]:
+    """Everything as JSON values."""
+    return {
+        "kinds": [dataclasses.asdict(figures) for figures in bench.figures],
+        "copies": bench.copies and dataclasses.asdict(bench.copies),
+        "pictures": [
+            {
+                "path": str(drawing.file),
+                "prompt": drawing.prompt.text,
+                "kind": drawing.prompt.kind,
+                "asked": [dataclasses.asdict(thing) for thing in drawing.prompt.things],
+                "seen": [judge.references[answers[0]].names[0] for answers in drawing.verdict.answers],
+                "seen_keys": [judge.references[answers[0]].key for answers in drawing.verdict.answers],
+                "main_colour": drawing.verdict.colour,
+                "objects": drawing.verdict.count,
+                "right": drawing.verdict.right,
+                "distance": drawing.verdict.distance,
+            }
+            for drawing in bench.drawings
+        ],
+    }
+
+
+def _print(bench: DrawBench) -> None:
+    from v2flow_cli.bench.report.draw_page import copy_rows, percent, table_rows
+    from v2flow_cli.cli.text_table import text_table
+
+    result(text_table(*table_rows(bench.figures)) + "\n")
+    if bench.copies:
+        result(text_table(*copy_rows(bench.copies)) + "\n")
+        result(
+            f"{percent(bench.copies.nearer)} of the drawn pictures are nearer to a training picture than 95% of the "
+            "held-out ones are, through the tokenizer; 5% would be expected of pictures that copy nothing."
+        )
