@@ -73,8 +73,11 @@ class Judge:
         for prompt, picture in pairs:
             objects = find_objects(picture)
             given.append((whole(picture), objects, _looked_at(prompt, picture, objects)))
-        cuts = ([picture, one] for (_, picture), (all_, _, some) in zip(pairs, given) for one in (all_, *some))
-        vectors = self.embed((cut_out(*cut) for cut in cuts), lambda n: None)
+        vectors = self.embed(
+            cut_out(picture, one)
+            for (_, picture), (everything, _, looked_at) in zip(pairs, given)
+            for one in (everything, *looked_at)
+        )
         verdicts, start = [], 0
         for (prompt, picture), (everything, objects, looked_at) in zip(pairs, given):
             rows = vectors[start : start + 1 + len(looked_at)]
@@ -183,6 +186,6 @@ def _laid_out(cuts: Sequence[np.ndarray], places: Sequence[tuple[float, float]],
     for cut, (x, y) in zip(cuts, places):
         image = Image.fromarray(cut).resize((pixels, pixels), Image.Resampling.LANCZOS)
         left, top = round(x * SCENE - pixels / 2), round(y * SCENE - pixels / 2)
-        mask = Image.fromarray(((np.asarray(image) < 250).any(2) * 255).astype(np.uint8))
+        mask = Image.fromarray(np.where((np.asarray(image) < 250).any(2), 255, 0).astype(np.uint8))
         scene.paste(image, (left, top), mask)
     return np.asarray(scene)

@@ -18,6 +18,7 @@ from v2flow_cli.errors import DataError
 from v2flow_cli.store.images import SUFFIXES, expand_input, find_images, open_image, read_bytes
 from v2flow_cli.store.shards import find_shards, index_shard, open_shard, read_captions, read_member
 
+TEXTS: tuple[str, ...] = ("json", "txt")  # suffixes of what lies beside a picture
 MARGIN = 0.1  # of its longest side, around a cut-out: a drawing's ground is found by its border
 HELD_OUT_SHARE = 0.25  # of the titles with at least three pictures, that lose one of them to judging
 
@@ -77,12 +78,12 @@ def _samples(source: str) -> Iterator[tuple[str, bytes, dict, tuple[str, ...]]]:
                 for sample in index.samples:
                     if sample.image is not None:
                         texts = {
-                            e: read_member(file, sample.members[e]) for e in ("json", "txt") if e in sample.members
+                            e: read_member(file, sample.members[e]) for e in TEXTS if e in sample.members
                         }
                         yield sample.key, read_member(file, sample.members[sample.image]), *_texts(texts)
     if suffixes & SUFFIXES or ".tar" not in suffixes:
         for image in find_images([source]):
-            beside = {e: image.path.with_suffix(f".{e}") for e in ("json", "txt")}
+            beside = {e: image.path.with_suffix(f".{e}") for e in TEXTS}
             texts = {e: read_bytes(path) for e, path in beside.items() if path.is_file()}
             yield image.key, read_bytes(image.path), *_texts(texts)
 

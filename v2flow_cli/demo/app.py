@@ -201,7 +201,7 @@ def _decoder_settings(studio: Studio) -> list[Any]:
             gr.Slider(0, 8, scale, step=0.1, label="Guidance scale, 1 is none"),
         ]
     seed = gr.Number(0, precision=0, minimum=0, label="Seed")
-    decoder.change(lambda name: sampling_of(studio.tokenizer, name), [decoder], sliders, api_name=False)
+    decoder.change(lambda name: sampling_of(studio.tokenizer, name), [decoder], sliders, api_visibility="private")
     return [*sliders, seed, decoder]
 
 

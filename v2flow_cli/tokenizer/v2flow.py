@@ -358,8 +358,8 @@ class V2FlowTokenizer(PretrainedModule):
                  that this tokenizer does not have.
         """
         if decoder not in (None, self.decoder_name):
-            shape = {"lengths": lengths, "height": height, "width": width, "seeds": seeds}
-            return self.with_decoder(decoder).decode(token_ids, **shape, **sampling)
+            other = self.with_decoder(decoder)
+            return other.decode(token_ids, lengths=lengths, height=height, width=width, seeds=seeds, **sampling)
         given = {key: value for key, value in sampling.items() if value is not None}
         settings: Sampling = dataclasses.replace(self.config.section("sampling"), **given)
         if height is None or width is None:

@@ -188,7 +188,9 @@ class TokenizerObjective(nn.Module):
 def build_config(recipe: TokenizerRecipe, autoencoder: dict, vocab_shape: tuple[int, int]) -> V2FlowConfig:
     """The model config of a recipe, given its autoencoder's spec and the shape of its vocabulary."""
     parts = {name: getattr(recipe, name) for name in SECTIONS}
-    sections = {name: None if part is None else dataclasses.asdict(part) for name, part in parts.items()}
+    sections: dict[str, Any] = {
+        name: None if part is None else dataclasses.asdict(part) for name, part in parts.items()
+    }
     return V2FlowConfig(
         image_size=recipe.image_size,
         patch_size=recipe.latents.patch_size,
