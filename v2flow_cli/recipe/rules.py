@@ -47,6 +47,8 @@ def _autoencoder(recipe: AutoencoderRecipe) -> Iterator[str]:
 def _data(data: ImageData) -> Iterator[str]:
     if not all(1 / MAX_ASPECT <= aspect <= MAX_ASPECT for aspect in data.aspects):
         yield f"data.aspects is {list(data.aspects)}; expected width / height from {1 / MAX_ASPECT} to {MAX_ASPECT}"
+    if data.aspects and data.resident_px:
+        yield "data.aspects asks for shapes, but data.resident_px keeps squares alone; leave one of them out"
     if data.resident_px and data.resident_px < data.crop_size:
         yield (
             f"data.resident_px is {data.resident_px}; expected at least data.crop_size {data.crop_size}, so that crops "

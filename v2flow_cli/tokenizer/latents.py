@@ -115,17 +115,6 @@ def _build(kind: str | None, spec: dict[str, Any]) -> nn.Module:
 
 def _diffusers_class(name: str) -> Any:
     """Imported only for an autoencoder of diffusers: our own needs no such package."""
-    try:
-        import diffusers
-    except ImportError as error:
-        raise ModelError(
-            f"An autoencoder of class {name} needs the package diffusers, which cannot be imported ({error}). "
-            "Install it: pip install diffusers."
-        ) from None
-    return getattr(diffusers, name)
-
-
-def _diffusers_class(name: str) -> Any:
     with extra("diffusers", "diffusers", f"an autoencoder of class {name}"):
         import diffusers
 

@@ -165,8 +165,15 @@ def train(
     elif recipe.data.resident_px:
         batches = resident_batches(accelerator, recipe.data, micro_batch, loop.seed, start, log)
     else:
-        where = dict(start=start, rank=rank, world_size=ranks)
-        loader = crop_loader(recipe.data, micro_batch, seed=loop.seed, multiple=objective.size_multiple, **where)
+        loader = crop_loader(
+            recipe.data,
+            micro_batch,
+            seed=loop.seed,
+            start=start,
+            rank=rank,
+            world_size=ranks,
+            multiple=objective.size_multiple,
+        )
         batches = iter(loader)
     watch = Watch(accelerator, folder, dump_recipe(recipe), recipe.data, loop.seed)
     run_start, earlier_seconds, saved_seconds = time.monotonic(), state.seconds, state.seconds
