@@ -50,7 +50,7 @@ def test_only_captions_that_ask_for_a_picture_have_one(vocabulary):
     noisy = sample(vocabulary, [5], ids, read_ids=np.array([9, 9, 9, 9]), learned=ids == 3)
     assert noisy["picture"].tolist() == [3, 1, 4, 1]
     batch = collate([{**made, "key": "k"} for made in (unsaid, drawn, told)], pad_id=2)
-    assert batch["pictures"].tolist() == [[-1] * 4, [3, 1, 4, 1], [-1] * 4]
+    assert batch["pictures"].tolist() == [[3, 1, 4, 1]] and batch["asked"].tolist() == [1]
 
 
 def test_read_where_the_upper_half_begins(llm, text_tokenizer, vocabulary):
@@ -64,7 +64,7 @@ def test_read_where_the_upper_half_begins(llm, text_tokenizer, vocabulary):
     ids, labels = batch["input_ids"], batch["labels"]
     head = llm.get_output_embeddings()
     asked = ids == vocabulary.begin_image_id
-    found = labelled_losses(llm, head, ids, labels, (middle_layer(llm), asked))
+    found = labelled_losses(llm, head, ids, labels, (middle_layer(llm), asked.flatten().nonzero()[:, 0]))
     plain = labelled_losses(llm, head, ids, labels)
     assert torch.equal(found.losses, plain.losses) and not len(plain.early)
     states = llm(ids, output_hidden_states=True).hidden_states[1]  # of two layers: what the second one reads

@@ -26,7 +26,7 @@ from .conftest import quiet, recipe
 def as_on_a_gpu(monkeypatch):
     """The host reads numbers only when it logs, and AdamW is one kernel; both work on a CPU too."""
     monkeypatch.setattr("v2flow_cli.training.loop._defers_reading", lambda device: True)
-    monkeypatch.setattr("v2flow_cli.training.optimizer._fuses", lambda device: True)
+    monkeypatch.setattr("v2flow_cli.training.optimizer.fuses", lambda device: True)
 
 
 class Shapes(TorchDispatchMode):
@@ -101,7 +101,7 @@ def test_a_bad_step_is_left_out_on_the_device(world, tmp_path, monkeypatch, kind
     for folder in ("host", "device"):
         if folder == "device":
             monkeypatch.setattr("v2flow_cli.training.loop._defers_reading", lambda device: True)
-        monkeypatch.setattr("v2flow_cli.training.optimizer._fuses", lambda device: True)
+        monkeypatch.setattr("v2flow_cli.training.optimizer.fuses", lambda device: True)
         forward.calls = 0
         made = recipe(world, "tokenizer", tmp_path / folder, *more)
         assert train(made, resume=False, log=lines.append).steps == 5 and forward.calls == 6

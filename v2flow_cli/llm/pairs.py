@@ -44,6 +44,9 @@ class Pair(NamedTuple):
     seed: int | None  # of noise and labels; None where nothing is drawn
 
 
+CAPTIONS_KEPT = 2**18  # tokenised ones in memory; some 300 bytes each
+
+
 class Samples(torch.utils.data.IterableDataset):
     """Samples as a stream, see ``sequences.sample``: input_ids and labels, each (T,) int64, and the image's key.
 
@@ -66,6 +69,7 @@ class Samples(torch.utils.data.IterableDataset):
         self.data, self.text_tokenizer, self.vocabulary = data, text_tokenizer, vocabulary
         self.seed, self.held_out, self.image_tokenizer = seed, held_out, image_tokenizer
         self.part = Part()
+        self._tokenised: dict[str, list[int]] = {}
         self.photos = SampleStream(data.photos, seed=seed) if data.photos else None
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -74,11 +78,20 @@ class Samples(torch.utils.data.IterableDataset):
         mine = (pair for n, pair in numbered if n >= part.start and n // part.batch % part.ranks == part.rank)
         while batch := list(itertools.islice(mine, part.batch)):
             for pair, token_ids in zip(batch, self._token_ids(batch)):
-                words = caption_ids(self.text_tokenizer, pair.caption)[: self.data.max_caption_tokens]
+                words = self._words(pair.caption)
                 token_ids = token_ids[: pair.length]
                 kind: dict[str, Any] = dict(to_text=pair.to_text, train_on_prompt=self.data.train_on_prompt)
                 made = sample(self.vocabulary, words, token_ids, **kind, **self._disturbed(token_ids, pair.seed))
                 yield {**made, "key": pair.image.key}
+
+    def _words(self, caption: str) -> list[int]:
+        """Ids of a caption, cut to the longest allowed; each caption is tokenised once, while there is room."""
+        words = self._tokenised.get(caption)
+        if words is None:
+            words = caption_ids(self.text_tokenizer, caption)[: self.data.max_caption_tokens]
+            if len(self._tokenised) < CAPTIONS_KEPT:
+                self._tokenised[caption] = words
+        return words
 
     def _disturbed(self, token_ids: np.ndarray, seed: int | None) -> dict[str, Any]:
         """What the LLM reads instead of ``token_ids`` (L,), and which of them it has to predict.

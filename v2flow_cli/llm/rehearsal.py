@@ -138,7 +138,7 @@ def _train(model: PreTrainedModel, contrast: bool, checkpointing: bool) -> None:
     ids = torch.tensor([[1, 5, 2, WORDS + CODES, *range(WORDS, WORDS + 8)]])
     labels = ids.clone()
     labels[:, :4] = IGNORE
-    early = (middle_layer(model), ids == WORDS + CODES) if contrast else None
+    early = (middle_layer(model), torch.tensor([3])) if contrast else None  # where the begin of an image stands
     found = labelled_losses(model.train(), tables[1], ids, labels, early)
     found.losses.mean().backward()
     if not torch.isfinite(tables[0].weight.grad).all():

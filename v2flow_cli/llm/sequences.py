@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from v2flow_cli.errors import ModelError, foreign_errors
-from v2flow_cli.llm.loss import IGNORE
+from v2flow_cli.llm.loss import IGNORE, label_positions
 from v2flow_cli.llm.vocabulary import VisualVocabulary
 
 _MARK = "CAPTION-STANDS-HERE"
@@ -89,7 +89,7 @@ def sample(
 ) -> dict[str, Tensor]:
     """input_ids and labels, each (T,), of a caption's ids and an image's (L,): to draw it, or ``to_text``.
 
-    And ``picture`` (L,), the image's ids where a caption asks for it; else (0,).
+    And ``picture`` (L,), the image's ids where a caption asks for it, else (0,); ``asked_at``, where it begins.
 
     Args:  to draw it, the LLM may be given other ``read_ids`` (L,) than those it has to predict, and may have to
            predict only those where ``learned`` (L,) is True.
@@ -98,27 +98,46 @@ def sample(
         prompt, answer = caption_prompt_ids(vocabulary, token_ids), [*words, *_stop(vocabulary)]
     else:
         prompt, answer = prompt_ids(vocabulary, words), answer_ids(vocabulary, token_ids)
-    labels = torch.tensor([*(prompt if train_on_prompt else [IGNORE] * len(prompt)), *answer])
-    input_ids = torch.tensor(prompt + answer)
+    input_ids = np.array(prompt + answer, dtype=np.int64)
+    labels = input_ids.copy()
+    if not train_on_prompt:
+        labels[: len(prompt)] = IGNORE
     picture = slice(len(prompt), len(prompt) + len(token_ids))
     if learned is not None and not to_text:
-        labels[picture][torch.from_numpy(~learned)] = IGNORE
+        labels[picture][~learned] = IGNORE
     if read_ids is not None and not to_text:
-        input_ids[picture] = torch.tensor(_visual(vocabulary, read_ids))
+        input_ids[picture] = read_ids.astype(np.int64) + vocabulary.visual_token_offset
     foretold = token_ids[:0] if to_text or not words else token_ids
-    return {"input_ids": input_ids, "labels": labels, "picture": torch.from_numpy(foretold.astype(np.int64))}
+    tensors = {"input_ids": input_ids, "labels": labels, "picture": foretold.astype(np.int64)}
+    return {name: torch.from_numpy(array) for name, array in tensors.items()} | {"asked_at": len(prompt) - 1}
 
 
-def collate(samples: Sequence[dict[str, Any]], pad_id: int) -> dict[str, Any]:
+def collate(samples: Sequence[dict[str, Any]], pad_id: int, multiple: int = 1) -> dict[str, Any]:
     """A batch (B, T) padded on the right, which causal attention never looks at: no mask is needed; and keys.
 
-    Pictures (B, L) end with -1.
+    T is a ``multiple`` of so many positions, so that few shapes occur. What would take the host a look at the batch on
+    a GPU is found here: ``positions``, the flat ones whose next label is learned; ``asked``, the rows (P,) with a
+    picture that a caption asks for; ``asked_at``, the flat positions where these begin; ``pictures`` (P, L), their ids,
+    which end with -1.
     """
     pad = torch.nn.utils.rnn.pad_sequence
+    longest = max(len(s["input_ids"]) for s in samples)
+    width = -(-longest // multiple) * multiple
+
+    def table(name: str, value: int) -> Tensor:
+        rows = pad([s[name] for s in samples], batch_first=True, padding_value=value)
+        return torch.nn.functional.pad(rows, (0, width - rows.shape[1]), value=value)
+
+    labels = table("labels", IGNORE)
+    asking = [row for row, s in enumerate(samples) if len(s["picture"])]
+    pictures = [samples[row]["picture"] for row in asking]
     return {
-        "input_ids": pad([s["input_ids"] for s in samples], batch_first=True, padding_value=pad_id),
-        "labels": pad([s["labels"] for s in samples], batch_first=True, padding_value=IGNORE),
-        "pictures": pad([s["picture"] for s in samples], batch_first=True, padding_value=-1),
+        "input_ids": table("input_ids", pad_id),
+        "labels": labels,
+        "positions": label_positions(labels),
+        "asked": torch.tensor(asking, dtype=torch.int64),
+        "asked_at": torch.tensor([row * width + samples[row]["asked_at"] for row in asking], dtype=torch.int64),
+        "pictures": pad(pictures, batch_first=True, padding_value=-1) if pictures else torch.empty(0, 0).long(),
         "keys": [s["key"] for s in samples if "key" in s],
     }
 

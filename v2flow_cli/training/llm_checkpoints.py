@@ -107,14 +107,22 @@ class SafeCheckpoints(Trainer):
             torch.cuda.set_rng_state(states["cuda"])
         self.restore_unlogged(load_file(path.with_name(f"unlogged-{self.args.process_index}.safetensors")))
 
+    def sums_by_name(self) -> dict[str, Tensor]:
+        """What is summed up over the steps of a log line; a subclass adds its own."""
+        return {"loss": self._tr_loss.detach()}
+
+    def restore_sums(self, sums: dict[str, Tensor]) -> None:
+        """Undo ``sums_by_name``."""
+        self._tr_loss = sums["loss"].to(self.args.device, copy=True)
+
     def unlogged(self) -> dict[str, Tensor]:
         """What this process has summed up for the next log line, and the step of the last one."""
-        last = torch.tensor(self._globalstep_last_logged)
-        return {"loss": self._tr_loss.detach().cpu().clone(), "last_logged_step": last}
+        sums = {name: tensor.clone() for name, tensor in self.sums_by_name().items()}
+        return {**sums, "last_logged_step": torch.tensor(self._globalstep_last_logged)}
 
     def restore_unlogged(self, sums: dict[str, Tensor]) -> None:
         """Go on from what ``unlogged`` gave, so that the next line is that of a run that was never stopped."""
-        self._tr_loss = sums["loss"].to(self.args.device, copy=True)
+        self.restore_sums(sums)
         self._globalstep_last_logged = int(sums["last_logged_step"])
 
     @property

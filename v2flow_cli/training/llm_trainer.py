@@ -20,12 +20,13 @@ from transformers.utils.logging import disable_progress_bar
 from v2flow_cli.errors import ModelError
 from v2flow_cli.recipe.schema import LMTrainLoop, Optimizer
 from v2flow_cli.runtime.device import pick_device, pick_dtype, tf32
-from v2flow_cli.runtime.processes import losing_contact, maximum, prepare_cpu_launch, world_size
+from v2flow_cli.runtime.processes import losing_contact, maximum, prepare_cpu_launch, sum_in_place, world_size
 from v2flow_cli.store.files import publishing
 from v2flow_cli.training.checkpoint import Interrupted, stop_requested
-from v2flow_cli.training.guard import on_samples, skip_or_stop, what_is_wrong
+from v2flow_cli.training.guard import UnreadSteps, on_samples, skip_or_stop, what_is_wrong
 from v2flow_cli.training.llm_checkpoints import SafeCheckpoints, newest_checkpoint, remove_unsealed
 from v2flow_cli.training.muon import Muon
+from v2flow_cli.training.optimizer import fuses
 from v2flow_cli.training.resume import check_same_ranks, check_same_recipe
 
 Log = Callable[[str], None]
@@ -54,6 +55,12 @@ class LMTrainer(SafeCheckpoints):
     before: dict[str, Tensor]  # what was summed up before that step
     finished = False  # the run had ended before this process was started
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.unread = UnreadSteps()
+        if self.args.device.type == "cuda" and not self._sharded:
+            compile_layers(self.model)
+
     @property
     def place(self) -> str:
         """Step and process, for messages."""
@@ -77,6 +84,8 @@ class LMTrainer(SafeCheckpoints):
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """The last word before the weights move.  Raises: SharedError for more bad steps than may be skipped."""
         norm = super()._get_grad_norm(model, grad_norm)
+        if self._defers_reading:
+            return self._leave_out_if_bad(torch.as_tensor(norm))
         if wrong := what_is_wrong(self.place, float(self._tr_loss), float(norm), self.keys, self.args.device):
             self.clock.skip(wrong, Path(self.args.output_dir))
             # Without gradients AdamW leaves weights and averages as they are. The log's means are over the other steps.
@@ -85,6 +94,36 @@ class LMTrainer(SafeCheckpoints):
             self._globalstep_last_logged += 1
             return torch.zeros(())
         return norm
+
+    @property
+    def _defers_reading(self) -> bool:
+        """Whether steps are judged on the device, and what it found is read only when a line or a checkpoint is due."""
+        return self.args.device.type == "cuda" and not self._sharded
+
+    def _leave_out_if_bad(self, norm: Tensor) -> Tensor:
+        """Let the device undo a bad step that may be skipped; returns the gradient norm for the log, then 0."""
+        self.unread.add(self.place, {"loss": self._tr_loss.detach().clone(), "grad_norm": norm}, list(self.keys))
+        if not self.clock.skip_bad_steps:
+            return norm
+        bad = sum_in_place((~(torch.isfinite(self._tr_loss) & torch.isfinite(norm))).float()) > 0
+        # torch's fused optimizers and Muon leave everything as it is where this is 1.
+        getattr(self.optimizer, "optimizer", self.optimizer).found_inf = bad.float()
+        self.restore_sums({k: torch.where(bad, self.before[k], v) for k, v in self.sums_by_name().items()})
+        return torch.where(bad, 0.0, norm)
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        if self.control.should_log or self.control.should_save:
+            for _, wrong in self.unread.read():
+                if wrong:
+                    self.clock.skip(wrong, Path(self.args.output_dir))
+                    self._globalstep_last_logged += 1
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def _prepare_input(self, data: Any) -> Any:
+        """Trainer's, but the host goes on while pinned batches are copied."""
+        if isinstance(data, Tensor):
+            return data.to(self.args.device, non_blocking=True)
+        return super()._prepare_input(data)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Trainer's, or Muon for the matrices that are decayed.  Raises: ModelError where they lie in shards."""
@@ -103,6 +142,16 @@ class LMTrainer(SafeCheckpoints):
         matrices = super().get_decay_parameter_names(model)
         # Trainer also names parameters that are None.
         return [name for name in matrices if name in parameters and id(parameters[name]) not in tables]
+
+
+def compile_layers(model: Any) -> None:
+    """Fuse each layer of a causal LM, which all are one graph; hooks, loss and output table stay outside.
+
+    Layers that recompute their activations, and models whose layers are not found, stay as they are.
+    """
+    for layer in getattr(model.get_decoder(), "layers", None) or ():
+        if not getattr(layer, "gradient_checkpointing", False):
+            layer.compile(dynamic=False)
 
 
 class RunClock(TrainerCallback, ExportableState):
@@ -192,7 +241,9 @@ class RunClock(TrainerCallback, ExportableState):
 
 def optimizer_class(settings: Optimizer) -> tuple[type[Muon], dict[str, Any]] | None:
     """What Trainer takes as ``optimizer_cls_and_kwargs``; None for its own AdamW."""
-    return (Muon, {"lr": settings.learning_rate, "betas": settings.betas}) if settings.kind == "muon" else None
+    if settings.kind != "muon":
+        return None
+    return Muon, {"lr": settings.learning_rate, "betas": settings.betas, "fused": fuses(pick_device())}
 
 
 def training_arguments(

@@ -45,11 +45,11 @@ def build_optimizer(
         {"params": plain, "weight_decay": 0.0},
     ]
     kind = Muon if settings.kind == "muon" else torch.optim.AdamW
-    fused = _fuses(next(objective.parameters()).device)
+    fused = fuses(next(objective.parameters()).device)
     return kind(groups, lr=settings.learning_rate, betas=settings.betas, fused=fused), names
 
 
-def _fuses(device: torch.device) -> bool:
+def fuses(device: torch.device) -> bool:
     """Whether AdamW is one kernel for all weights; it can then leave out a bad step without asking the host."""
     return device.type == "cuda"
 

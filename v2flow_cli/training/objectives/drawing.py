@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from v2flow_cli.errors import DataError, ModelError
 from v2flow_cli.llm.caption_contrast import caption_contrast_loss, middle_layer
 from v2flow_cli.llm.load import context_length, load_config, load_llm, loading
-from v2flow_cli.llm.loss import IGNORE, labelled_losses
+from v2flow_cli.llm.loss import labelled_losses
 from v2flow_cli.llm.pairs import Part, Samples, check_data, count_tokens
 from v2flow_cli.llm.rehearsal import rehearse
 from v2flow_cli.llm.sampling import store_sampling
@@ -61,6 +61,7 @@ from v2flow_cli.training.output import check_output
 from v2flow_cli.training.sample_pictures import SamplePictures
 
 HELD_OUT_MAX = 512  # images that the held-out loss is taken on
+WIDTHS = 64  # positions; on a GPU batches are as wide as a multiple of it, so that a compiled step is reused
 TOKEN_COUNTS = "token_counts.npy"  # (K,): how often each code was trained on, beside the weights
 
 
@@ -85,9 +86,8 @@ class DrawingTrainer(LMTrainer):
         self.model_accepts_loss_kwargs = True  # compute_loss divides by all labels of the step, so Trainer must not
         self.head = self.model.get_output_embeddings()
         self.router_weight = getattr(self.model.config, "router_aux_loss_coef", 0.0)
-        self.sums = torch.zeros(
-            3, 2
-        )  # losses and labels of text, of visual tokens, of contrasts, since the last log line
+        # Losses and labels of text, of visual tokens, of contrasts, since the last log line.
+        self.sums = torch.zeros(3, 2, device=self.args.device)
 
     def get_train_dataloader(self) -> DataLoader:
         """Every process reads its own batches of the one order, from where a resumed run goes on."""
@@ -95,28 +95,33 @@ class DrawingTrainer(LMTrainer):
         self.train_dataset.part = Part(self.first_sample, batch, self.args.process_index, self.args.world_size)
         # With a generator of its own the loader draws nothing from the one that a resume restores.
         own = torch.Generator()
-        return DataLoader(self.train_dataset, batch_size=batch, collate_fn=self.data_collator, generator=own)
+        return DataLoader(
+            self.train_dataset,
+            batch_size=batch,
+            collate_fn=self.data_collator,
+            generator=own,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Tensor]:
         """The micro-batches of a step, and how many labels it has over all processes."""
         batches, _ = super().get_batch_samples(*args, **kwargs)
         self.keys = [key for batch in batches for key in batch["keys"]]
-        count = torch.tensor(sum(int((batch["labels"][:, 1:] != IGNORE).sum()) for batch in batches))
-        return batches, self.accelerator.reduce(count.to(self.args.device))
+        count = torch.tensor(sum(len(batch["positions"]) for batch in batches))
+        return batches, self.accelerator.reduce(count.to(self.args.device, non_blocking=True))
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        asked = (inputs["pictures"] >= 0).any(1)
         early = None
-        if self.middle is not None and model.training and asked.any():
-            early = self.middle, asked[:, None] & (inputs["input_ids"] == self.vocabulary.begin_image_id)
-        found = labelled_losses(model, self.head, inputs["input_ids"], inputs["labels"], early)
+        if self.middle is not None and model.training and len(inputs["asked"]):
+            early = self.middle, inputs["asked_at"]
+        found = labelled_losses(model, self.head, inputs["input_ids"], inputs["labels"], early, inputs["positions"])
         losses = found.losses
         if model.training:
-            visual = self.vocabulary.is_visual(found.targets)
-            self._count(0, losses[~visual])
-            self._count(1, losses[visual])
+            visual = self.vocabulary.is_visual(found.targets).float()
+            for row, share in enumerate((1 - visual, visual)):
+                self._count(row, losses.detach() * share, share)
         if self.z_loss:
             losses = losses + self.z_loss * found.logits.logsumexp(-1).square()
         if num_items_in_batch is None:
@@ -126,22 +131,22 @@ class DrawingTrainer(LMTrainer):
         if early is not None:
             first = self.vocabulary.visual_token_offset
             codes = found.early[:, first : first + self.vocabulary.codebook_size]
-            contrast = caption_contrast_loss(codes, inputs["pictures"][asked])
-            self._count(2, contrast[None])
+            contrast = caption_contrast_loss(codes, inputs["pictures"])
+            self._count(2, contrast.detach(), torch.ones_like(contrast))
             loss = loss + self.caption_contrast * contrast / self.args.gradient_accumulation_steps
         if self.router_weight and getattr(found.outputs, "aux_loss", None) is not None:
             loss = loss + self.router_weight * found.outputs.aux_loss / self.args.gradient_accumulation_steps
         return (loss, found.outputs) if return_outputs else loss
 
-    def _count(self, row: int, losses: Tensor) -> None:
-        self.sums[row] += torch.tensor([float(losses.detach().sum()), float(len(losses))])
+    def _count(self, row: int, losses: Tensor, labels: Tensor) -> None:
+        self.sums[row] += torch.stack([losses.sum(), labels.sum()])
 
-    def unlogged(self) -> dict[str, Tensor]:
-        return {**super().unlogged(), "sums": self.sums.clone()}
+    def sums_by_name(self) -> dict[str, Tensor]:
+        return {**super().sums_by_name(), "sums": self.sums}
 
-    def restore_unlogged(self, sums: dict[str, Tensor]) -> None:
-        super().restore_unlogged(sums)
-        self.sums = sums["sums"].clone()
+    def restore_sums(self, sums: dict[str, Tensor]) -> None:
+        super().restore_sums(sums)
+        self.sums = sums["sums"].to(self.args.device, copy=True)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
@@ -217,7 +222,9 @@ def finetune(recipe: FinetuneRecipe, *, log: Log, resume: bool = False, approxim
         args=arguments,
         train_dataset=samples(),
         eval_dataset=held_out,
-        data_collator=functools.partial(collate, pad_id=pad_id),
+        data_collator=functools.partial(
+            collate, pad_id=pad_id, multiple=WIDTHS if arguments.device.type == "cuda" else 1
+        ),
         optimizer_cls_and_kwargs=optimizer_class(recipe.optimizer),
         vocabulary=vocabulary,
         z_loss=recipe.z_loss,
