@@ -71,7 +71,7 @@ def test_each_batch_draws_a_shape_that_all_ranks_share(world, tmp_path):
         recipe(world, "tokenizer", tmp_path, "data.aspects=[5]")
     with pytest.raises(RecipeError, match=r"draws a shape for each batch, which latents\.cache does not keep"):
         recipe(world, "tokenizer", tmp_path, "data.aspects=[2]", "latents.cache=memory")
-    with pytest.raises(RecipeError, match="data.resident_px keeps squares alone"):
+    with pytest.raises(RecipeError, match=r"data\.resident_px keeps squares alone"):
         recipe(world, "tokenizer", tmp_path, "data.aspects=[2]", "data.resident_px=64")
 
 
