@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 
 from v2flow_cli.cli import endings
@@ -21,12 +22,29 @@ from v2flow_cli.cli.endings import EXIT_INTERRUPTED
 from v2flow_cli.errors import V2FlowError, reason_of
 
 
+class _Command(typer.core.TyperCommand):
+    """A command whose numbers are finite: Typer's ranges let infinity pass."""
+
+    def invoke(self, ctx: Any) -> Any:
+        for parameter in self.params:
+            value = ctx.params.get(parameter.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise typer.BadParameter(f"{value} is not a finite number", ctx, parameter)
+        return super().invoke(ctx)
+
+
 class _Commands(typer.core.TyperGroup):
     """One error policy: a V2FlowError is one message and exit code 1, an interrupt leaves with 130.
 
     So is what the operating system refuses (a folder without permission, a full disk) where no message of ours was
     nearer. Anything else is a bug, and keeps its traceback.
     """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if "" in args:  # as a path it would be the folder at hand
+            place = " ".join([*args[: args.index("")], "''"][-2:])
+            raise typer.BadParameter(f"empty, as a shell writes a variable that is not set: {place}", ctx)
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -62,6 +80,8 @@ app.command("finetune-llm", short_help="Teach a causal LM the visual tokens, or 
 )
 app.command("generate")(generate.generate)
 app.add_typer(bench.bench, name="bench", short_help="Measure what reconstruction loses, and speed.")
+for command in (*app.registered_commands, *bench.bench.registered_commands):
+    command.cls = _Command
 
 
 def _version(show: bool) -> None:

@@ -7,11 +7,20 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils.logging import disable_progress_bar
 
-from v2flow_cli.errors import foreign_errors
+from v2flow_cli.errors import ModelError, foreign_errors
 from v2flow_cli.runtime.hub import SETTINGS, model_folder
+
+OTHER_LLM = "Take another causal LM, such as a Llama, Qwen, Mistral, Gemma or GPT-NeoX."
 
 
 def loading(name: str) -> AbstractContextManager[None]:
@@ -30,6 +39,18 @@ def load_config(name: str) -> tuple[Any, PreTrainedTokenizerBase]:
         return config, AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
+def check_architecture(config: Any, name: str) -> None:
+    """Raises: ModelError for an encoder-decoder, and for what transformers has no causal LM of."""
+    if getattr(config, "is_encoder_decoder", False):
+        found = f"a {config.model_type} is an encoder-decoder"
+        raise ModelError(f"llm {name}: {found}; expected a decoder alone. {OTHER_LLM}")
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ModelError(
+            f"llm {name}: a model of type {config.model_type}, of which transformers has no causal LM that takes text "
+            f"alone. {OTHER_LLM}"
+        )
+
+
 def load_llm(name: str, dtype: torch.dtype, **hub: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal LM and its text tokenizer from a folder or hub id.
 
@@ -39,6 +60,7 @@ def load_llm(name: str, dtype: torch.dtype, **hub: Any) -> tuple[PreTrainedModel
     disable_progress_bar()
     folder = model_folder(name, **hub)
     with loading(name):
+        check_architecture(AutoConfig.from_pretrained(folder, trust_remote_code=False), name)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
         return model, AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 

@@ -13,10 +13,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from v2flow_cli.errors import ModelError, foreign_errors, reason_of
 from v2flow_cli.llm.caption_contrast import middle_layer
+from v2flow_cli.llm.load import OTHER_LLM, check_architecture
 from v2flow_cli.llm.loss import IGNORE, labelled_losses
 from v2flow_cli.llm.sample import CACHES, DrawingLM
 from v2flow_cli.llm.sequences import prompt_ids
@@ -26,7 +27,6 @@ WORDS, CODES, LENGTH, LAYERS, WINDOW = 32, 16, 8, 2, 4
 PROMPTS = ("\x03", "\x05\x06\x07\x08\x09\x0a")  # each character is the id of a word
 PARAMETERS_AT_MOST = 400_000_000  # of a copy that is run; a wider model is trusted
 NEAR_TIE = 1e-3  # of the logits' standard deviation: float32 rounds differently with and without a cache
-ADVICE = "Take another causal LM, such as a Llama, Qwen, Mistral, Gemma or GPT-NeoX."
 
 
 class _Actor(DrawingLM):
@@ -44,7 +44,7 @@ def rehearse(config: Any, name: str, *, contrast: bool = False, checkpointing: b
     Raises:  ModelError for an architecture that cannot be built, taught, or draw afterwards, with the reason.
     """
     check_architecture(config, name)
-    with foreign_errors(f"llm {name}: cannot be built as a causal LM", ADVICE):
+    with foreign_errors(f"llm {name}: cannot be built as a causal LM", OTHER_LLM):
         small = _first_that_builds(small_copies(config))
         if small is None:
             return CACHES[0]
@@ -53,7 +53,7 @@ def rehearse(config: Any, name: str, *, contrast: bool = False, checkpointing: b
             model = _build(small)
             for matrix in (p for p in model.parameters() if p.ndim > 1):
                 matrix.normal_(std=matrix.shape[-1] ** -0.5)  # else logits hardly depend on what the model reads
-    with foreign_errors(f"llm {name}: {type(model).__name__} cannot be trained on token ids alone", ADVICE):
+    with foreign_errors(f"llm {name}: {type(model).__name__} cannot be trained on token ids alone", OTHER_LLM):
         _train(model, contrast, checkpointing)
     reasons = []
     for kind in CACHES:
@@ -64,18 +64,7 @@ def rehearse(config: Any, name: str, *, contrast: bool = False, checkpointing: b
                 return kind
         except Exception as error:
             reasons.append(reason_of(error.__cause__ or error))
-    raise ModelError(f"llm {name}: {type(model).__name__} cannot draw token by token ({reasons[-1]}). {ADVICE}")
-
-
-def check_architecture(config: Any, name: str) -> None:
-    """Raises: ModelError for an encoder-decoder, and for what transformers has no causal LM of."""
-    if getattr(config, "is_encoder_decoder", False):
-        raise ModelError(f"llm {name}: a {config.model_type} is an encoder-decoder; expected a decoder alone. {ADVICE}")
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ModelError(
-            f"llm {name}: a model of type {config.model_type}, of which transformers has no causal LM that takes text "
-            f"alone. {ADVICE}"
-        )
+    raise ModelError(f"llm {name}: {type(model).__name__} cannot draw token by token ({reasons[-1]}). {OTHER_LLM}")
 
 
 def small_copies(config: Any) -> Iterator[Any]:

@@ -12,7 +12,7 @@ from typing import Any, Literal, cast
 
 import yaml
 
-from v2flow_cli.errors import RecipeError
+from v2flow_cli.errors import RecipeError, foreign_errors
 from v2flow_cli.recipe.retired import without_retired
 from v2flow_cli.recipe.rules import broken_rules
 from v2flow_cli.recipe.schema import KINDS, Recipe
@@ -30,10 +30,8 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = (), kinds: Iterable
         raise RecipeError(f"{path}: no such recipe. Give the path of a YAML file, such as one of recipes/.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: the recipe cannot be read ({error}).") from None
-    try:
+    with foreign_errors(f"{path}: not valid YAML", kind=RecipeError):  # also dates that are none, and deep nesting
         tree = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path}: not valid YAML: {' '.join(str(error).split())}.") from None
     if not isinstance(tree, dict):
         raise RecipeError(f"{path}: found {type(tree).__name__}, expected a mapping with a top-level `kind`.")
     for override in overrides:
@@ -44,7 +42,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = (), kinds: Iterable
 def parse_recipe(tree: Mapping[str, Any], where: str, kinds: Iterable[str] = tuple(KINDS)) -> Recipe:
     """The recipe in ``tree``, validated; ``where`` names its origin in messages."""
     kind, kinds = tree.get("kind"), tuple(kinds)
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise RecipeError(f"{where}: kind is {kind!r}; expected one of {', '.join(KINDS)}.")
     if kind not in kinds:
         command = "v2flow train" if kind in ("autoencoder", "tokenizer") else "v2flow finetune-llm"
@@ -85,12 +83,10 @@ def _plain(value: Any) -> Any:
 
 def _apply_override(tree: dict[str, Any], override: str, path: Path) -> None:
     key, sep, text = override.partition("=")
-    if not sep or not key:
+    if not sep or not all(key.split(".")):
         raise RecipeError(f"--set {override}: expected KEY=VALUE, such as --set train.steps=100.")
-    try:
+    with foreign_errors(f"--set {override}: the value is not valid YAML", kind=RecipeError):
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise RecipeError(f"--set {override}: the value is not valid YAML.") from None
     node: Any = tree
     *parents, leaf = key.split(".")
     for name in parents:

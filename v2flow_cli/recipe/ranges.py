@@ -39,7 +39,7 @@ _RANGES: dict[str, _Range] = {
 def out_of_range(tree: Any, prefix: str = "") -> Iterator[str]:
     """One sentence for each number of a recipe, or section, that is not finite or not in its range.
 
-    And for a text with a zero byte, which no path or name can have.
+    And for a text with a zero byte, which no path or name can have, and an empty output.
     """
     for field in dataclasses.fields(tree):
         value, where = getattr(tree, field.name), f"{prefix}{field.name}"
@@ -50,6 +50,8 @@ def out_of_range(tree: Any, prefix: str = "") -> Iterator[str]:
         for part in value if several else (value,):
             if isinstance(part, str) and "\0" in part:
                 yield f"{where} is {value!r}; expected text without a zero byte"
+            if field.name == "output" and not part.strip():
+                yield f"{where} is {part!r}; expected a folder"
             if isinstance(part, int | float) and not isinstance(part, bool):
                 least, most, with_least, with_most, expected = _RANGES.get(field.name, _DEFAULT)
                 above = part >= least if with_least else part > least

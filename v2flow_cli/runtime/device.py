@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import torch
 
-from v2flow_cli.errors import V2FlowError
+from v2flow_cli.errors import V2FlowError, foreign_errors
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -27,13 +27,12 @@ def pick_device(name: str = "auto") -> torch.device:
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     if name == "auto":
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
+    advice = "Use --device auto or cpu."
+    with foreign_errors(f"--device {name}: not available here", advice, V2FlowError):
         device = torch.device(name)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise V2FlowError(
-            f"--device {name}: not available here ({str(error).splitlines()[0]}). Use --device auto or cpu."
-        ) from None
+    if device.type == "meta":
+        raise V2FlowError(f"--device {name}: holds no numbers. {advice}")
     return device
 
 
