@@ -80,6 +80,9 @@ def test_places_are_those_of_the_things_themselves(judge, relation, here, there)
     assert right(judge, prompt, scene((first, *here), (second, *there)))["all"]
     turned = right(judge, prompt, scene((first, *there), (second, *here)))
     assert turned["noun"] and not turned["place"] and not turned["all"]
+    other = scene((first, *here), (shape("bar", "green").resize((60, 60)), *there))
+    half = right(judge, prompt, other)
+    assert not half["noun"] and half["place"] and not half["all"]
     alone = right(judge, prompt, scene((first, *here)))
     assert not alone["noun"] and not alone["all"]
 

@@ -103,14 +103,17 @@ class Judge:
         colour = main_colour(picture[top:bottom, left:right][found[0].mask])
         verdict: dict[str, bool] = {}
         if prompt.kind == "relation":
-            orders = [order for order in ((0, 1), (1, 0)) if len(found) > 1 and self._named(prompt, answers, order, 1)]
-            verdict["noun"] = bool(orders)
-            wide = [order for order in ((0, 1), (1, 0)) if len(found) > 1 and self._named(prompt, answers, order, 5)]
-            verdict["noun_in_5"] = bool(wide)
-            verdict["place"] = any(_lies(prompt.relation, found[a], found[b]) for a, b in orders)
+            # Which object is which is told by the names of both, or of one; with neither, no place is right.
+            orders = ((0, 1), (1, 0)) if len(found) > 1 else ()
+            named = {order: self._named(prompt, answers, order, 1) for order in orders}
+            best = max(named.values(), default=0)
+            verdict["noun"] = best == 2
+            verdict["noun_in_5"] = any(self._named(prompt, answers, order, NEIGHBOURS) == 2 for order in orders)
+            likely = [order for order in orders if best and named[order] == best]
+            verdict["place"] = any(_lies(prompt.relation, found[a], found[b]) for a, b in likely)
         elif prompt.things:
-            verdict["noun"] = self._named(prompt, answers, (0,), 1)
-            verdict["noun_in_5"] = self._named(prompt, answers, (0,), 5)
+            verdict["noun"] = self._named(prompt, answers, (0,), 1) == 1
+            verdict["noun_in_5"] = self._named(prompt, answers, (0,), NEIGHBOURS) == 1
         if prompt.kind != "relation" and prompt.things and prompt.things[0].colour:
             verdict["colour"] = colour == prompt.things[0].colour
         if prompt.kind == "count":
@@ -119,9 +122,9 @@ class Judge:
             verdict["all"] = all(value for key, value in verdict.items() if key != "noun_in_5")
         return Verdict(tuple(map(tuple, answers)), colour, count, verdict, distance)
 
-    def _named(self, prompt: Prompt, answers: Sequence[Sequence[int]], order: Sequence[int], among: int) -> bool:
-        """Whether each thing of the prompt is a name of one of the ``among`` nearest of the object at its place."""
-        return all(
+    def _named(self, prompt: Prompt, answers: Sequence[Sequence[int]], order: Sequence[int], among: int) -> int:
+        """How many things of the prompt are a name of one of the ``among`` nearest of the object at their place."""
+        return sum(
             any(thing.noun in self.references[i].names for i in answers[place][:among])
             for thing, place in zip(prompt.things, order)
         )
