@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import re
 import shlex
 import sys
+import typing
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,8 @@ import typer
 import typer.main
 
 from v2flow_cli.cli.app import app
+from v2flow_cli.recipe.retired import RETIRED
+from v2flow_cli.recipe.schema import KINDS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -137,6 +142,50 @@ def test_files_named_in_the_pages_exist(page):
     assert missing == []
     names = [(path, name) for path, name in named if name]
     lost = [f"{p}::{n}" for p, n in names if not re.search(rf"\b(def|class) {n}\b", (ROOT / p).read_text("utf-8"))]
+    assert lost == []
+
+
+CODE = "\n".join(
+    path.read_text(encoding="utf-8")
+    for path in [*ROOT.glob("pyproject.toml"), *ROOT.glob("Makefile"), *ROOT.glob("*/**/*")]
+    if path.suffix in (".py", ".yaml", ".html", ".toml") or path.name == "Makefile"
+)
+OF_OTHERS = {"allowed_token_ids", "ignore_eos", "min_tokens", "SamplingParams"}  # names of vLLM
+
+
+def recipe_keys(schema: type, prefix: str = "") -> Iterator[str]:
+    """Dotted keys of a recipe."""
+    for name, hint in typing.get_type_hints(schema).items():
+        yield prefix + name
+        for section in filter(dataclasses.is_dataclass, (hint, *typing.get_args(hint))):
+            yield from recipe_keys(section, f"{prefix}{name}.")
+
+
+def options_of(command: typing.Any) -> Iterator[str]:
+    """Long options of a command and of its modes."""
+    for parameter in command.params:
+        yield from (*parameter.opts, *parameter.secondary_opts)
+    for mode in getattr(command, "commands", {}).values():
+        yield from options_of(mode)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_keys_options_and_symbols_of_the_pages_exist(page):
+    """A key in backticks is one of the schema (or retired), an option one of a command, a name one of the code."""
+    keys = {key for schema in KINDS.values() for key in recipe_keys(schema)} | set(RETIRED)
+    sections = {key.split(".")[0] for key in keys if "." in key}
+    names = set(re.findall(r"\w+", CODE)) | OF_OTHERS
+    options = set(options_of(typer.main.get_command(app))) | {"--help"}
+    options |= {f"--{name.replace('_', '-')}" for name in names}  # of modules that are run by `python -m`
+    lost = []
+    for span in re.findall(r"`([^`\n]+)`", FENCE.sub("", page.read_text(encoding="utf-8"))):
+        key = re.match(r"([a-z]+\.\w+)(?:[:=].*)?$", span)
+        if key and key[1].split(".")[0] in sections and not key[1].endswith(".safetensors"):
+            lost += [span] if key[1] not in keys else []
+        elif span.startswith(("--", "v2flow ")):
+            lost += [option for option in re.findall(r"(?<![\w-])--[a-z][a-z-]+", span) if option not in options]
+        elif re.fullmatch(r"[A-Za-z_]\w+(\(\))?", span) and re.search("_|[a-z][A-Z]", span):
+            lost += [span] if span.removesuffix("()") not in names else []
     assert lost == []
 
 
