@@ -5,6 +5,7 @@ import torch
 
 from v2flow_cli.errors import DataError, ModelError
 from v2flow_cli.llm.sample import STOPPED, DrawingLM, ImageTokensOnly, pick
+from v2flow_cli.llm.static_step import StaticStep
 from v2flow_cli.llm.vocabulary import VisualVocabulary, add_visual_tokens, extend_tables
 
 
@@ -202,3 +203,26 @@ def test_captions_hold_no_visual_id(artist, drawing):
     said = [artist.caption(ids, seed=s, temperature=2.0, max_tokens=20) for s in (1, 1, 2)]
     assert said[0] == said[1] != said[2] and not any("v2flow" in text for text in said)
     assert artist.caption(ids, max_tokens=20) == artist.caption(ids, seed=5, max_tokens=20)  # the likeliest words
+
+
+@pytest.mark.parametrize("llm", ["llama"], indirect=True)
+def test_the_compiled_step_draws_the_same(artist):
+    """One graph for all positions, and the tensors of the first drawing again for the second."""
+    rows, threads = [(0, 5), (2, 6), (0, 7)], torch.get_num_threads()
+    settings = dict(guidance_scale=2.0)
+    plain = [draw(artist, rows, **settings), draw(artist, rows[::-1], **settings)]
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    artist._static_step = StaticStep(artist.model, backend=backend)
+    try:
+        torch.set_num_threads(1)
+        compiled = [draw(artist, rows, **settings), draw(artist, rows[::-1], **settings)]
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(torch.stack(plain), torch.stack(compiled))
+    assert len(graphs) == 1

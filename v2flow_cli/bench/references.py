@@ -77,9 +77,7 @@ def _samples(source: str) -> Iterator[tuple[str, bytes, dict, tuple[str, ...]]]:
             with open_shard(shard) as file:
                 for sample in index.samples:
                     if sample.image is not None:
-                        texts = {
-                            e: read_member(file, sample.members[e]) for e in TEXTS if e in sample.members
-                        }
+                        texts = {e: read_member(file, sample.members[e]) for e in TEXTS if e in sample.members}
                         yield sample.key, read_member(file, sample.members[sample.image]), *_texts(texts)
     if suffixes & SUFFIXES or ".tar" not in suffixes:
         for image in find_images([source]):

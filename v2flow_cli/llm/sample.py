@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase, StaticCache
 from transformers.cache_utils import Cache
@@ -17,6 +19,7 @@ from v2flow_cli.errors import DataError, ModelError, foreign_errors
 from v2flow_cli.llm.load import context_length, load_llm
 from v2flow_cli.llm.sampling import DEFAULT_LLM, stored_sampling
 from v2flow_cli.llm.sequences import caption_ids, caption_prompt_ids, prompt_ids
+from v2flow_cli.llm.static_step import StaticStep
 from v2flow_cli.llm.vocabulary import VisualVocabulary
 from v2flow_cli.recipe.schema import DrawSampling
 from v2flow_cli.runtime.batch_invariant import each_row_alone, on_single_threads
@@ -24,6 +27,7 @@ from v2flow_cli.runtime.device import tf32
 
 CACHES = ("static", "dynamic")  # of keys and values, the preferred first: it need not be copied as it grows
 PROMPT_MULTIPLE = 32  # prompts are padded to a multiple of this width: a row's padding is a matter of its own prompt
+LOOKS = 16  # positions between two looks, on a GPU, at whether all pictures have ended
 STOPPED = -1  # after the end of a picture of flexible length
 
 
@@ -44,6 +48,8 @@ class DrawingLM:
         self.sampling = sampling or DrawSampling()  # what ``generate`` does unless asked
         self.model, self.text_tokenizer, self.vocabulary, self.name = model, text_tokenizer, vocabulary, name
         self.digest = getattr(model.config, "v2flow", {}).get("weights_digest", "")
+        compiled = model.device.type == "cuda" and vocabulary.cache == "static"
+        self._static_step = StaticStep(model) if compiled else None
 
     @classmethod
     def from_pretrained(
@@ -134,10 +140,13 @@ class DrawingLM:
         empty = self.prompt("") if guidance_scale != 1.0 else None
 
         def draw_rows(rows: Tensor) -> Tensor:
+            at = rows.to(device)
+            own_uniforms, own_temperatures = uniforms[at], row_temperatures[at]
+            own_kept = None if kept is None else kept.to(device)[at]
+
             def choose(scores: Tensor, step: int) -> Tensor:
-                token = pick(scores, uniforms[rows, step], row_temperatures[rows], top_k, top_p)
-                own = token if kept is None else kept[rows, step].to(device)
-                return torch.where(own >= 0, own, token)
+                token = pick(scores, own_uniforms[:, step], own_temperatures, top_k, top_p)
+                return token if own_kept is None else torch.where(own_kept[:, step] >= 0, own_kept[:, step], token)
 
             report = tick if 0 in rows else lambda: None
             of_rows = [encoded[row] for row in rows.tolist()]
@@ -151,7 +160,7 @@ class DrawingLM:
                     part = -(-len(rows) // torch.get_num_threads())
                     drawn[rows] = torch.cat(on_single_threads(draw_rows, rows, part))
                 else:
-                    drawn[rows] = draw_rows(rows)
+                    drawn[rows.to(device)] = draw_rows(rows)
         return drawn
 
     def _draw_rows(
@@ -174,30 +183,45 @@ class DrawingLM:
         cache, logits, mask, positions = self._prefill(unique, width, width + length)
         # Samples of one prompt share its prefill: the cache is computed once for each and then spread over the rows.
         select = torch.tensor(rows, device=device)
-        cache.reorder_cache(select)
-        logits, mask, positions = logits[select], mask[select], positions[select]
-        drawn = torch.full((len(prompts), length), STOPPED, device=device)
-        going = torch.ones(len(prompts), dtype=torch.bool, device=device)
-        for step in range(length):
-            scores = logits[:, start : start + end + 1].float()  # visual ids and the two marks
-            if empty is not None:
-                cond, uncond = scores.chunk(2)
-                scores = uncond + guidance_scale * (cond - uncond)
-            if v.flexible and step:
-                scores[:, v.codebook_size : end] = -torch.inf  # begin of image
+        static, looks = self._static_step, 1 if device.type == "cpu" else LOOKS
+        with contextlib.nullcontext() if static is None else static.lock:
+            if static is None:
+                cache.reorder_cache(select)
             else:
-                scores = scores[:, : v.codebook_size]
-            token = choose(scores, step)
-            going &= token < v.codebook_size
-            drawn[going, step] = token[going]
-            tick()
-            if step + 1 == length or (v.flexible and not going.any()):
-                break
-            token = (token + start).repeat(1 if empty is None else 2)
-            mask, positions = torch.cat([mask, mask[:, :1] * 0 + 1], 1), positions + 1
-            given = dict(attention_mask=mask, position_ids=positions, past_key_values=cache)
-            out = self._last(input_ids=token[:, None], **given)
-            logits = out.logits[:, -1]
+                cache = static.spread(cast(StaticCache, cache), select)
+            logits, mask, positions = logits[select], mask[select], positions[select]
+            if isinstance(cache, StaticCache):  # over the whole cache: what comes later is hidden from what came before
+                mask = F.pad(mask, (0, length), value=1)
+            drawn = torch.full((len(prompts), length), STOPPED, device=device)
+            going = torch.ones(len(prompts), dtype=torch.bool, device=device)
+            for step in range(length):
+                scores = logits[:, start : start + end + 1].float()  # visual ids and the two marks
+                if empty is not None:
+                    cond, uncond = scores.chunk(2)
+                    scores = uncond + guidance_scale * (cond - uncond)
+                if v.flexible and step:
+                    places = torch.arange(end + 1, device=device)
+                    scores = scores.masked_fill(
+                        (places >= v.codebook_size) & (places < end), -torch.inf
+                    )  # the first mark
+                else:
+                    scores = scores[:, : v.codebook_size]
+                token = choose(scores, step)
+                going = going & (token < v.codebook_size)
+                drawn[:, step] = torch.where(going, token, STOPPED)
+                tick()
+                # Whether all rows have ended is a question that a GPU is asked only now and then.
+                if step + 1 == length or (v.flexible and (step + 1) % looks == 0 and not going.any()):
+                    break
+                token = (token + start).repeat(1 if empty is None else 2)[:, None]
+                positions = positions + 1
+                if not isinstance(cache, StaticCache):
+                    mask = F.pad(mask, (0, 1), value=1)
+                if static is None:
+                    given = dict(attention_mask=mask, position_ids=positions, past_key_values=cache)
+                    logits = self._last(input_ids=token, **given).logits[:, -1]
+                else:
+                    logits = static(token, mask, positions, cast(StaticCache, cache))
         return drawn
 
     def _prefill(

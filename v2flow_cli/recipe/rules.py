@@ -54,8 +54,6 @@ def _data(data: ImageData) -> Iterator[str]:
             f"data.resident_px is {data.resident_px}; expected at least data.crop_size {data.crop_size}, so that crops "
             "are not enlarged, or 0 to read photos anew"
         )
-    if data.aspects and data.resident_px:
-        yield "data.aspects draws a shape for each batch, but data.resident_px keeps squares; set one to empty or 0"
 
 
 def _tokenizer(recipe: TokenizerRecipe) -> Iterator[str]:
