@@ -35,7 +35,9 @@ def serve(
     max_batch: Annotated[int, typer.Option(min=1, help="Images that are computed together.")] = 8,
     max_waiting: Annotated[int, typer.Option(min=10, help="Images that may wait; further requests get 429.")] = 64,
     max_body_mb: Annotated[float, typer.Option(min=0.001, help="Largest body of a request, MB.")] = 10.0,
-    max_megapixels: Annotated[float, typer.Option(min=0.001, help="Largest image that is sent, megapixels.")] = 16.0,
+    max_megapixels: Annotated[
+        float, typer.Option(min=0.001, max=50.0, help="Largest image that is sent, megapixels.")
+    ] = 16.0,
     max_side: Annotated[int, typer.Option(min=1, help="Largest side that is encoded or decoded, pixels.")] = 512,
     timeout: Annotated[float, typer.Option(min=0.1, help="Longest wait for an answer, seconds; then 504.")] = 120.0,
     url_minutes: Annotated[float, typer.Option(min=0.01, help="How long the URL of a picture works.")] = 60.0,

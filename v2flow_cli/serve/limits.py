@@ -74,6 +74,7 @@ class Gate:
             return
         headers = dict(scope["headers"])
         if self.api_key and not scope["path"].startswith(OPEN_PATHS) and not self._knows_key(headers):
+            await _drain(receive)
             message = "Incorrect or missing API key. Send it as `Authorization: Bearer KEY`."
             await ApiError(401, message).response()(scope, receive, send)
             return
