@@ -68,14 +68,15 @@ def test_one_thread_needs_no_other():
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_row_rounds_alike_in_any_batch(bias: bool) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_rounds_alike_in_any_batch(bias: bool, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(256, 704, bias), torch.nn.Linear(704, 300, bias))
-    rows = torch.randn(9, 1, 256)
+    model = torch.nn.Sequential(torch.nn.Linear(256, 704, bias), torch.nn.Linear(704, 300, bias)).to(dtype)
+    rows = torch.randn(9, 1, 256, dtype=dtype)
     with torch.no_grad(), each_row_alone(model):
         alone = torch.cat(on_single_threads(model, rows))
         for size in (2, 5, 9):
             assert torch.equal(torch.cat(on_single_threads(model, rows, size)), alone)
     assert all("forward" not in vars(layer) for layer in model)
     with torch.no_grad():
-        torch.testing.assert_close(model(rows), alone)
+        torch.testing.assert_close(model(rows), alone, atol=0.05 if dtype == torch.bfloat16 else 1e-5, rtol=0)

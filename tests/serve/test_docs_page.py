@@ -10,7 +10,6 @@ from tests.serve.conftest import serving
 from v2flow_cli.serve.__main__ import serve
 from v2flow_cli.serve.errors import CODES
 from v2flow_cli.serve.schemas import GenerationRequest
-from v2flow_cli.store.images import MAX_PIXELS
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "serving.md").read_text("utf-8")
 NEUTRAL = {"user", "quality", "background", "moderation", "stream"}  # accepted so that clients may send them
@@ -35,8 +34,6 @@ def test_its_tables_name_what_there_is() -> None:
     options = {option for parameter in typer.main.get_command(_app()).params for option in parameter.opts}
     assert table("option") <= options
     assert {option for option in options if option.startswith(("--max", "--timeout", "--url"))} == table("option")
-    [megapixels] = [p for p in typer.main.get_command(_app()).params if p.name == "max_megapixels"]
-    assert megapixels.type.max == MAX_PIXELS / 1e6  # what open_image refuses in any case
     rows = PAGE[PAGE.index("| status") :].partition("\n\n")[0].splitlines()[2:]
     assert {int(row.split("|")[1]) for row in rows} == set(CODES) - {405} | {500}
 
