@@ -28,7 +28,7 @@ def decode(
     guidance: options.GuidanceKind = None,
     noise: options.Noise = None,
     seed: options.Seed = 0,
-    batch_size: options.BatchSize = 8,
+    batch_size: options.DeviceBatchSize = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     force: options.Force = False,

@@ -43,8 +43,10 @@ def encode(
     parquet: Annotated[
         bool, typer.Option("--parquet", help="Write the set as Parquet too: key, caption, tokens, height, width.")
     ] = False,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images encoded at a time; the ids do not depend on it.")] = 8,
-    workers: Annotated[int, typer.Option(min=1, help="Threads that read and decode images.")] = 2,
+    batch_size: options.DeviceBatchSize = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Threads that read and decode images. Default: one a CPU core.")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto (bf16 where it is fast), fp32 or bf16.")] = "auto",
     verify: Annotated[
@@ -53,6 +55,9 @@ def encode(
     error_budget: Annotated[
         float, typer.Option(min=0, max=1, help="Share of bad images up to which the exit code is 0; all are listed.")
     ] = ERROR_BUDGET,
+    max_minutes: Annotated[
+        float, typer.Option(min=0, help="Begin no further tar after so long; a second run goes on. 0: no limit.")
+    ] = 0.0,
     force: Annotated[bool, typer.Option("--force", help="Overwrite token files that exist.")] = False,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> None:
@@ -87,6 +92,8 @@ def encode(
     if len(kinds) > 1:
         raise DataError(f"{' '.join(inputs)}: holds both images and tars. Encode them one kind at a time.")
     tars = kinds == {"tars"}
+    if max_minutes and not tars:
+        raise DataError("--max-minutes: a limit between tars; these are image files. Pack them with `v2flow shard`.")
 
     from v2flow_cli.jobs.encode import SetEncoder, encode_files, encode_shards
     from v2flow_cli.jobs.prefixes import Prefixes
@@ -110,7 +117,16 @@ def encode(
     start = time.perf_counter()
     with launch() as ranks, progress("encode", None if tars else -(-len(files) // ranks.count)) as tick:
         if tars:
-            report = encode_shards(encoder, files, out, force=force, tick=tick, verify=verify.value, ranks=ranks)
+            report = encode_shards(
+                encoder,
+                files,
+                out,
+                force=force,
+                tick=tick,
+                verify=verify.value,
+                ranks=ranks,
+                max_minutes=max_minutes,
+            )
         else:
             report = encode_files(encoder, files, out, force=force, tick=tick, ranks=ranks)
         if ranks.rank:
@@ -154,6 +170,8 @@ def encode(
         )
         for path in tables:
             result(str(path))
+    if report.later:
+        log(f"time limit: {report.later} tars are left; the same command goes on with them")
     if report.short:
         log(f"{report.short} images have less than {max_error:g} dB even with all their tokens, which were kept")
     for failure in report.failures:

@@ -17,6 +17,7 @@ Tokenizer = Annotated[
 ]
 Seed = Annotated[int, typer.Option(help="Seed of the noise; each image's own is drawn from it and its name.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images at a time.")]
+DeviceBatchSize = Annotated[int | None, typer.Option(min=1, help="Images at a time. Default: 8, more on a GPU.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 Dtype = Annotated[str, typer.Option(help="auto (bf16 where it is fast), fp32 or bf16.")]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite files that exist.")]

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 
 from v2flow_cli.errors import TokenFileError
+from v2flow_cli.runtime.device import cpu_cores, pick_batch_size
 from v2flow_cli.store.failures import Failure
-from v2flow_cli.store.files import check_absent, write_bytes
+from v2flow_cli.store.files import check_absent, map_ahead, write_bytes
 from v2flow_cli.store.images import FoundFile, png_bytes
 from v2flow_cli.store.shards import safe_key
 from v2flow_cli.store.token_file import TokenManifest, find_manifest, load_samples, load_token_ids, row_of
@@ -99,15 +101,35 @@ def decode_files(
     report: DecodeReport,
     *,
     seed: int,
-    batch_size: int,
+    batch_size: int | None = None,
     dtype: torch.dtype,
     tick: Callable[[int], None],
     **sampling: Any,
 ) -> None:
     """Write the PNG of every row and list it in ``report``; an image does not depend on its batch.
 
-    Args:   sampling, as V2FlowTokenizer.decode takes it (guidance_scale, num_mask_steps, ...).
+    The files are written in threads, one a core, while the next batch is decoded.
+
+    Args:   batch_size, images (default: by the device); sampling, as V2FlowTokenizer.decode takes it.
     """
+    size = max((side for rows in opened for side in rows.size), default=tokenizer.config.image_size)
+    batch_size = batch_size or pick_batch_size(tokenizer.device, size)
+    images = _decoded(tokenizer, opened, seed, batch_size, dtype, sampling)
+    workers = cpu_cores()
+    for target in map_ahead(_write_png, images, workers, batch_size + workers):
+        report.images.append(target)
+        tick(1)
+
+
+def _decoded(
+    tokenizer: V2FlowTokenizer,
+    opened: Sequence[TokenRows],
+    seed: int,
+    batch_size: int,
+    dtype: torch.dtype,
+    sampling: Mapping[str, Any],
+) -> Iterator[tuple[Image.Image, Path]]:
+    """The picture of every row, and where it is to be written."""
     device = tokenizer.device
     for batch, (height, width) in _batches(opened, tokenizer, batch_size):
         rows = [torch.from_numpy(row_of(ids, tokenizer.config.codebook_size)) for ids, _, _ in batch]
@@ -116,10 +138,13 @@ def decode_files(
         seeds = [image_seed(seed, key) for _, key, _ in batch]
         with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             images = tokenizer.decode(token_ids, lengths=lengths, height=height, width=width, seeds=seeds, **sampling)
-        for image, (_, _, target) in zip(to_pil(images), batch):
-            write_bytes(target, png_bytes(image))
-            report.images.append(target)
-        tick(len(batch))
+        yield from zip(to_pil(images), (target for _, _, target in batch))
+
+
+def _write_png(item: tuple[Image.Image, Path]) -> Path:
+    image, target = item
+    write_bytes(target, png_bytes(image))
+    return target
 
 
 def _batches(

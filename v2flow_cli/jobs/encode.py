@@ -8,6 +8,7 @@ written depends neither on R nor on how often the run was stopped.
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from v2flow_cli.errors import DataError, TokenFileError
 from v2flow_cli.jobs.prefixes import Prefixes, shortest_prefixes
+from v2flow_cli.runtime.device import cpu_cores, pick_batch_size
 from v2flow_cli.runtime.processes import Processes
 from v2flow_cli.store.failures import Failure, load_failures, save_failures
 from v2flow_cli.store.files import check_absent, map_ahead, remove_partials, write_bytes
@@ -43,16 +45,47 @@ class EncodeReport:
     files: int = 0  # token files written by this call
     kept_files: int = 0  # finished ones of an earlier call
     tokens: int = 0  # written by this call
+    later: int = 0  # tars that a time limit left for another call
     short: int = 0  # images of this call whose every token does not reach the PSNR asked for
     good: int = 0  # images in all files of this set, earlier calls included
     failures: list[Failure] = field(default_factory=list)
 
 
+class ShardIds:
+    """The keys and ids of a shard's images, the ids in one array.
+
+    Kept one by one they would lie between the buffers of a batch, megabytes each: every one takes the beginning of a
+    block that the next batch's buffer then no longer fits into, and the heap grows by a buffer a batch.
+
+    Args:   capacity, images at most; manifest, of the set.
+    """
+
+    def __init__(self, capacity: int, manifest: TokenManifest) -> None:
+        self.keys: list[str] = []
+        self.tokens = 0
+        self._longest = 0
+        codes = manifest.codebook_size  # as an id it ends a short row
+        self._ids = np.full((capacity, manifest.tokens_per_image), codes, np.uint16 if codes < 65_536 else np.uint32)
+
+    def append(self, key: str, token_ids: np.ndarray) -> None:
+        """Take an image's ids (L,)."""
+        self._ids[len(self.keys), : len(token_ids)] = token_ids
+        self.keys.append(key)
+        self.tokens += len(token_ids)
+        self._longest = max(self._longest, len(token_ids))
+
+    @property
+    def ids(self) -> np.ndarray:
+        """The ids (N, L) of all images, shorter rows filled with the codebook's size."""
+        return self._ids[: len(self.keys), : self._longest]
+
+
 class SetEncoder:
     """Images to ids in batches, the bad ones put aside.
 
-    Args:   image_size, side in pixels (default: the tokenizer's); batch_size, images; workers, threads that
-            decode; dtype, what the tokenizer computes in; prefixes, how many tokens of an image are kept.
+    Args:   image_size, side in pixels (default: the tokenizer's); batch_size, images (default: by the device);
+            workers, threads that read and decode while the model computes (default: one a core); dtype, what the
+            tokenizer computes in; prefixes, how many tokens of an image are kept.
     Raises: DataError for an image size or prefixes that the tokenizer does not have.
     """
 
@@ -61,14 +94,16 @@ class SetEncoder:
         tokenizer: V2FlowTokenizer,
         *,
         image_size: int | None = None,
-        batch_size: int = 8,
-        workers: int = 2,
+        batch_size: int | None = None,
+        workers: int | None = None,
         dtype: torch.dtype = torch.float32,
         prefixes: Prefixes = WHOLE,
     ) -> None:
         self.prefixes, self.short = prefixes, 0
-        self.tokenizer, self.batch_size, self.workers, self.dtype = tokenizer, batch_size, workers, dtype
+        self.tokenizer, self.dtype = tokenizer, dtype
         self.image_size = image_size or tokenizer.config.image_size
+        self.batch_size = batch_size or pick_batch_size(tokenizer.device, self.image_size)
+        self.workers = workers or cpu_cores()
         try:
             longest = prefixes.longest(tokenizer, self.image_size, self.image_size)
         except ValueError as error:
@@ -167,11 +202,13 @@ def encode_shards(
     tick: Tick,
     verify: Verify = "quick",
     ranks: Processes = ALONE,
+    max_minutes: float = 0.0,
 ) -> EncodeReport:
     """One ``.npy`` (N, L) per shard with keys and captions beside it, and the manifest.
 
     Shards that an earlier run of the same tokenizer and size finished are kept, unless ``force``. What was left out
-    of a shard lies in ``NAME.bad.jsonl`` beside its tokens.
+    of a shard lies in ``NAME.bad.jsonl`` beside its tokens. With ``max_minutes`` a process begins no further
+    shard after so long; the manifest then lists those that are done, and a second run goes on.
     Raises: DataError for an output that exists and is not of such a run, and for fewer shards than ranks;
             TokenFileError where ``out`` holds other tokens. Bad images and damaged shards end in the report's failures.
     """
@@ -182,12 +219,16 @@ def encode_shards(
         )
     targets = {shard.key: out / f"{shard.key}.npy" for shard in shards}
     report, resumed = _begin(encoder, targets.values(), out, force, ranks, keep=True)
+    start = time.monotonic()
     for shard in shards[ranks.rank :: ranks.count]:
         target = targets[shard.key]
         if not force and (resumed or shard.key in report.manifest.files) and target.exists():
             bad, count = _kept(shard, target, verify)
             report.kept_files += 1
             tick(count)
+        elif max_minutes and report.images and time.monotonic() - start > 60 * max_minutes:
+            report.later += 1
+            continue
         else:
             bad, count, tokens = _encode_shard(encoder, shard, target, verify, tick)
             report.images += count
@@ -224,8 +265,8 @@ def _end(report: EncodeReport, out: Path, ranks: Processes, written: Callable[[]
     said = out / f".{ranks.rank}.failures.jsonl"
     if ranks.rank:
         save_failures(said, report.failures)
-    counts = [report.images, report.files, report.kept_files, report.tokens, report.short]
-    report.images, report.files, report.kept_files, report.tokens, report.short = ranks.sum(counts)
+    counts = [report.images, report.files, report.kept_files, report.tokens, report.short, report.later]
+    report.images, report.files, report.kept_files, report.tokens, report.short, report.later = ranks.sum(counts)
     if ranks.rank == 0:
         for rank in range(1, ranks.count):
             said = out / f".{rank}.failures.jsonl"
@@ -276,19 +317,22 @@ def _encode_shard(
         index = index_shard(shard.path, verify)
         failures = list(index.failures)
         items = _images_of(shard.path, [sample for sample in index.samples if sample.image is not None], captions)
-        rows = [(key, captions[key], ids) for key, ids in encoder.encode(items, failures, tick)]
-        if not rows and not failures:
+        rows = ShardIds(len(index.samples), encoder.empty_manifest)
+        for key, ids in encoder.encode(items, failures, tick):
+            rows.append(key, ids)
+        if not rows.keys and not failures:
             failures = [Failure(str(shard.path), "no image in it", samples=0)]
     except DataError as error:
-        rows, failures = [], [Failure(str(shard.path), str(error).removeprefix(f"{shard.path}: "), samples=None)]
+        rows = ShardIds(0, encoder.empty_manifest)
+        failures = [Failure(str(shard.path), str(error).removeprefix(f"{shard.path}: "), samples=None)]
     if failures:
         save_failures(_bad_path(target), failures)
     elif _bad_path(target).exists():
         _bad_path(target).unlink()
-    if rows:  # the ids last: where they are, all is
-        save_samples(target, [(key, captions) for key, captions, _ in rows])
-        save_token_ids(target, [ids for _, _, ids in rows], encoder.empty_manifest.codebook_size)
-    return failures, len(rows), sum(len(ids) for _, _, ids in rows)
+    if rows.keys:  # the ids last: where they are, all is
+        save_samples(target, [(key, captions[key]) for key in rows.keys])
+        save_token_ids(target, rows.ids, encoder.empty_manifest.codebook_size)
+    return failures, len(rows.keys), rows.tokens
 
 
 def _images_of(

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import torch
 from torch import Tensor, nn
 
 _STARTING = threading.Lock()
+_POOLS = threading.local()  # .mine: {torch threads: the pool} of one calling thread
 
 
 def on_single_threads(compute: Callable[[Tensor], Tensor], images: Tensor, size: int = 1) -> list[Tensor]:
@@ -34,15 +36,19 @@ def on_single_threads(compute: Callable[[Tensor], Tensor], images: Tensor, size:
             return compute(image)
 
     parts = images.split(size)
-    pool = _single_threads(len(parts))
+    pool = _single_threads()
     if pool is None:
         return [alone(part) for part in parts]
-    with pool:
-        return list(pool.map(alone, parts))
+    running = [pool.submit(alone, part) for part in parts]
+    wait(running)  # all of them, also where one fails: none is left that uses the caller's images
+    return [future.result() for future in running]
 
 
-def _single_threads(most: int) -> ThreadPoolExecutor | None:
-    """As many threads as torch uses here, at most ``most``, with one torch thread each; None where it uses one.
+def _single_threads() -> ThreadPoolExecutor | None:
+    """As many threads as torch uses here, with one torch thread each; None where it uses one.
+
+    The caller's own, and the same at every call: new threads would each take over a heap and the buffers of the
+    mathematics libraries, and memory would come and go by tens of megabytes a batch.
 
     ``torch.set_num_threads`` sets the caller's number and that of every thread that is new to torch. So the workers
     are all started before the old number is put back, by one call at a time; otherwise another call, or a thread that
@@ -52,20 +58,27 @@ def _single_threads(most: int) -> ThreadPoolExecutor | None:
         threads = torch.get_num_threads()
         if threads == 1:
             return None
-        workers = min(threads, most)
-        started = threading.Barrier(workers)
+        pools: dict[int, ThreadPoolExecutor] = _POOLS.__dict__.setdefault("mine", {})
+        if threads in pools:
+            return pools[threads]
+        started = threading.Barrier(threads)
 
         def start() -> None:
             torch.get_num_threads()  # a thread's first use of torch takes over the process's number, so before the 1
             torch.set_num_threads(1)
             started.wait()
 
-        pool = ThreadPoolExecutor(workers, initializer=start)
+        pool = ThreadPoolExecutor(threads, initializer=start)
         try:
-            list(pool.map(lambda _: None, range(workers)))
+            list(pool.map(lambda _: None, range(threads)))
         finally:
             torch.set_num_threads(threads)
+        pools[threads] = pool
         return pool
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows; a fork has none of its parent's threads
+    os.register_at_fork(after_in_child=lambda: _POOLS.__dict__.clear())
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import os
 import platform
 import threading
@@ -14,6 +15,8 @@ import torch
 
 from v2flow_cli.errors import V2FlowError, foreign_errors
 
+# At 256 px: the scores of 256 tokens against 16,384 codes and as many words, and the autoencoder's activations.
+BYTES_AN_IMAGE = 64 * 2**20
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -46,6 +49,25 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if name not in DTYPES:
         raise V2FlowError(f"--dtype {name}: expected auto, fp32 or bf16.")
     return DTYPES[name]
+
+
+def cpu_cores() -> int:
+    """CPU cores that this process may use; those of a launch on one machine share them."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def pick_batch_size(device: torch.device, image_size: int) -> int:
+    """Images of ``image_size`` pixels that are encoded or decoded at a time.
+
+    On a CPU 8: each image has one core, and more only take memory. On a GPU the largest power of two up to 256 that
+    fits into half of its free memory.
+    """
+    if device.type != "cuda":
+        return 8
+    free, _ = torch.cuda.mem_get_info(device)
+    images = free / 2 / (BYTES_AN_IMAGE * (image_size / 256) ** 2)
+    return max(1, min(256, 2 ** int(math.log2(max(1.0, images)))))
 
 
 def without_autocast(tensor: torch.Tensor) -> torch.autocast:

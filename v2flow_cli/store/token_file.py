@@ -169,7 +169,7 @@ def find_manifest(
 def save_token_ids(path: Path, token_ids: np.ndarray | Sequence[np.ndarray], codebook_size: int) -> None:
     """Write ids in [0, codebook_size), (L,) of one image or (N, L) of many, as a ``.npy`` of uint16 or uint32.
 
-    Many images of different lengths are rows that end in the id ``codebook_size``.
+    Many images of different lengths are rows that end in the id ``codebook_size``, or a list of (L,).
     """
     if not isinstance(token_ids, np.ndarray):
         rows = np.full((len(token_ids), max(map(len, token_ids))), codebook_size)
