@@ -26,6 +26,9 @@ SCENES := $(PY) recipes/default/scenes.py --drawings $(DATA)/drawings/drawings-0
 ENCODE := $(V2FLOW) encode --tokens 64 --model runs/default/tokenizer_256
 
 default-model: .venv/installed
+ifdef MINUTES  # all stages in that wall time; see docs/budget.md
+	$(V2FLOW) budget recipes/default/budget.yaml --minutes $(MINUTES)
+else
 	$(SCENES) --photos $(DATA)/photos --out runs/default/scenes --count 8000
 	$(SCENES) --layout centred --per-title 3 --out runs/default/centred
 	$(V2FLOW) train recipes/default/autoencoder.yaml --resume
@@ -40,6 +43,7 @@ default-model: .venv/installed
 	$(ENCODE) $(DATA)/photos $(DATA)/captioned -o runs/default/tokens_photos
 	$(V2FLOW) finetune-llm recipes/default/llm.yaml --resume
 	$(V2FLOW) finetune-llm recipes/default/llm_scenes.yaml --resume
+endif
 	mkdir -p v2flow_cli/assets/default/tokenizer v2flow_cli/assets/default/llm
 	cp runs/default/tokenizer/README.md runs/default/tokenizer/recipe.yaml runs/default/tokenizer/*.json runs/default/tokenizer/*.safetensors v2flow_cli/assets/default/tokenizer/
 	cp recipes/default/NOTICE v2flow_cli/assets/default/tokenizer/

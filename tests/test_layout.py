@@ -67,7 +67,7 @@ def test_every_command_has_a_page():
     from v2flow_cli.cli.app import app
 
     names = [command.name for command in (*app.registered_commands, *app.registered_groups)]
-    assert sorted(names) == ["bench", "decode", "encode", "finetune-llm", "generate", "shard", "train"]
+    assert sorted(names) == ["bench", "budget", "decode", "encode", "finetune-llm", "generate", "shard", "train"]
     assert [name for name in names if not (DOCS / f"{name}.md").is_file()] == []
 
 

@@ -1,4 +1,4 @@
-"""The ``v2flow`` command: seven commands, one error policy."""
+"""The ``v2flow`` command: eight commands, one error policy."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import typer
 import typer.core
 
 from v2flow_cli import __version__
-from v2flow_cli.cli import bench, decode, encode, finetune_llm, generate, shard, train
+from v2flow_cli.cli import bench, budget, decode, encode, finetune_llm, generate, shard, train
 from v2flow_cli.cli.console import EXIT_FAILED, log, report_error
 from v2flow_cli.cli.endings import EXIT_INTERRUPTED
 from v2flow_cli.errors import V2FlowError, reason_of
@@ -72,6 +72,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain help: drawing it with rich costs a third of the half second it may take
 )
 app.command("train")(train.train)
+app.command("budget")(budget.budget)
 app.command("encode", short_help="Turn images into token ids.")(encode.encode)
 app.command("decode")(decode.decode)
 app.command("shard", short_help="Pack images and captions into WebDataset tars.")(shard.shard)

@@ -63,6 +63,7 @@ class TrainLoop:
     grid_every: int = 500  # steps between pictures of the same crops and what comes back, and one at the end; 0: none
     tracker: Literal["auto", "none", "tensorboard", "wandb"] = "auto"  # beside metrics.jsonl; auto: what is installed
     compile: bool = True  # on a GPU: one compiled graph a step, which takes minutes to make; CPUs run the plain one
+    budgeted: bool = False  # set by `v2flow budget`: a resume may change steps and accumulate
 
 
 @dataclass(frozen=True)
@@ -341,6 +342,7 @@ class LMTrainLoop:
     eval_every: int = 0  # steps between held-out losses on the way; 0: only at the end
     keep_checkpoints: int = 1
     skip_bad_steps: int = 0  # steps of non-finite loss or gradient to skip before the run stops; they count as steps
+    budgeted: bool = False  # set by `v2flow budget`: a resume may change steps and accumulate
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,8 @@ FREE_TO_CHANGE = {
     "compile",
 }
 
+BUDGETED = "train.budgeted"
+
 
 def check_same_recipe(where: Path, saved: str, recipe: str) -> None:
     """Raises ModelError where two recipes, as ``dump_recipe`` writes them, differ in what a step computes."""
@@ -40,10 +42,11 @@ def check_same_recipe(where: Path, saved: str, recipe: str) -> None:
     # Keys that are younger than the saved recipe get their defaults, which change nothing.
     before = _flat(yaml.safe_load(dump_recipe(parse_recipe(tree, str(where)))))
     now = _flat(yaml.safe_load(recipe))
+    free = FREE_TO_CHANGE | ({"steps", "accumulate"} if before.get(BUDGETED) and now.get(BUDGETED) else set())
     changed += [
         f"{key}: {before.get(key)} before, {now.get(key)} now"
         for key in sorted({*before, *now})
-        if key.split(".")[-1] not in FREE_TO_CHANGE and before.get(key) != now.get(key)
+        if key.split(".")[-1] not in free and before.get(key) != now.get(key)
     ]
     if changed:
         raise ModelError(

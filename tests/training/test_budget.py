@@ -1,0 +1,285 @@
+"""A set of models in a given time: how it is shared out, what a stage makes of it, and a rehearsal of everything."""
+
+import dataclasses
+import io
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from tests.conftest import RECIPES
+from tests.store.test_shards import write_tar
+from v2flow_cli.errors import DataError, ModelError, RecipeError, V2FlowError
+from v2flow_cli.recipe import dump_recipe, load_recipe
+from v2flow_cli.recipe.budget import load_budget
+from v2flow_cli.recipe.schema import Recipe
+from v2flow_cli.training import budget_stage
+from v2flow_cli.training.budget import check_inputs, figures, stages_to_do
+from v2flow_cli.training.budget_stage import StageRun, Trained, train_stage
+from v2flow_cli.training.flops import training_flop
+from v2flow_cli.training.schedule import goes_on, whole, window
+
+TINY = RECIPES / "tiny"
+
+
+def write(tmp_path, stages, **more):
+    path = tmp_path / "budget.yaml"
+    path.write_text(yaml.safe_dump({"kind": "budget", "folder": str(tmp_path / "runs"), "stages": stages, **more}, sort_keys=False))
+    return path
+
+
+def training(tmp_path, name, share, after=(), *settings):
+    """A stage of one of the tiny recipes that writes to a folder of its own."""
+    settings = [f"output={tmp_path / 'runs' / name}", *settings]
+    return {"recipe": str(TINY / f"{name}.yaml"), "set": settings, "share": share, "after": list(after)}
+
+
+# -- the time --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def diamond(tmp_path):
+    stages = {
+        "autoencoder": training(tmp_path, "autoencoder", 10),
+        "lm": training(tmp_path, "lm", 5),
+        "tokenizer": training(tmp_path, "tokenizer", 50, ["autoencoder", "lm"]),
+        "tokens": {"run": "v2flow encode x --max-minutes {minutes}", "share": 10, "after": ["tokenizer"]},
+        "llm": training(tmp_path, "llm", 30, ["tokens"]),
+    }
+    return load_budget(write(tmp_path, stages))
+
+
+def test_shares_are_of_the_longest_way(diamond):
+    seconds = whole(diamond.stages, list(diamond.stages), 1000.0)
+    assert seconds == {"autoencoder": 100, "lm": 50, "tokenizer": 500, "tokens": 100, "llm": 300}
+
+
+def test_a_stage_gets_its_share_of_what_is_left(diamond):
+    left = ["tokenizer", "tokens", "llm"]
+    assert window(diamond.stages, left, "tokenizer", 450.0) == 250.0  # half of it is gone: all that follows shrinks
+    assert window(diamond.stages, ["llm"], "llm", 7.0) == 7.0
+
+
+def test_what_a_later_training_starts_from_stays_as_it_is(diamond):
+    assert {name: goes_on(diamond.stages, name) for name in diamond.stages} == {
+        "autoencoder": False,
+        "lm": False,
+        "tokenizer": False,
+        "tokens": False,
+        "llm": True,
+    }
+
+
+# -- one stage -------------------------------------------------------------------------------------------------
+
+
+class Engine:
+    """A training that takes ``second`` a step, and remembers how it was called."""
+
+    def __init__(self, second: float = 0.01, fits: float = math.inf) -> None:
+        self.second, self.fits, self.steps, self.calls = second, fits, 0, []
+
+    def __call__(self, recipe: Recipe, resume: bool, log) -> Trained:
+        loop = recipe.train
+        self.calls.append(loop)
+        assert resume and loop.budgeted
+        if loop.batch_size // loop.accumulate > self.fits:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        limit = loop.max_minutes * 60 or math.inf
+        while self.steps < loop.steps and (self.steps + 1) * self.second <= max(limit, self.second):
+            self.steps += 1
+        return Trained(self.steps, self.steps * self.second, {"loss": 1.0})
+
+
+def stage(seconds=100.0):
+    return StageRun(str(TINY / "autoencoder.yaml"), [], seconds, seconds)
+
+
+def run(state, engine):
+    said = []
+    train_stage(state, lambda: None, said.append, engine)
+    return said
+
+
+def test_the_first_steps_set_the_schedule():
+    state, engine = stage(), Engine()
+    run(state, engine)
+    first, second = engine.calls
+    assert first.steps == budget_stage.ENDLESS and first.max_minutes == pytest.approx(10 / 60)
+    assert second.steps == state.steps == engine.steps == state.steps_done
+    assert 9_000 < state.steps < 11_000  # its clock is not the test's: 10 s of 0.01 s a step, then 95% of 100 s
+    assert state.done and state.images == 4 * state.steps and state.seconds_per_step == pytest.approx(0.01)
+
+
+def test_a_stage_that_was_killed_keeps_its_number_of_steps():
+    state, engine = stage(), Engine()
+    state.steps, engine.steps = 5_000, 700
+    run(state, engine)
+    [call] = engine.calls
+    assert (call.steps, call.max_minutes, engine.steps) == (5_000, 0.0, 5_000)
+
+
+def test_more_minutes_go_on_from_the_first_run():
+    state, engine = stage(), Engine()
+    run(state, engine)
+    before = state.steps_done
+    state.seconds = 50.0
+    run(state, engine)
+    assert before + 4_000 < state.steps_done == state.steps < before + 6_000
+
+
+def test_too_little_time_for_a_step_is_one_sentence():
+    state, engine = stage(seconds=2.0), Engine(second=3.0)
+    with pytest.raises(V2FlowError, match=r"one step takes 3.0 s, but its share of the budget is 2.0 s. Give more"):
+        run(state, engine)
+    assert not state.done
+    state.seconds = state.planned_seconds = 100.0
+    run(state, engine)  # nothing is lost: it goes on from that step
+    assert state.done and engine.steps > 1
+
+
+def test_too_little_memory_halves_the_batch_and_keeps_the_recipes():
+    state, engine = stage(), Engine(fits=1)
+    said = run(state, engine)
+    assert [call.accumulate for call in engine.calls] == [1, 2, 4, 4] and state.accumulate == 4
+    assert {call.batch_size for call in engine.calls} == {4}
+    assert "2 at a time, 2 times a step, which keeps the recipe's batch of 4" in said[0]
+    with pytest.raises(V2FlowError, match=r"too little memory even for micro-batches of 1 \(CUDA out of memory"):
+        run(stage(), Engine(fits=0))
+
+
+def test_other_errors_are_not_taken_for_memory():
+    def broken(recipe, resume, log):
+        raise RuntimeError("shapes differ")
+
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        run(stage(), broken)
+
+
+@pytest.mark.parametrize("name", ["autoencoder", "tokenizer", "lm"])
+def test_operations_are_counted_from_shapes(name, tmp_path, world):
+    more = [f"vocabulary.llm={world / 'lm'}", f"latents.autoencoder={world / 'ae'}"] if name == "tokenizer" else []
+    assert training_flop(load_recipe(TINY / f"{name}.yaml", more)) > 1e5
+
+
+# -- bad input -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"share": 0}, "share is 0; expected a number above 0"),
+        ({"after": ["lmm"]}, "names lmm, which is no stage; did you mean lm?"),
+        ({"after": ["tokenizer"]}, "wait for each other"),
+        ({"recipe": "nowhere.yaml"}, "nowhere.yaml: no such recipe"),
+        ({"shares": 3}, "shares is not a known key; did you mean share?"),
+        ({"run": "v2flow"}, "either `recipe`, the path of one, or `run`"),
+        ({"set": ["train.stepps=3"]}, "train.stepps is not a known key"),
+    ],
+)
+def test_a_bad_budget_is_refused(tmp_path, change, message):
+    stages = {"lm": training(tmp_path, "lm", 1), "tokenizer": training(tmp_path, "tokenizer", 1, ["lm"])}
+    stages["lm"] |= change
+    with pytest.raises(RecipeError, match=message.replace("?", r"\?")):
+        load_budget(write(tmp_path, stages))
+
+
+def test_data_that_nobody_makes_is_told_before_anything_starts(tmp_path):
+    stages = {"autoencoder": training(tmp_path, "autoencoder", 1, (), f"data.sources=[{tmp_path / 'photos'}]")}
+    budget = load_budget(write(tmp_path, stages))
+    with pytest.raises(DataError, match=r"photos is not there, .* --set autoencoder.data.sources=\[PATH\]"):
+        check_inputs(budget, stages_to_do(budget))
+    stages["make"] = {"run": f"python make.py --out {tmp_path / 'photos'}", "share": 1}
+    budget = load_budget(write(tmp_path, stages))
+    check_inputs(budget, stages_to_do(budget))
+
+
+def test_an_output_of_another_recipe_is_refused(tmp_path):
+    (tmp_path / "photos").mkdir()
+    sources = f"data.sources=[{tmp_path / 'photos'}]"
+    budget = load_budget(write(tmp_path, {"autoencoder": training(tmp_path, "autoencoder", 1, (), sources)}))
+    recipe = budget.stages["autoencoder"].recipe
+    output = tmp_path / "runs" / "autoencoder"
+    output.mkdir(parents=True)
+    (output / "config.json").write_text("{}")
+    with pytest.raises(ModelError, match="already holds a run, which is not one of this budget"):
+        check_inputs(budget, ["autoencoder"])
+    StageRun("", [], 1.0).save(budget.folder / "budget-autoencoder.json")
+    other = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, encoder_width=32))
+    for saved, fine in ((recipe, True), (other, False)):
+        (output / "recipe.yaml").write_text(dump_recipe(saved))
+        if fine:
+            check_inputs(budget, ["autoencoder"])
+        else:
+            with pytest.raises(ModelError, match=r"model\.encoder_width: 32 before, 16 now"):
+                check_inputs(budget, ["autoencoder"])
+
+
+# -- everything ------------------------------------------------------------------------------------------------
+
+
+def command(path, minutes, *more):
+    line = [sys.executable, "-m", "v2flow_cli", "budget", str(path), "--minutes", str(minutes), "--json", *more]
+    done = subprocess.run(line, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = json.loads(done.stdout)["stages"]
+    return {row["stage"]: row for row in rows}, done.stderr
+
+
+def test_a_rehearsal_from_autoencoder_to_llm_and_a_second_run(tmp_path):
+    photos, tars, runs = tmp_path / "photos", tmp_path / "tars", tmp_path / "runs"
+    photos.mkdir()
+    tars.mkdir()
+    members = []
+    for i in range(8):
+        buffer = io.BytesIO()
+        image = Image.effect_noise((80, 72), 20 + 9 * i).convert("RGB")
+        image.save(photos / f"{i}.png")
+        image.save(buffer, "PNG")
+        members += [(f"{i}.png", buffer.getvalue()), (f"{i}.txt", b"noise, and more of it\n")]
+    write_tar(tars / "a.tar", members)
+    (tmp_path / "text.txt").write_text("\n".join(f"picture number {i} shows noise of some kind" for i in range(300)))
+    sources = f"data.sources=[{photos}]"
+    encode = f"v2flow encode {tars} -o {runs / 'tokens'} --model {runs / 'tokenizer'} --max-minutes {{minutes}}"
+    stages = {
+        "autoencoder": training(tmp_path, "autoencoder", 1, (), sources),
+        "lm": training(tmp_path, "lm", 1, (), f"text=[{tmp_path / 'text.txt'}]"),
+        "tokenizer": training(
+            tmp_path,
+            "tokenizer",
+            1.5,
+            ["autoencoder", "lm"],
+            sources,
+            f"latents.autoencoder={runs / 'autoencoder'}",
+            f"vocabulary.llm={runs / 'lm'}",
+            "quantizer.usage_floor=0",
+        ),
+        "tokens": {"run": encode, "share": 1, "after": ["tokenizer"]},
+        "llm": training(
+            tmp_path,
+            "llm",
+            1.5,
+            ["tokens"],
+            f"llm={runs / 'lm'}",
+            f"tokenizer={runs / 'tokenizer'}",
+            f"data.token_sets=[{runs / 'tokens'}]",
+        ),
+    }
+    path = write(tmp_path, stages)
+    first, said = command(path, 0.5)
+    begun = [line.split(":")[0] for line in said.splitlines() if ": starts, with" in line]
+    assert begun == ["autoencoder", "lm", "tokenizer", "tokens", "llm"]
+    assert said.index("lm: starts, with") < said.index("autoencoder: step")  # side by side
+    assert all(first[name]["steps"] >= 1 and first[name]["images_per_s"] > 0 for name in stages if name != "tokens")
+    assert {folder.name for folder in runs.iterdir() if folder.is_dir()} >= {"autoencoder", "lm", "tokenizer", "llm"}
+    assert (runs / "llm" / "model.safetensors").is_file() and first["llm"]["figure"].startswith("loss")
+    second, said = command(path, 0.1)
+    assert "tokenizer: done by an earlier run" in said and "goes on from step" in said
+    assert second["llm"]["steps"] > first["llm"]["steps"]
+    assert all(second[name]["steps"] == first[name]["steps"] for name in ("autoencoder", "lm", "tokenizer"))
+    assert [row.stage for row in figures(load_budget(path))] == list(stages)

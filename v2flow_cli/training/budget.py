@@ -1,0 +1,282 @@
+"""A whole set of models in a given wall time: what ``v2flow budget`` does, without the command line.
+
+Every stage is a process of its own; one starts when those that it needs are done, so stages that need nothing from
+each other run side by side. Its time is its share of what is left at that moment. ``budget.json`` in the budget's
+folder says what is done: the same command goes on after any stop, and with more minutes after the end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+import yaml
+
+from v2flow_cli.errors import DataError, ModelError, V2FlowError
+from v2flow_cli.recipe import AutoencoderRecipe, FinetuneRecipe, LMRecipe, TokenizerRecipe, dump_recipe
+from v2flow_cli.recipe.budget import Budget, Stage
+from v2flow_cli.runtime.device import cpu_cores
+from v2flow_cli.store.files import write_bytes
+from v2flow_cli.training.budget_stage import StageRun
+from v2flow_cli.training.resume import check_same_recipe
+from v2flow_cli.training.schedule import goes_on, whole, window
+
+STATE = "budget.json"  # {command stage: seconds it took}; each training has a file of its own, budget-NAME.json
+LEAST = 0.1  # of its share that a stage gets also where earlier ones were late
+PATIENCE = 60.0  # seconds that a stage has to save after a signal
+Log = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class StageFigures:
+    """One row of the table at the end."""
+
+    stage: str
+    steps: int  # 0 of a command
+    images_per_s: float | None  # sequences, of an LLM
+    peak_share: float | None  # of the device's peak in dense bf16 products, where it is known
+    figure: str  # the last loss or metric, by name
+    seconds: float  # of this and earlier runs
+
+
+@dataclass
+class _Running:
+    stage: Stage
+    process: subprocess.Popen[str]
+    started: float
+    reader: threading.Thread
+    last: list[str] = field(default_factory=list)  # the last lines that it said
+
+
+def run_budget(budget: Budget, minutes: float, log: Log) -> list[StageFigures]:
+    """Run what is to do of ``budget`` within ``minutes`` of wall time; the figures of all stages.
+
+    Raises:  what ``check_inputs`` raises; V2FlowError naming the stage that failed, when the others are saved; and
+             KeyboardInterrupt, likewise.
+    """
+    to_do = stages_to_do(budget)
+    check_inputs(budget, to_do)
+    planned = planned_seconds(budget, minutes)
+    budget.folder.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + 60 * minutes
+    done = {name for name in budget.stages if name not in to_do}
+    for name in done:
+        log(f"{name}: done by an earlier run")
+    running: dict[str, _Running] = {}
+    with _stopping(running):
+        while len(done) < len(budget.stages):
+            ready = [n for n in to_do if n not in done and n not in running and set(budget.stages[n].after) <= done]
+            for name in ready:
+                left = [n for n in to_do if n not in done]
+                seconds = window(budget.stages, left, name, max(0.0, end - time.monotonic()))
+                seconds = max(seconds, LEAST * planned[name])
+                threads = max(1, cpu_cores() // (len(running) + len(ready)))
+                running[name] = _start(budget, budget.stages[name], seconds, planned[name], threads, log)
+            time.sleep(0.05)
+            for name, job in list(running.items()):
+                if job.process.poll() is None:
+                    continue
+                job.reader.join()
+                del running[name]
+                _finish(budget, job)
+                done.add(name)
+    return figures(budget)
+
+
+def stages_to_do(budget: Budget) -> list[str]:
+    """The stages that a run would start: those that are not done, and those that go on with more minutes."""
+    finished = _commands_done(budget)
+
+    def is_done(stage: Stage) -> bool:
+        if stage.recipe is None:
+            return stage.name in finished
+        return _state(budget, stage).exists() and StageRun.load(_state(budget, stage)).done
+
+    stages = budget.stages
+    return [name for name, stage in stages.items() if not is_done(stage) or goes_on(stages, name)]
+
+
+def planned_seconds(budget: Budget, minutes: float) -> dict[str, float]:
+    """Wall time of each stage that a run would start, if every one took its share."""
+    to_do = stages_to_do(budget)
+    return whole(budget.stages, to_do, 60 * minutes) if to_do else {}
+
+
+def check_inputs(budget: Budget, to_do: Iterable[str]) -> None:
+    """Look at what the trainings read and would go on from, before any of them starts.
+
+    Raises:  DataError for data that is not there and that no stage makes; ModelError for an output that holds the run
+             of another recipe.
+    """
+    recipes = {name: stage.recipe for name, stage in budget.stages.items() if stage.recipe is not None}
+    made = [Path(recipe.output) for recipe in recipes.values()]
+    # What a command writes is among its words.
+    made += [Path(word) for stage in budget.stages.values() for word in stage.run if not word.startswith("-")]
+    for name in to_do:
+        recipe = recipes.get(name)
+        if recipe is None:
+            continue
+        for source in _sources(recipe):
+            if not any(Path(source) == place or place in Path(source).parents for place in made):
+                if not Path(source).exists() and not glob.glob(source, recursive=True):
+                    raise DataError(
+                        f"{budget.stages[name].recipe_path}: the data {source} is not there, and no stage makes it. "
+                        f"Name yours with --set {name}.{_sources_key(recipe)}=[PATH]."
+                    )
+        _check_output(budget, budget.stages[name])
+
+
+def _check_output(budget: Budget, stage: Stage) -> None:
+    assert stage.recipe is not None
+    folder = Path(stage.recipe.output)
+    begun = (folder / "checkpoints").is_dir() and any((folder / "checkpoints").iterdir())
+    if not begun and not (folder / "config.json").exists():
+        return
+    saved = folder / "recipe.yaml"
+    state = _state(budget, stage)
+    if not state.exists():
+        raise ModelError(
+            f"{folder}: already holds a run, which is not one of this budget. Give {stage.name} another place with "
+            f"--set {stage.name}.output=FOLDER, or move that one away."
+        )
+    if saved.exists():
+        was = yaml.safe_load(saved.read_text(encoding="utf-8"))
+        wanted = yaml.safe_load(dump_recipe(stage.recipe))
+        wanted["train"]["budgeted"] = was["train"]["budgeted"] = True
+        check_same_recipe(folder, yaml.safe_dump(was), yaml.safe_dump(wanted))
+
+
+def _sources(recipe: Any) -> list[str]:
+    if isinstance(recipe, AutoencoderRecipe | TokenizerRecipe):
+        return list(recipe.data.sources)
+    if isinstance(recipe, LMRecipe):
+        return list(recipe.text)
+    assert isinstance(recipe, FinetuneRecipe)
+    return list(recipe.data.token_sets)
+
+
+def _sources_key(recipe: Any) -> str:
+    if isinstance(recipe, LMRecipe):
+        return "text"
+    return "data.token_sets" if isinstance(recipe, FinetuneRecipe) else "data.sources"
+
+
+def _state(budget: Budget, stage: Stage) -> Path:
+    return budget.folder / f"budget-{stage.name}.json"
+
+
+def _commands_done(budget: Budget) -> dict[str, float]:
+    try:
+        return dict(json.loads((budget.folder / STATE).read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise ModelError(f"{budget.folder / STATE}: not JSON ({error}). Remove it to run the commands again.") from None
+
+
+def _start(budget: Budget, stage: Stage, seconds: float, planned: float, threads: int, log: Log) -> _Running:
+    log(f"{stage.name}: starts, with {seconds / 60:.1f} minutes")
+    if stage.recipe is None:
+        names = {"v2flow": [sys.executable, "-m", "v2flow_cli"], "python": [sys.executable]}
+        words = [word.replace("{minutes}", f"{seconds / 60:.4f}") for word in stage.run]
+        command = [*names.get(words[0], words[:1]), *words[1:]]
+    else:
+        place = _state(budget, stage)
+        run = StageRun.load(place) if place.exists() else StageRun(str(stage.recipe_path), [], 0.0)
+        run.recipe, run.overrides = str(stage.recipe_path), list(stage.overrides)
+        run.seconds, run.planned_seconds = seconds, planned
+        run.save(place)
+        command = [sys.executable, "-m", "v2flow_cli.training.budget_stage", str(place)]
+    environment = os.environ | ({} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(threads)})
+    try:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            env=environment,
+            start_new_session=True,  # Ctrl-C is for this process, which ends the stages one by one
+        )
+    except OSError as error:
+        raise V2FlowError(f"stage {stage.name}: {command[0]} cannot be run ({error.strerror}).") from None
+    job = _Running(stage, process, time.monotonic(), threading.Thread())
+    assert process.stderr is not None
+    job.reader = threading.Thread(target=_pass_on, args=(process.stderr, job, budget, log), daemon=True)
+    job.reader.start()
+    return job
+
+
+def _pass_on(lines: TextIO, job: _Running, budget: Budget, log: Log) -> None:
+    """What a stage says, to the log and to a file of its own."""
+    with open(budget.folder / f"budget-{job.stage.name}.log", "a", encoding="utf-8") as file:
+        for line in lines:
+            file.write(line)
+            file.flush()
+            job.last = [*job.last, line.strip()][-20:]
+            log(f"{job.stage.name}: {line.rstrip()}")
+
+
+def _finish(budget: Budget, job: _Running) -> None:
+    if job.process.returncode:
+        said = [line.removeprefix("error: ") for line in job.last if line.startswith("error: ")] or job.last[-1:]
+        how = said[-1] if said else f"it ended with exit code {job.process.returncode}."
+        raise V2FlowError(f"stage {job.stage.name}: {how}")
+    if job.stage.recipe is None:
+        took = _commands_done(budget) | {job.stage.name: time.monotonic() - job.started}
+        write_bytes(budget.folder / STATE, json.dumps(took, indent=1).encode())
+
+
+@contextlib.contextmanager
+def _stopping(running: dict[str, _Running]) -> Iterator[None]:
+    """However the block ends, no stage is left behind: each one saves what it has."""
+    try:
+        yield
+    finally:
+        for job in running.values():
+            with contextlib.suppress(ProcessLookupError):
+                job.process.send_signal(signal.SIGTERM)
+        for job in running.values():
+            try:
+                job.process.wait(PATIENCE)
+            except subprocess.TimeoutExpired:
+                job.process.kill()
+                job.process.wait()
+            job.reader.join()
+
+
+def figures(budget: Budget) -> list[StageFigures]:
+    """The table: what each stage has come to so far."""
+    rows = []
+    seconds_of = _commands_done(budget)
+    for name, stage in budget.stages.items():
+        if stage.recipe is None:
+            rows.append(StageFigures(name, 0, None, None, "", seconds_of.get(name, 0.0)))
+            continue
+        place = _state(budget, stage)
+        run = StageRun.load(place) if place.exists() else StageRun(str(stage.recipe_path), [], 0.0)
+        speed = run.images / run.trained_seconds if run.trained_seconds else None
+        share = speed * run.flop_per_image / run.peak if speed and run.flop_per_image and run.peak else None
+        rows.append(StageFigures(name, run.steps_done, speed, share, _main_figure(run.figures), run.trained_seconds))
+    return rows
+
+
+def _main_figure(values: dict[str, float]) -> str:
+    """The most telling of a run's last figures."""
+    for wanted in ("psnr", "held-out loss", "loss"):
+        for name, value in values.items():
+            if name.split("/")[-1] == wanted:
+                return f"{wanted} {value:.4g}"
+    return ""
