@@ -27,9 +27,10 @@ from v2flow_cli.training.schedule import goes_on, whole, window
 TINY = RECIPES / "tiny"
 
 
-def write(tmp_path, stages, **more):
+def write(tmp_path, stages):
     path = tmp_path / "budget.yaml"
-    path.write_text(yaml.safe_dump({"kind": "budget", "folder": str(tmp_path / "runs"), "stages": stages, **more}, sort_keys=False))
+    tree = {"kind": "budget", "folder": str(tmp_path / "runs"), "stages": stages}
+    path.write_text(yaml.safe_dump(tree, sort_keys=False))
     return path
 
 

@@ -29,7 +29,7 @@ def budget(
 
         v2flow budget recipes/default/budget.yaml --minutes 10
 
-        v2flow budget recipes/default/budget.yaml --minutes 1200 --set autoencoder.data.sources=[photos/] --dry-run
+        v2flow budget mine.yaml --minutes 1200 --set autoencoder.data.sources=[photos/] --dry-run
     """
     from v2flow_cli.errors import RecipeError
     from v2flow_cli.recipe.budget import load_budget

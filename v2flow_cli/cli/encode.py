@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from v2flow_cli.cli import options
 from v2flow_cli.cli.console import ERROR_BUDGET, fail, failures_json, log, progress, result, result_json
 
 
