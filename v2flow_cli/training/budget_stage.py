@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -24,7 +25,9 @@ from v2flow_cli.store.files import write_bytes
 from v2flow_cli.training.checkpoint import Interrupted
 
 ENDLESS = 10**9  # steps of a schedule whose end is not known yet
-PROBE_SHARE, PROBE_SECONDS = 0.1, 60.0  # the measurement takes at most so much of a stage
+PROBE_STEPS = 3  # after the first one
+PROBE_SHARE, PROBE_SECONDS = 0.05, 30.0  # of a stage's time, that these and more steps take at least
+PROBE_MOST = 0.5  # of a stage's time, after which the measurement ends whatever there is
 MARGIN = 0.95  # of the time that is left after it, for steps that are slower than the first
 EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
 
@@ -60,14 +63,16 @@ class StageRun:
 
 @dataclass(frozen=True)
 class Trained:
-    """What a training came to: steps and wall time with the resumed parts, figures by name."""
+    """What a training came to: steps and wall time with the resumed parts, figures by name, and its pace now."""
 
     steps: int
     seconds: float
     figures: dict[str, float]
+    seconds_per_step: float
 
 
-Engine = Callable[[Recipe, bool, Log], Trained]
+# Recipe, log, and either None or the (least, most) seconds of a measurement, after which the run is saved and left.
+Engine = Callable[[Recipe, Log, tuple[float, float] | None], Trained]
 
 
 def train_stage(run: StageRun, save: Callable[[], None], log: Log, engine: Engine | None = None) -> None:
@@ -80,11 +85,12 @@ def train_stage(run: StageRun, save: Callable[[], None], log: Log, engine: Engin
     engine = engine or run_recipe
     before, cut_off = run.steps_done, run.steps > 0 and not run.done
     if not run.steps:
-        probe = min(PROBE_SECONDS, PROBE_SHARE * run.seconds)
-        found = _with_memory(run, save, recipe, ENDLESS, probe, log, engine)
-        setup = max(0.0, time.monotonic() - started - found.seconds)
-        run.seconds_per_step = found.seconds / found.steps
-        left = run.seconds - (time.monotonic() - started) - setup  # the run goes on in a moment, and starts anew
+        probe = min(PROBE_SECONDS, PROBE_SHARE * run.seconds), PROBE_MOST * run.seconds
+        found = _with_memory(run, save, recipe, ENDLESS, 0.0, probe, log, engine)
+        run.seconds_per_step = found.seconds_per_step
+        took = time.monotonic() - started
+        setup = max(0.0, took - found.steps * found.seconds_per_step)
+        left = run.seconds - took - setup  # the run goes on in a moment, and starts anew
         run.steps = found.steps + max(0, int(MARGIN * left / run.seconds_per_step))
         _record(run, recipe, found)
         if run.planned_seconds < run.seconds_per_step:
@@ -102,7 +108,7 @@ def train_stage(run: StageRun, save: Callable[[], None], log: Log, engine: Engin
     save()
     # Slower steps than the first must not take other stages' time. A stage that was killed takes the steps it had left.
     most = 0.0 if cut_off else max(1e-3, run.trained_seconds + run.seconds - (time.monotonic() - started))
-    found = _with_memory(run, save, recipe, run.steps, most, log, engine)
+    found = _with_memory(run, save, recipe, run.steps, most, None, log, engine)
     run.done = True
     _record(run, recipe, found)
     save()
@@ -114,7 +120,14 @@ def _record(run: StageRun, recipe: Recipe, found: Trained) -> None:
 
 
 def _with_memory(
-    run: StageRun, save: Callable[[], None], recipe: Recipe, steps: int, seconds: float, log: Log, engine: Engine
+    run: StageRun,
+    save: Callable[[], None],
+    recipe: Recipe,
+    steps: int,
+    seconds: float,
+    probe: tuple[float, float] | None,
+    log: Log,
+    engine: Engine,
 ) -> Trained:
     """Train to ``steps`` or ``seconds``; where memory is too small the micro-batch is halved, and the batch is not."""
     while True:
@@ -123,7 +136,7 @@ def _with_memory(
             recipe.train, steps=steps, max_minutes=seconds / 60, accumulate=accumulate, budgeted=True
         )
         try:
-            return engine(dataclasses.replace(recipe, train=loop), True, log)
+            return engine(dataclasses.replace(recipe, train=loop), log, probe)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not _is_memory(error):
                 raise
@@ -148,23 +161,53 @@ def _is_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
-def run_recipe(recipe: Recipe, resume: bool, log: Log) -> Trained:
-    """Train ``recipe``, of whichever kind."""
+def run_recipe(recipe: Recipe, log: Log, probe: tuple[float, float] | None) -> Trained:
+    """Train ``recipe``, of whichever kind, from its newest checkpoint."""
     if isinstance(recipe, AutoencoderRecipe | TokenizerRecipe):
-        from v2flow_cli.training.loop import train
-
-        trained = train(recipe, resume=resume, log=log)
-        return Trained(trained.steps, trained.seconds, trained.metrics)
+        return _train(recipe, log, probe)
+    if probe is not None:
+        recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, max_minutes=probe[0] / 60))
     if isinstance(recipe, FinetuneRecipe):
-        from v2flow_cli.training.objectives.drawing import finetune as train_llm
+        from v2flow_cli.training.objectives.drawing import finetune
+
+        report = finetune(recipe, log=log, resume=True)
     else:
+        from v2flow_cli.training.objectives.language_model import pretrain
+
         assert isinstance(recipe, LMRecipe)
-        from v2flow_cli.training.objectives.language_model import pretrain as train_llm
-    report = train_llm(recipe, log=log, resume=resume)
+        report = pretrain(recipe, log=log, resume=True)
     figures = {"loss": report.train_loss}
     if report.eval_loss is not None:
         figures["held-out loss"] = report.eval_loss
-    return Trained(report.steps, report.minutes * 60, figures)
+    return Trained(report.steps, report.minutes * 60, figures, report.minutes * 60 / max(1, report.steps))
+
+
+def _train(recipe: AutoencoderRecipe | TokenizerRecipe, log: Log, probe: tuple[float, float] | None) -> Trained:
+    from v2flow_cli.training.loop import train
+
+    started, ends, measured = time.monotonic(), list[float](), False
+
+    def at_step(step: int) -> None:
+        nonlocal measured
+        if probe is None or measured:
+            return
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # else the host is some steps ahead
+        ends.append(time.monotonic())
+        least, most = probe
+        # The first step compiles and warms up: it is no measure of the others.
+        enough = len(ends) > PROBE_STEPS and ends[-1] - ends[0] >= least
+        if enough or (len(ends) > 1 and ends[-1] - started >= most):
+            measured = True
+            signal.raise_signal(signal.SIGTERM)  # the loop saves, and leaves without writing a model
+
+    try:
+        done = train(recipe, resume=True, log=log, at_step=at_step)
+    except Interrupted as stop:
+        if not measured:
+            raise
+        return Trained(stop.step, ends[-1] - started, {}, (ends[-1] - ends[0]) / (len(ends) - 1))
+    return Trained(done.steps, done.seconds, done.metrics, done.seconds / max(1, done.steps))
 
 
 def _log(message: str) -> None:
