@@ -1,4 +1,5 @@
 import dataclasses
+import re
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -18,6 +19,19 @@ def test_every_recipe_validates_and_survives_a_round_trip(path, tmp_path):
     copy = tmp_path / "copy.yaml"
     copy.write_text(dump_recipe(recipe))
     assert load_recipe(copy) == recipe
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.rglob("*.yaml")), ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_a_recipe_of_a_family_says_at_its_top_how_it_differs_from_the_base(path):
+    head = " ".join(line.removeprefix("# ") for line in path.read_text().splitlines() if line.startswith("#"))
+    stated = re.search(r"As (recipes/\S+\.yaml), but for (.+?)\.(?: |$)", head)
+    family = path.parent.name == "paper" and path.stem not in ("large", "llm-llama2-7b")
+    if stated is None:
+        assert not family
+        return
+    recipe = load_recipe(path)
+    changes = [*re.split(r", (?=[a-z0-9_.]+=)", stated[2]), f"output={recipe.output}"]
+    assert load_recipe(RECIPES.parent / stated[1], changes) == recipe
 
 
 def test_overrides_win_and_keep_their_type():
