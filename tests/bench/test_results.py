@@ -95,7 +95,7 @@ def test_figures_of_a_feature_network_have_their_own_names_and_a_plane(
     options = {"with_codecs": False, "with_speed": False, "settings": parse_sweeps(["cfg=1,3"])}
     [table] = tables([run_bench({"m": tokenizer}, photos, size=32, networks=networks, **options)])
     first, second, autoencoder = table.rows
-    assert table.protocol["features"].startswith("SqueezeNet 1.1 features of features.safetensors, SHA-256")
+    assert table.protocol["features"].startswith("squeezenet1_1 features of features.safetensors, SHA-256")
     for row in (first, second, autoencoder):
         assert row["feature_distance"] > 0 and row["feature_distance_ci95"] > 0 and row["feature_frechet"] > 0
         assert row["lpips"] is row["rfid"] is None

@@ -15,7 +15,7 @@ from v2flow_cli.recipe.schema import TokenizerLoss
 from v2flow_cli.store.network_weights import JudgeWeights, weights_url
 from v2flow_cli.training import perceptual
 from v2flow_cli.training.loop import train
-from v2flow_cli.training.perceptual import BLOCKS, block_distances, load_features, load_perceptual
+from v2flow_cli.training.perceptual import BACKBONES, block_distances, load_features, load_perceptual
 from v2flow_cli.training.plan import plan
 from v2flow_cli.training.resume import check_same_recipe
 
@@ -66,7 +66,7 @@ def test_the_network_is_torchvisions_and_its_blocks_those_of_lpips(features):
             layer.load_state_dict(reference.features[int(name)].state_dict())
     for ours, theirs in zip(network.blocks(images), net(x), strict=True):
         assert torch.allclose(ours, theirs, atol=1e-5)
-    assert len(BLOCKS) == 7 and network.pooled(images).shape == (2, 512)
+    assert network.backbone.name == "squeezenet1_1" and network.pooled(images).shape == (2, 512)
 
 
 def test_equal_pictures_are_at_distance_0_and_gradients_are_finite_on_flat_ones(features):
@@ -103,7 +103,7 @@ def test_bad_files_are_told_in_a_sentence(features, tmp_path):
     with pytest.raises(ModelError, match="cannot be read as safetensors"):
         load_features(tmp_path / "damaged")
     save_file({"features.0.weight": torch.zeros(64, 3, 3, 3)}, tmp_path / "part")
-    with pytest.raises(ModelError, match=r"part: not the features of SqueezeNet 1\.1 \(.*[Mm]issing"):
+    with pytest.raises(ModelError, match=r"part: 1 weights with other .*expected the features of squeezenet1_1, vgg16"):
         load_features(tmp_path / "part")
 
 
@@ -267,3 +267,27 @@ def test_a_run_from_before_the_new_keys_resumes(world, tmp_path):
     check_same_recipe(tmp_path, old, text)
     with pytest.raises(ModelError, match="pixel_share"):
         check_same_recipe(tmp_path, old, dump_recipe(recipe(world, "tokenizer", tmp_path, "loss.pixel_share=0.5")))
+
+
+@pytest.mark.parametrize("backbone", BACKBONES[1:], ids=lambda b: b.name)
+def test_other_backbones_are_known_by_their_shapes(tmp_path, backbone):
+    with torch.device("meta"):  # drawing VGG16's classifier would take seconds
+        shapes = {name: weight.shape for name, weight in backbone.features().state_dict().items()}
+    torch.manual_seed(0)
+    weights = {f"features.{name}": 0.05 * torch.randn(shape) for name, shape in shapes.items()}
+    save_file(weights, tmp_path / "net.safetensors")
+    network = load_features(tmp_path / "net.safetensors")
+    assert network.backbone == backbone
+    a, b = pictures(1), pictures(1, seed=2)
+    assert network(a, a).item() == 0 and network(a, b).item() > 0
+    assert len(network.blocks(a)) == len(backbone.blocks)
+    small = pictures(1, side=backbone.min_size - 3)
+    assert network.pooled(small).isfinite().all()
+
+
+def test_the_smallest_pictures_fill_every_block():
+    for backbone in BACKBONES:
+        with torch.device("meta"):
+            network = perceptual.FeatureNetwork(backbone)
+            shapes = [block.shape for block in network.blocks(torch.zeros(1, 3, 5, 5))]
+        assert all(min(shape[-2:]) >= 1 for shape in shapes)

@@ -25,9 +25,10 @@ class FeatureSpace(Protocol):
 
 
 class NetworkSpace:
-    """The last five blocks of SqueezeNet 1.1, each averaged in four quarters and scaled to length 1, side by side.
+    """A backbone's last five blocks, each averaged in four quarters and scaled to length 1, side by side.
 
-    Of 264 drawings by another hand 67% had their own title's nearest among 1,393; means of whole blocks gave 62%.
+    With SqueezeNet 1.1, 67% of 264 drawings by another hand had their own title's nearest among 1,393; means of whole
+    blocks gave 62%.
     """
 
     def __init__(self, network: FeatureNetwork, device: torch.device | str = "cpu") -> None:
@@ -70,7 +71,7 @@ class ClipSpace:
 
 
 def load_space(features: str, device: torch.device | str = "cpu") -> FeatureSpace:
-    """The space of a safetensors file of SqueezeNet 1.1's features, or of a CLIP model by folder or hub id.
+    """The space of a safetensors file of a backbone's features, or of a CLIP model by folder or hub id.
 
     Raises:  ModelError for anything else.
     """

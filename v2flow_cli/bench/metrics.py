@@ -19,7 +19,7 @@ from v2flow_cli.bench.candidates import Batch
 from v2flow_cli.bench.codebook_use import CodebookFigures, bits_per_pixel
 from v2flow_cli.bench.codec_speed import Speed
 from v2flow_cli.bench.networks import MetricNetworks
-from v2flow_cli.bench.perceptual import FEATURE_VECTOR, Features, FrechetDistance, Inception
+from v2flow_cli.bench.perceptual import Features, FrechetDistance, Inception
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class FeatureFrechet:
     """Frechet distance of reconstructions to their references in the features of ``--features``; it is no FID."""
 
     def __init__(self, features: Features) -> None:
-        self._features, self._distance = features, FrechetDistance(FEATURE_VECTOR)
+        self._features, self._distance = features, FrechetDistance(features.width)
 
     def add(self, batch: Batch, pictures: Tensor) -> None:
         if "features" not in batch.features:

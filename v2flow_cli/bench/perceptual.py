@@ -17,7 +17,6 @@ from v2flow_cli.store.network_weights import INCEPTION, JudgeWeights
 from v2flow_cli.training import perceptual
 
 FEATURES = 2048  # of Inception's last pooling
-FEATURE_VECTOR = 512  # of SqueezeNet's last block
 
 
 class Lpips:
@@ -47,8 +46,8 @@ class Features:
         self._device = torch.device(device)
         self._model = perceptual.load_features(file).to(self._device)
         self.definition = (
-            f"{self._model.definition}, 8-bit images; distance: squared difference of unit features of seven blocks, "
-            "mean over blocks; Frechet distance: means of the last block"
+            f"{self._model.definition}, 8-bit images; distance: squared difference of unit features, mean over the "
+            "blocks of LPIPS; Frechet distance: means of the last block"
         )
 
     def __call__(self, reference: Tensor, images: Tensor) -> Tensor:
@@ -56,8 +55,13 @@ class Features:
         with torch.inference_mode():
             return self._model(*(as_floats(x, self._device) for x in (reference, images))).cpu()
 
+    @property
+    def width(self) -> int:
+        """C of ``vectors``."""
+        return self.vectors(torch.zeros(1, 64, 64, 3, dtype=torch.uint8)).shape[1]
+
     def vectors(self, images: Tensor) -> Tensor:
-        """(B, 512) float32 on the CPU."""
+        """(B, C) float32 on the CPU."""
         with torch.inference_mode():
             return self._model.pooled(as_floats(images, self._device)).cpu()
 

@@ -24,7 +24,7 @@ def draw(
     features: Annotated[
         str,
         typer.Option(
-            metavar="FILE|MODEL", help="SqueezeNet 1.1's features (.safetensors), or a CLIP folder or hub id."
+            metavar="FILE|MODEL", help="SqueezeNet 1.1, VGG16 or AlexNet (.safetensors), or a CLIP folder or hub id."
         ),
     ],
     prompts: Annotated[

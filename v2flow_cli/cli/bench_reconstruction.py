@@ -71,7 +71,7 @@ def reconstruction(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Feature and Frechet distance by SqueezeNet 1.1's features (.safetensors). Default: none.",
+            help="Feature distances by SqueezeNet 1.1, VGG16 or AlexNet (.safetensors). Default: none.",
         ),
     ] = None,
     weights: Annotated[

@@ -293,7 +293,7 @@ class TokenizerLoss:
     perceptual: float = 0.0  # distance to the photo in the features of a network, see ``features``
     pixel_share: float = 1.0  # share of each batch's images that are drawn for pixels, ssim and perceptual
     pictures: Literal["one_step", "sampling"] = "one_step"  # how: one step without noise, or by the sampling section
-    features: str = ""  # of perceptual: a safetensors file of SqueezeNet 1.1's features, or "lpips" (VGG)
+    features: str = ""  # of perceptual: a safetensors file (SqueezeNet 1.1, VGG16 or AlexNet), or "lpips" (VGG)
 
     @property
     def draws(self) -> bool:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,12 +27,32 @@ from v2flow_cli.store.network_weights import JudgeWeights, weights_url
 
 LPIPS, LPIPS_NET = "lpips", "vgg"  # as a recipe names it; the backbone that is usual for training
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, pixels in [0, 1]
-BLOCKS = (1, 4, 7, 9, 10, 11, 12)  # layers of SqueezeNet 1.1 whose outputs LPIPS compares
-MIN_SIZE = 17  # pixels a side, to which smaller images are enlarged: less leaves the last blocks empty
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A network of torchvision: its name there, and the layers of its ``features`` whose outputs LPIPS compares.
+
+    min_size: pixels a side, to which smaller images are enlarged; less leaves the last block empty.
+    """
+
+    name: str
+    blocks: tuple[int, ...]
+    min_size: int
+
+    def features(self) -> nn.Module:
+        """Its convolutional part with random weights."""
+        with extra("metrics", "torchvision", "a network's features as a loss"):
+            from torchvision import models
+        return getattr(models, self.name)(weights=None).features
+
+
+SQUEEZENET = Backbone("squeezenet1_1", (1, 4, 7, 9, 10, 11, 12), 17)
+BACKBONES = (SQUEEZENET, Backbone("vgg16", (3, 8, 15, 22, 29), 16), Backbone("alexnet", (1, 4, 7, 9, 11), 31))
 
 
 class FeatureNetwork(nn.Module):
-    """The convolutional part of SqueezeNet 1.1; ``forward`` is the distance of two pictures in its seven blocks.
+    """The convolutional part of a backbone; ``forward`` is the distance of two pictures in its blocks.
 
     The distance of a block is the squared difference of its features, each position's normalised to length 1, summed
     over channels and averaged over positions; that of a picture is the mean over blocks, from 0 to 4. LPIPS
@@ -40,30 +62,31 @@ class FeatureNetwork(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self) -> None:
-        with extra("metrics", "torchvision", "a network's features as a loss"):
-            from torchvision.models import squeezenet1_1
+    def __init__(self, backbone: Backbone = SQUEEZENET, features: nn.Module | None = None) -> None:
+        """``features``: the backbone's, with weights; random ones by default."""
         super().__init__()
-        self.features = squeezenet1_1(weights=None).features
+        self.backbone = backbone
+        self.features: Any = backbone.features() if features is None else features
         self.register_buffer("mean", torch.tensor(MEAN)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(STD)[:, None, None], persistent=False)
-        self.definition = "SqueezeNet 1.1 with random weights"
+        self.definition = f"{backbone.name} with random weights"
 
     def blocks(self, images: Tensor) -> list[Tensor]:
-        """The outputs (B, C, h, w), float32, of the seven blocks for images (B, 3, H, W) in [-1, 1]."""
+        """The outputs (B, C, h, w), float32, of the blocks for images (B, 3, H, W) in [-1, 1]."""
         outputs = []
         with without_autocast(images):
             x = ((images.float() + 1) / 2 - self.mean) / self.std
-            if min(x.shape[-2:]) < MIN_SIZE:
-                x = F.interpolate(x, [max(side, MIN_SIZE) for side in x.shape[-2:]], mode="bilinear")
-            for number, layer in enumerate(self.features):
+            least = self.backbone.min_size
+            if min(x.shape[-2:]) < least:
+                x = F.interpolate(x, [max(side, least) for side in x.shape[-2:]], mode="bilinear")
+            for number, layer in enumerate(self.features[: self.backbone.blocks[-1] + 1]):
                 x = layer(x)
-                if number in BLOCKS:
+                if number in self.backbone.blocks:
                     outputs.append(x)
         return outputs
 
     def pooled(self, images: Tensor) -> Tensor:
-        """One vector (B, 512) an image: the last block, averaged over positions."""
+        """One vector (B, C) an image: the last block, averaged over positions."""
         return self.blocks(images)[-1].mean((2, 3))
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
@@ -117,24 +140,31 @@ class Lpips(nn.Module):
 def load_features(path: str | Path) -> FeatureNetwork:
     """The network of a safetensors file with torchvision's names, with or without ``features.`` before them.
 
+    Which of ``BACKBONES`` it is follows from the names and shapes.
+
     Raises:  ModelError for a file that is missing, damaged, or holds another network.
     """
     path = Path(path)
     if not path.is_file():
-        raise ModelError(f"{path}: no such file; expected weights of SqueezeNet 1.1's features (.safetensors).")
+        raise ModelError(f"{path}: no such file; expected weights of a backbone's features (.safetensors).")
     try:
         weights = load_file(path)
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{path}: cannot be read as safetensors ({error}).") from None
-    with torch.device("cpu"), torch.random.fork_rng(devices=[]):  # first values, which are replaced
-        network = FeatureNetwork()
-    found = {name.removeprefix("features."): w for name, w in weights.items() if not name.startswith("classifier.")}
-    try:
-        network.features.load_state_dict(found)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split()).partition(": ")[2][:160]
-        raise ModelError(f"{path}: not the features of SqueezeNet 1.1 ({reason}).") from None
-    network.definition = f"SqueezeNet 1.1 features of {path.name}, SHA-256 {sha256_of(path)[:12]}"
+    found = {n.removeprefix("features."): w.float() for n, w in weights.items() if not n.startswith("classifier.")}
+    shapes = {name: weight.shape for name, weight in found.items()}
+    for backbone in BACKBONES:
+        with torch.device("meta"):  # no first values are drawn, which would be replaced
+            features = backbone.features()
+        if shapes == {name: weight.shape for name, weight in features.state_dict().items()}:
+            break
+    else:
+        names = ", ".join(backbone.name for backbone in BACKBONES)
+        raise ModelError(f"{path}: {len(found)} weights with other names or shapes; expected the features of {names}.")
+    features.load_state_dict(found, assign=True)
+    with torch.device("cpu"):
+        network = FeatureNetwork(backbone, features)
+    network.definition = f"{backbone.name} features of {path.name}, SHA-256 {sha256_of(path)[:12]}"
     return network.eval().requires_grad_(False)
 
 
