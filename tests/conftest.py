@@ -6,11 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 from v2flow_cli.assets import sample_photos
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 torch.set_num_threads(min(2, torch.get_num_threads()))
+settings.register_profile("v2flow", deadline=None)  # no test asserts a time
+settings.load_profile("v2flow")
 
 
 def build_tiny_tokenizer():

@@ -15,7 +15,7 @@ _AT_LEAST_1 = (
     "hidden_size image_size intermediate_size keep_checkpoints latent_channels log_every max_caption_tokens "
     "max_positions max_tokens num_flow_steps num_heads num_kv_heads num_layers num_mask_steps patch_size rank repeats "
     "shuffle_shards shuffle_window steps vocab_size"
-).split()
+)
 _SHARES = "error_budget label_share mask_ratio_min max_scale min_scale pixel_share share token_noise top_p usage_floor"
 _SHARES_BELOW_1 = (
     "betas caption_dropout dropout ema_decay guidance_dropout held_out_share image_to_text_share usage_decay"
@@ -27,9 +27,9 @@ _ANY = "apg_momentum apg_parallel"
 _Range = tuple[float, float, bool, bool, str]
 _DEFAULT: _Range = (0, LARGEST, True, True, "a number from 0 up")
 _RANGES: dict[str, _Range] = {
-    **dict.fromkeys(_AT_LEAST_1, (1, LARGEST, True, True, "at least 1")),
-    **dict.fromkeys(_SHARES, (0, 1, True, True, "a share in [0, 1]")),
-    **dict.fromkeys(_SHARES_BELOW_1, (0, 1, True, False, "a share in [0, 1)")),
+    **dict.fromkeys(_AT_LEAST_1.split(), (1, LARGEST, True, True, "at least 1")),
+    **dict.fromkeys(_SHARES.split(), (0, 1, True, True, "a share in [0, 1]")),
+    **dict.fromkeys(_SHARES_BELOW_1.split(), (0, 1, True, False, "a share in [0, 1)")),
     **dict.fromkeys(_ABOVE_0.split(), (0, LARGEST, False, True, "a number above 0")),
     **dict.fromkeys(_ANY.split(), (-LARGEST, LARGEST, True, True, "a finite number")),
     "seed": (0, LARGEST_SEED, True, True, f"a whole number from 0 to {LARGEST_SEED}"),
