@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -171,3 +172,16 @@ def test_it_is_compiled_for_a_gpu_alone(world, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "_compile", compiled.append)
     train(recipe(world, "autoencoder", tmp_path / "a", "train.steps=1"), resume=False, log=quiet)
     assert not compiled
+
+
+@pytest.mark.parametrize("name", ["tokenizer_256", "tokenizer_decoder"])
+def test_the_forward_pass_runs_under_the_autocast_rules_of_cuda(name):
+    """On tensors without data: their devices and types are checked, and a number read back would raise."""
+    made = load_recipe(RECIPES / "default" / f"{name}.yaml", TINY)
+    with FakeTensorMode(), torch.device("cuda"):
+        objective = TokenizerObjective(made, V2FlowTokenizer(build_config(made, AUTOENCODER, (80, 16)))).train()
+        inputs = {"images": torch.rand(4, 3, 64, 64)}
+    planned = objective.plan(7, inputs, random.Random(0), coarse=True)
+    with inputs["images"].fake_mode, torch.autocast("cuda", torch.bfloat16):
+        terms = objective(**inputs, **planned)
+    assert {(term.device.type, term.dtype) for term in terms.values()} == {("cuda", torch.float32)}
