@@ -24,6 +24,10 @@ class DataError(V2FlowError):
     """Images, captions or shards that are missing, unreadable or unsafe."""
 
 
+class UnwritableName(DataError):
+    """A file whose name the file system does not take; others can be written beside it."""
+
+
 class TokenFileError(V2FlowError):
     """A token file or manifest that cannot be read, or does not belong to the tokenizer at hand."""
 

@@ -16,6 +16,7 @@ from v2flow_cli.llm.loss import labelled_losses
 from v2flow_cli.llm.pairs import encode_photos
 from v2flow_cli.llm.sample import DrawingLM
 from v2flow_cli.llm.sequences import caption_ids, collate, sample
+from v2flow_cli.store.not_taken import NotTaken
 from v2flow_cli.store.stream import SampleStream
 from v2flow_cli.store.token_file import TokenSample
 from v2flow_cli.store.token_sets import is_token_set, token_samples, token_set_manifest
@@ -40,18 +41,29 @@ class LLMFigures:
 
 
 def read_captioned(
-    sources: Sequence[str], tokenizer: V2FlowTokenizer, length: int, limit: int | None, tick: Callable[[int], None]
+    sources: Sequence[str],
+    tokenizer: V2FlowTokenizer,
+    length: int,
+    limit: int | None,
+    tick: Callable[[int], None],
+    not_taken: NotTaken | None = None,
 ) -> list[TokenSample]:
     """The captioned images of token sets (what ``encode`` wrote), tars or folders; photos are encoded at ``length``.
 
+    What else lies there, images without a caption above all, goes to ``not_taken``.
     Raises:  DataError where fewer than two images have a caption, or a photo cannot be read; TokenFileError for
              tokens of another tokenizer.
     """
-    captioned = (pair for source in sources for pair in _read(source, tokenizer, length) if pair.captions)
-    pairs = []
-    for pair in itertools.islice(captioned, limit):
+    left = NotTaken() if not_taken is None else not_taken
+    pairs: list[TokenSample] = []
+    for pair in (pair for source in sources for pair in _read(source, tokenizer, length, left)):
+        if not pair.captions:
+            left.add(pair.key, "images", "they have no caption")
+            continue
         pairs.append(pair)
         tick(1)
+        if len(pairs) == limit:
+            break
     if len(pairs) < 2:
         raise DataError(
             f"{', '.join(sources)}: {len(pairs)} captioned images; expected at least 2. Captions are KEY.txt beside "
@@ -60,7 +72,7 @@ def read_captioned(
     return pairs
 
 
-def _read(source: str, tokenizer: V2FlowTokenizer, length: int) -> Iterator[TokenSample]:
+def _read(source: str, tokenizer: V2FlowTokenizer, length: int, not_taken: NotTaken) -> Iterator[TokenSample]:
     if is_token_set(source):
         manifest = token_set_manifest(source)
         manifest.check_tokenizer(tokenizer.token_digest, source)
@@ -71,10 +83,14 @@ def _read(source: str, tokenizer: V2FlowTokenizer, length: int) -> Iterator[Toke
             )
         yield from token_samples(source)
         return
-    photos = SampleStream([source], seed=0).epoch()
+    stream = SampleStream([source], seed=0)
+    photos = stream.epoch()
     while batch := list(itertools.islice(photos, 8)):
         for photo, token_ids in zip(batch, encode_photos(tokenizer, batch, length)):
             yield TokenSample(photo.key, photo.captions, token_ids)
+    not_taken.merge(stream.not_taken)
+    for failure in stream.failures:
+        not_taken.add(failure.name, "samples", failure.reason)
 
 
 def measure_llm(

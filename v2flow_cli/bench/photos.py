@@ -10,26 +10,27 @@ from PIL import Image
 
 from v2flow_cli.errors import DataError
 from v2flow_cli.jobs.encode import Failure
-from v2flow_cli.store.images import SUFFIXES, expand_input, find_images, open_image
-from v2flow_cli.store.shards import find_shards, iterate_shard
+from v2flow_cli.store.find import find_inputs
+from v2flow_cli.store.images import open_image
+from v2flow_cli.store.not_taken import NotTaken
+from v2flow_cli.store.shards import iterate_shard
 
 
 class PhotoReader:
     """Iterates over (name, RGB image), no name twice; bad ones are skipped and listed in ``failed``.
+
+    ``not_taken`` is what else the inputs hold.
 
     Raises:  DataError at once for an input that is missing or holds neither images nor tars.
     """
 
     def __init__(self, inputs: Sequence[str]) -> None:
         self.failed: list[Failure] = []  # filled while iterating
-        self._images: list[tuple[str, Path]] = []
-        self._shards: list[Path] = []
-        for given in inputs:
-            suffixes = {path.suffix.lower() for path in expand_input(given)[1]}
-            if ".tar" in suffixes:
-                self._shards += find_shards([given])
-            if suffixes & SUFFIXES or ".tar" not in suffixes:
-                self._images += [(file.key, file.path) for file in find_images([given])]
+        self._listed = NotTaken()
+        found = find_inputs(inputs, not_taken=self._listed)
+        self.not_taken = self._listed
+        self._images = [(file.key, file.path) for file in found.images]
+        self._shards = [file.path for file in found.tars]
 
     @property
     def count(self) -> int | None:
@@ -37,6 +38,8 @@ class PhotoReader:
         return None if self._shards else len(self._images)
 
     def __iter__(self) -> Iterator[tuple[str, Image.Image]]:
+        self.failed[:] = self._listed.lost  # and nothing of an earlier pass
+        self.not_taken = NotTaken(dict(self._listed.groups))
         seen: Counter[str] = Counter()
         for key, name, source in self._sources():
             try:
@@ -52,7 +55,7 @@ class PhotoReader:
             yield key, str(path), path
         for shard in self._shards:
             try:
-                for key, content, _ in iterate_shard(shard):
+                for key, content, _ in iterate_shard(shard, self.failed, self.not_taken):
                     yield key, f"{shard}/{key}", content
-            except DataError as error:  # damaged: what was read of it counts
+            except DataError as error:
                 self.failed.append(Failure(str(shard), str(error).removeprefix(f"{shard}: ")))

@@ -15,8 +15,11 @@ from PIL import Image, ImageOps
 
 from v2flow_cli.bench.prompts import COLOURS, phrase_of, without_colour
 from v2flow_cli.errors import DataError
-from v2flow_cli.store.images import SUFFIXES, expand_input, find_images, open_image, read_bytes
-from v2flow_cli.store.shards import find_shards, index_shard, open_shard, read_captions, read_member
+from v2flow_cli.store.captions import read_captions
+from v2flow_cli.store.find import find_inputs
+from v2flow_cli.store.images import open_image, read_bytes
+from v2flow_cli.store.shard_index import read_member
+from v2flow_cli.store.shards import index_shard, open_shard
 
 TEXTS: tuple[str, ...] = ("json", "txt")  # suffixes of what lies beside a picture
 MARGIN = 0.1  # of its longest side, around a cut-out: a drawing's ground is found by its border
@@ -68,22 +71,20 @@ def read_references(sources: Sequence[str]) -> list[Reference]:
 
 def _samples(source: str) -> Iterator[tuple[str, bytes, dict, tuple[str, ...]]]:
     """(key, bytes of the picture, JSON record, lines of the text) of every picture."""
-    suffixes = {path.suffix.lower() for path in expand_input(source)[1]}
-    if ".tar" in suffixes:
-        for shard in find_shards([source]):
-            index = index_shard(shard)
-            for failure in index.failures:
-                raise DataError(f"{failure.name}: {failure.reason}")
-            with open_shard(shard) as file:
-                for sample in index.samples:
-                    if sample.image is not None:
-                        texts = {e: read_member(file, sample.members[e]) for e in TEXTS if e in sample.members}
-                        yield sample.key, read_member(file, sample.members[sample.image]), *_texts(texts)
-    if suffixes & SUFFIXES or ".tar" not in suffixes:
-        for image in find_images([source]):
-            beside = {e: image.path.with_suffix(f".{e}") for e in TEXTS}
-            texts = {e: read_bytes(path) for e, path in beside.items() if path.is_file()}
-            yield image.key, read_bytes(image.path), *_texts(texts)
+    found = find_inputs([source])
+    for shard in (tar.path for tar in found.tars):
+        index = index_shard(shard)
+        for failure in index.failures:
+            raise DataError(f"{failure.name}: {failure.reason}")
+        with open_shard(shard) as file:
+            for sample in index.samples:
+                if sample.image is not None:
+                    texts = {e: read_member(file, sample.members[e]) for e in TEXTS if e in sample.members}
+                    yield sample.key, read_member(file, sample.members[sample.image]), *_texts(texts)
+    for image in found.images:
+        beside = {e: image.path.with_suffix(f".{e}") for e in TEXTS}
+        texts = {e: read_bytes(path) for e, path in beside.items() if path.is_file()}
+        yield image.key, read_bytes(image.path), *_texts(texts)
 
 
 def _texts(texts: dict[str, bytes]) -> tuple[dict, tuple[str, ...]]:

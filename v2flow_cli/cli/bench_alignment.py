@@ -43,7 +43,7 @@ def alignment(
     from v2flow_cli.tokenizer import V2FlowTokenizer
 
     target = pick_device(device)
-    alignments, failed, words = [], [], None
+    alignments, failed, words, reader = [], [], None, None
     for name in model or (None,):
         tokenizer = V2FlowTokenizer.from_pretrained(name).to(target)
         words = word_table(tokenizer) if words is None else words
@@ -70,6 +70,8 @@ def alignment(
         if plot:
             result(f"wrote {plot}")
     for failure in failed:
-        log(f"left out: {failure.source}: {failure.reason}")
+        log(f"left out: {failure.name}: {failure.reason}")
+    if reader is not None:
+        reader.not_taken.log(log)
     if failed:
         fail(f"{len(failed)} of the images could not be read; the figures are of the other ones.")

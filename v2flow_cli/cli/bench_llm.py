@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from v2flow_cli.cli import options
-from v2flow_cli.cli.console import progress, result, result_json
+from v2flow_cli.cli.console import log, progress, result, result_json
 
 
 def llm(
@@ -45,19 +45,22 @@ def llm(
     from v2flow_cli.jobs.generate import check_pair
     from v2flow_cli.llm.sample import DrawingLM
     from v2flow_cli.runtime.device import pick_device, pick_dtype
+    from v2flow_cli.store.not_taken import NotTaken
     from v2flow_cli.tokenizer import V2FlowTokenizer
 
-    target = pick_device(device)
+    not_taken, target = NotTaken(), pick_device(device)
     tokenizer = V2FlowTokenizer.from_pretrained(model[0] if model else None).to(target)
     drawing_lm = DrawingLM.from_pretrained(llm_model, target, pick_dtype(dtype, target))
     check_pair(drawing_lm, tokenizer)
     with progress("read", None) as tick:
-        pairs = read_captioned(sources, tokenizer, drawing_lm.vocabulary.tokens_per_image, limit, tick)
+        length = drawing_lm.vocabulary.tokens_per_image
+        pairs = read_captioned(sources, tokenizer, length, limit, tick, not_taken)
+    not_taken.log(log)
     with progress("bench llm", 3 * len(pairs)) as tick:
         figures = measure_llm(drawing_lm, pairs, batch_size=batch_size, seed=seed, tick=tick)
     if json_:
         digests = {"llm_digest": drawing_lm.digest, "tokenizer_digest": tokenizer.token_digest}
-        result_json(dataclasses.asdict(figures) | digests)
+        result_json(dataclasses.asdict(figures) | digests | {"not_taken": not_taken.as_json()})
         return
     trained = figures.unigram_trained
     codes = drawing_lm.vocabulary.codebook_size

@@ -192,7 +192,7 @@ def reconstruction(
             command="v2flow bench",
             help_seconds=seconds_of_help,
             notes=notes,
-            failed=[f"{f.source}: {f.reason}" for f in failed],
+            failed=[f"{f.name}: {f.reason}" for f in failed],
         )
         write_report(page, report)
     if json_:
@@ -203,7 +203,8 @@ def reconstruction(
                 "report": str(report) if report else None,
                 "csv": str(csv) if csv else None,
                 "images_csv": str(images_csv) if images_csv else None,
-                "failed": [{"source": f.source, "reason": f.reason} for f in failed],
+                "failed": [{"source": f.name, "reason": f.reason} for f in failed],
+                "not_taken": reader.not_taken.as_json() if reader is not None else [],
             }
         )
     else:
@@ -216,6 +217,8 @@ def reconstruction(
     for note in dict.fromkeys(notes):
         log(f"note: {note}")
     for failure in failed:
-        log(f"left out: {failure.source}: {failure.reason}")
+        log(f"left out: {failure.name}: {failure.reason}")
+    if reader is not None:
+        reader.not_taken.log(log)
     if failed:
         fail(f"{len(failed)} of the images could not be measured; the figures are of the other ones.")

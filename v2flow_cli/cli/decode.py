@@ -17,7 +17,9 @@ def decode(
         list[str],
         typer.Argument(help="Token files (.npy), folders that encode wrote, or globs.", show_default=False),
     ],
-    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the PNG files.")] = Path("decoded"),
+    out: Annotated[
+        Path, typer.Option("-o", "--out", help="Folder for the PNG files; or FILE.png for one image.")
+    ] = Path("decoded"),
     model: options.Tokenizer = None,
     decoder: options.Decoder = None,
     cfg: options.Cfg = None,
@@ -46,9 +48,13 @@ def decode(
 
         v2flow decode tokens/ -o decoded-heun/ --solver heun --seed 7 --force
     """
-    from v2flow_cli.store.images import find_files
+    from v2flow_cli.store.find import find_files
+    from v2flow_cli.store.not_taken import NotTaken
+    from v2flow_cli.store.paths import output_folder, user_path
 
-    files = find_files([_folder_of(given) for given in tokens], {".npy"}, "token files")
+    not_taken = NotTaken()
+    out = user_path(out) if out.suffix.lower() == ".png" else output_folder(out)
+    files = find_files([_folder_of(given) for given in tokens], {".npy"}, "token files", not_taken=not_taken)
 
     from v2flow_cli.jobs.decode import decode_files, open_token_files
     from v2flow_cli.runtime.device import pick_device, pick_dtype
@@ -57,6 +63,7 @@ def decode(
     target = pick_device(device)
     tokenizer = V2FlowTokenizer.from_pretrained(model, decoder=decoder).to(target)
     opened, report = open_token_files(tokenizer, files, out, force=force)
+    report.failures += not_taken.lost
     if report.without_manifest:
         log(f"{report.without_manifest} token files without manifest: taken for ids of {tokenizer.token_digest}")
     start = time.perf_counter()
@@ -84,13 +91,15 @@ def decode(
                 "decoder": tokenizer.decoder_name,
                 "seed": seed,
                 "seconds": seconds,
-                "failed": [{"source": f.source, "reason": f.reason} for f in report.failures],
+                "failed": [{"source": f.name, "reason": f.reason} for f in report.failures],
+                "not_taken": not_taken.as_json(),
             }
         )
     else:
         result(f"{out}: {len(report.images)} images")
     for failure in report.failures:
-        log(f"left out: {failure.source}: {failure.reason}")
+        log(f"left out: {failure.name}: {failure.reason}")
+    not_taken.log(log)
     if report.failures:
         fail(f"{len(report.failures)} of {len(files)} token files could not be decoded.")
 

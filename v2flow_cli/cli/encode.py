@@ -81,7 +81,9 @@ def encode(
         torchrun --nproc-per-node 8 -m v2flow_cli.cli.app encode shards/ -o shard-tokens/
     """
     from v2flow_cli.errors import DataError
-    from v2flow_cli.store.images import SUFFIXES, expand_input, find_images
+    from v2flow_cli.store.find import find_inputs
+    from v2flow_cli.store.not_taken import NotTaken
+    from v2flow_cli.store.paths import output_folder
 
     if parquet:
         from v2flow_cli.store.token_parquet import require_parquet
@@ -89,10 +91,11 @@ def encode(
         require_parquet()
     if tokens is not None and max_error is not None:
         raise DataError("--tokens and --max-error: give one of them; the second chooses the number by itself.")
-    kinds = {_kind(expand_input(given)[1], SUFFIXES, given) for given in inputs}
-    if len(kinds) > 1:
+    out, not_taken = output_folder(out), NotTaken()
+    found = find_inputs(inputs, not_taken=not_taken, exclude=out)
+    if found.tars and found.images:
         raise DataError(f"{' '.join(inputs)}: holds both images and tars. Encode them one kind at a time.")
-    tars = kinds == {"tars"}
+    tars = bool(found.tars)
     if max_minutes and not tars:
         raise DataError("--max-minutes: a limit between tars; these are image files. Pack them with `v2flow shard`.")
 
@@ -101,10 +104,9 @@ def encode(
     from v2flow_cli.runtime.device import pick_device, pick_dtype
     from v2flow_cli.runtime.processes import launch
     from v2flow_cli.store.failures import over_budget
-    from v2flow_cli.store.shards import find_shard_files
     from v2flow_cli.tokenizer import V2FlowTokenizer
 
-    files = find_shard_files(inputs) if tars else find_images(inputs)
+    files = found.tars or found.images
     target = pick_device(device)
     tokenizer = V2FlowTokenizer.from_pretrained(model).to(target)
     encoder = SetEncoder(
@@ -127,9 +129,10 @@ def encode(
                 verify=verify.value,
                 ranks=ranks,
                 max_minutes=max_minutes,
+                not_taken=not_taken,
             )
         else:
-            report = encode_files(encoder, files, out, force=force, tick=tick, ranks=ranks)
+            report = encode_files(encoder, files, out, force=force, tick=tick, ranks=ranks, not_taken=not_taken)
         if ranks.rank:
             return  # the first one speaks for all
     tables = []
@@ -157,7 +160,9 @@ def encode(
                 "tokenizer_digest": manifest.tokenizer_digest,
                 "parquet": [str(path) for path in tables],
                 "seconds": seconds,
+                "without_caption": report.images - report.captioned,
                 "failed": failures_json(report.failures),
+                "not_taken": report.not_taken.as_json(),
             }
         )
     else:
@@ -177,20 +182,11 @@ def encode(
         log(f"{report.short} images have less than {max_error:g} dB even with all their tokens, which were kept")
     for failure in report.failures:
         log(f"left out: {failure.name}: {failure.reason}")
+    report.not_taken.log(log)
+    if 0 < report.captioned < report.images:
+        log(f"{report.images - report.captioned:,} of {report.images:,} images have no caption")
     if over_budget(report.failures, report.good, error_budget):
         fail(
             f"{len(report.failures)} of the inputs could not be encoded, which is over the error budget of "
             f"{error_budget:.2%}; the rest is in {out}."
         )
-
-
-def _kind(paths: list[Path], suffixes: frozenset[str], given: str) -> str:
-    """``tars`` or ``images``: what one input holds."""
-    from v2flow_cli.errors import DataError
-
-    found = {p.suffix.lower() for p in paths}
-    if ".tar" not in found:
-        return "images"
-    if found & suffixes:
-        raise DataError(f"{given}: holds both images and tars. Encode them one kind at a time.")
-    return "tars"

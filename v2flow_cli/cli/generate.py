@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import time
 from collections.abc import Sequence
@@ -103,9 +104,15 @@ def generate(
         write_png,
     )
     from v2flow_cli.store.files import check_absent
+    from v2flow_cli.store.paths import names_a_picture, output_folder, user_path
 
     pictures = plan_pictures(read_prompts(prompts) if prompts else prompt or [], seeds, temperatures)
     grids = sorted({p.group for p in pictures}) if len(temperatures) > 1 else []
+    if names_a_picture(out, len(pictures)):
+        pictures = [dataclasses.replace(pictures[0], name=out.stem, group=out.stem)]
+        out = user_path(out).parent
+    else:
+        out = output_folder(out)
     suffixes = [".png", ".npy"] if save_tokens else [".png"]
     if not prompts:
         names = [p.name for p in pictures]
@@ -221,11 +228,11 @@ def _models(
 
 def read_prompts(path: Path) -> list[str]:
     """The lines of a file that are not blank.  Raises: DataError for one that cannot be read or has none."""
-    try:
-        text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"--prompts {path}: cannot be read as UTF-8 text ({error}).") from None
-    lines = [" ".join(line.split()) for line in text.splitlines() if line.strip()]
+    from v2flow_cli.store.paths import user_path
+    from v2flow_cli.store.text import decode_text, lines_of, one_line, read_text
+
+    text = decode_text(sys.stdin.buffer.read(), "--prompts -") if str(path) == "-" else read_text(user_path(path))
+    lines = [one_line(line) for line in lines_of(text) if line.strip()]
     if not lines:
         raise DataError(f"--prompts {path}: no prompt in it; expected one a line.")
     return lines

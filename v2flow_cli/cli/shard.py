@@ -18,7 +18,7 @@ class Check(str, Enum):
 
 def shard(
     source: Annotated[
-        Path, typer.Argument(metavar="SRC", help="Folder of images, or of tars, searched recursively; or one tar.")
+        str, typer.Argument(metavar="SRC", help="Folder of images, or of tars, searched recursively; or one tar.")
     ],
     out: Annotated[
         Path | None, typer.Option("-o", "--out", help="Folder for the tars and their manifest.", show_default=False)
@@ -27,7 +27,7 @@ def shard(
         str,
         typer.Option(
             metavar="sidecars|classes|FILE",
-            help="sidecars: KEY.txt, a caption a line. classes: 'a photo of FOLDER'. FILE: .csv or .jsonl "
+            help="sidecars: KEY.txt, a caption a line. classes: 'a photo of FOLDER'. FILE: .csv, .tsv or .jsonl "
             "with columns file and caption; only the images it lists are taken. Tars bring their own.",
         ),
     ] = "sidecars",
@@ -73,38 +73,43 @@ def shard(
 
     from v2flow_cli.errors import DataError
     from v2flow_cli.jobs import shard_sources
-    from v2flow_cli.jobs.shard import ShardReport, write_shards
+    from v2flow_cli.jobs.shard import write_shards
+    from v2flow_cli.jobs.shard_staging import ShardReport
     from v2flow_cli.store.failures import over_budget
-    from v2flow_cli.store.images import SUFFIXES, expand_input
-    from v2flow_cli.store.paths import check_apart
+    from v2flow_cli.store.find import find_inputs
+    from v2flow_cli.store.not_taken import NotTaken
+    from v2flow_cli.store.paths import check_apart, output_folder, user_path
+    from v2flow_cli.store.tables import TABLE_SUFFIXES, read_class_names
 
-    report = ShardReport()
+    out = output_folder(out)
     check_apart(out, [source])
-    suffixes = {p.suffix.lower() for p in expand_input(str(source))[1]} if source.exists() else set()
-    tars = ".tar" in suffixes
-    if not source.is_dir() and not tars:
-        raise DataError(f"{source}: not a folder or a tar. Give a folder of images, or of tars.")
-    if tars and suffixes & SUFFIXES:
+    report, not_taken = ShardReport(), NotTaken()
+    found = find_inputs([source], exclude=out)
+    if found.tars and found.images:
         raise DataError(f"{source}: holds both images and tars. Pack them one kind at a time.")
-    if tars and captions != "sidecars":
+    if found.images and not user_path(source).is_dir():
+        raise DataError(f"{source}: not a folder or a tar. Give a folder of images, or of tars.")
+    if found.tars and captions != "sidecars":
         raise typer.BadParameter(
             f"{captions}: {source} holds tars, which bring their captions", param_hint="--captions"
         )
     if class_names is not None and captions != "classes":
         raise typer.BadParameter("needs --captions classes", param_hint="--class-names")
-    if tars:
-        sources = shard_sources.sources_from_tars(source, report.failures)
+    folder, search = user_path(source), {"not_taken": not_taken, "exclude": out}
+    if found.tars:
+        sources = shard_sources.sources_from_tars(source, report.failures, **search)
     elif captions == "sidecars":
-        sources = shard_sources.sources_from_sidecars(source)
+        sources = shard_sources.sources_from_sidecars(folder, **search)
     elif captions == "classes":
-        names = shard_sources.read_class_names(class_names) if class_names else None
-        sources = shard_sources.sources_from_classes(source, names)
-    elif Path(captions).suffix.lower() in (".csv", ".jsonl"):
-        sources = shard_sources.sources_from_table(source, Path(captions), report.failures)
+        names = read_class_names(user_path(class_names)) if class_names else None
+        sources = shard_sources.sources_from_classes(folder, names, **search)
+    elif Path(captions).suffix.lower() in TABLE_SUFFIXES:
+        sources = shard_sources.sources_from_table(folder, user_path(captions), report.failures, **search)
     else:
         raise typer.BadParameter(
-            f"{captions}: expected sidecars, classes, or a .csv or .jsonl file", param_hint="--captions"
+            f"{captions}: expected sidecars, classes, or a .csv, .tsv or .jsonl file", param_hint="--captions"
         )
+    del found  # the names of a large set, which the sources list again
     with progress("shard", None) as tick:
         write_shards(
             sources,
@@ -117,6 +122,7 @@ def shard(
             report=report,
             tick=tick,
         )
+    report.failures += not_taken.lost
     if json_:
         result_json(
             {
@@ -126,7 +132,9 @@ def shard(
                 "samples": report.samples,
                 "captions": report.captions,
                 "bytes": report.bytes,
+                "without_caption": report.samples - report.captioned,
                 "failed": failures_json(report.failures),
+                "not_taken": not_taken.as_json(),
             }
         )
     else:
@@ -137,19 +145,23 @@ def shard(
         )
     for failure in report.failures:
         log(f"left out: {failure.name}: {failure.reason}")
+    not_taken.log(log)
+    if 0 < report.captioned < report.samples:
+        log(f"{report.samples - report.captioned:,} of {report.samples:,} images have no caption")
     if not report.samples or over_budget(report.failures, report.samples, error_budget):
         fail(f"{len(report.failures)} images were left out; {report.samples} are in {out}.")
 
 
-def _check(source: Path, check: Check, json_: bool) -> None:
+def _check(source: str, check: Check, json_: bool) -> None:
     """Every shard in ``source`` against its manifest; bad samples are listed, and end in exit code 1."""
     from v2flow_cli.errors import DataError
     from v2flow_cli.store.failures import Failure
-    from v2flow_cli.store.shards import find_shards, index_shard
+    from v2flow_cli.store.find import find_tars
+    from v2flow_cli.store.shards import index_shard
 
-    shards, samples, failures = find_shards([source]), 0, []
+    shards, samples, failures = find_tars([source]), 0, []
     with progress("check", len(shards)) as tick:
-        for path in shards:
+        for path in (shard.path for shard in shards):
             try:
                 index = index_shard(path, check.value)
                 samples += len(index.samples)

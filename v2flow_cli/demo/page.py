@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from v2flow_cli.bench.report.page import DrawnPicture
-    from v2flow_cli.store.images import FoundFile
+    from v2flow_cli.store.find import FoundFile
     from v2flow_cli.tokenizer import V2FlowTokenizer
 
 GUIDANCE_SCALES = (1.0, 3.0)
@@ -41,7 +41,7 @@ def demo(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
 ) -> None:
     """Photos to tokens and back, a sentence to pictures, a short bench, and one page that shows it all."""
-    from v2flow_cli.store.images import find_images
+    from v2flow_cli.store.find import find_images
 
     files = find_images([images]) if images is not None else _write_sample_photos(out / "photos")
     if len(files) > limit:
@@ -116,7 +116,8 @@ def _write_sample_photos(folder: Path) -> list[FoundFile]:
     """The sample photos as PNG files, as if a user had brought them."""
     from v2flow_cli.assets import sample_photos
     from v2flow_cli.store.files import write_bytes
-    from v2flow_cli.store.images import FoundFile, png_bytes
+    from v2flow_cli.store.find import FoundFile
+    from v2flow_cli.store.images import png_bytes
 
     files = []
     for name, image in sample_photos():
@@ -130,7 +131,7 @@ def _decode(
 ) -> None:
     """The saved tokens of ``files`` back to PNG files in ``out/guidance-SCALE``."""
     from v2flow_cli.jobs.decode import decode_files, open_token_files
-    from v2flow_cli.store.images import FoundFile
+    from v2flow_cli.store.find import FoundFile
 
     tokens = [FoundFile(out / "tokens" / f"{file.key}.npy", file.key) for file in files]
     opened, report = open_token_files(tokenizer, tokens, out / f"guidance-{scale:g}", force=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,9 +19,18 @@ from v2flow_cli.errors import TokenFileError
 from v2flow_cli.runtime.device import cpu_cores, pick_batch_size
 from v2flow_cli.store.failures import Failure
 from v2flow_cli.store.files import check_absent, map_ahead, write_bytes
-from v2flow_cli.store.images import FoundFile, png_bytes
-from v2flow_cli.store.shards import safe_key
-from v2flow_cli.store.token_file import TokenManifest, find_manifest, load_samples, load_token_ids, row_of
+from v2flow_cli.store.find import FoundFile
+from v2flow_cli.store.images import png_bytes
+from v2flow_cli.store.names import safe_key
+from v2flow_cli.store.paths import names_a_picture
+from v2flow_cli.store.token_file import (
+    TokenManifest,
+    check_finished,
+    find_manifest,
+    load_samples,
+    load_token_ids,
+    row_of,
+)
 from v2flow_cli.tokenizer import V2FlowTokenizer
 from v2flow_cli.tokenizer.preprocess import to_pil
 
@@ -55,25 +65,34 @@ def open_token_files(
 ) -> tuple[list[TokenRows], DecodeReport]:
     """The files that fit ``tokenizer``, and a report that lists those that do not.
 
+    Args:   out, a folder; or the PNG where there is one image.
     Raises: TokenFileError if another tokenizer made the ids; DataError for a PNG that exists.
     """
     report = DecodeReport()
     load, digest = functools.cache(TokenManifest.load), tokenizer.token_digest
-    opened = []
+    opened: list[TokenRows] = []
+    taken: set[str] = set()
     for file in files:
         manifest = find_manifest(file.path, load)
         if manifest is not None:
             manifest.check_tokenizer(digest, file.path)
         try:
-            opened.append(_open(tokenizer, file, manifest, out))
+            opened.append(_open(tokenizer, file, manifest, out, taken))
         except TokenFileError as error:
             report.failures.append(Failure(str(file.path), str(error).removeprefix(f"{file.path}: ")))
     report.without_manifest = sum(not rows.has_manifest for rows in opened)
+    if names_a_picture(out, sum(len(rows.keys) for rows in opened)):
+        opened = [dataclasses.replace(rows, targets=[out]) for rows in opened]
     check_absent((target for rows in opened for target in rows.targets), force)
     return opened, report
 
 
-def _open(tokenizer: V2FlowTokenizer, file: FoundFile, manifest: TokenManifest | None, out: Path) -> TokenRows:
+def _open(
+    tokenizer: V2FlowTokenizer, file: FoundFile, manifest: TokenManifest | None, out: Path, taken: set[str]
+) -> TokenRows:
+    """The rows of a checked file and where their PNGs go, under names that are in ``taken`` from now on."""
+    if manifest is None:
+        check_finished(file.path)
     length, variable = (None, tokenizer.flexible) if manifest is None else manifest.lengths
     ids = load_token_ids(file.path, tokenizer.config.codebook_size, length, variable)
     try:
@@ -84,14 +103,14 @@ def _open(tokenizer: V2FlowTokenizer, file: FoundFile, manifest: TokenManifest |
             f"{file.path}: {ids.shape[-1]} tokens an image do not fit this model ({error})."
         ) from error
     if ids.ndim == 1:
-        target = out / f"{safe_key(file.key)}.png"
+        target = out / f"{safe_key(file.key, taken)}.png"
         return TokenRows(file.path, [file.key], [target], size, manifest is not None)
     samples = load_samples(file.path)
     keys = [f"{i:06d}" for i in range(len(ids))] if samples is None else [key for key, _ in samples]
     if len(keys) != len(ids):
         raise TokenFileError(f"{file.path}: {len(ids)} rows, but {len(keys)} keys. Encode it again.")
-    taken: set[str] = set()
-    targets = [out / safe_key(file.key) / f"{safe_key(key, taken)}.png" for key in keys]
+    folder, inside = out / safe_key(file.key, taken), set[str]()
+    targets = [folder / f"{safe_key(key, inside)}.png" for key in keys]
     return TokenRows(file.path, keys, targets, size, manifest is not None)
 
 

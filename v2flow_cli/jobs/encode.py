@@ -7,48 +7,35 @@ written depends neither on R nor on how often the run was stopped.
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from v2flow_cli.errors import DataError, TokenFileError
+from v2flow_cli.errors import DataError, UnwritableName
+from v2flow_cli.jobs.encode_resume import EncodeReport, begin_run, end_run
 from v2flow_cli.jobs.prefixes import Prefixes, shortest_prefixes
 from v2flow_cli.runtime.device import cpu_cores, pick_batch_size
 from v2flow_cli.runtime.processes import Processes
+from v2flow_cli.store.captions import captions_beside, captions_of
 from v2flow_cli.store.failures import Failure, load_failures, save_failures
-from v2flow_cli.store.files import check_absent, map_ahead, remove_partials, write_bytes
-from v2flow_cli.store.images import FoundFile, open_image
-from v2flow_cli.store.shard_index import SampleIndex
-from v2flow_cli.store.shards import Verify, captions_of, index_shard, open_shard, read_member
-from v2flow_cli.store.token_file import TokenManifest, load_samples, save_samples, save_token_ids
+from v2flow_cli.store.files import fingerprint, map_ahead
+from v2flow_cli.store.find import FoundFile
+from v2flow_cli.store.images import open_image
+from v2flow_cli.store.not_taken import NotTaken
+from v2flow_cli.store.shard_index import SampleIndex, read_member
+from v2flow_cli.store.shards import Verify, index_shard, open_shard
+from v2flow_cli.store.token_file import TokenManifest, load_samples, samples_path, save_samples, save_token_ids
+from v2flow_cli.store.unfinished import Finished, Unfinished
 from v2flow_cli.tokenizer import V2FlowTokenizer
 from v2flow_cli.tokenizer.preprocess import image_to_tensor
 
 Tick = Callable[[int], None]
 ALONE = Processes()
 WHOLE = Prefixes()
-_UNFINISHED = ".unfinished"  # lies in a folder of tokens from the beginning of a run to its end
-
-
-@dataclass
-class EncodeReport:
-    """What an encoding wrote, kept and left out."""
-
-    manifest: TokenManifest
-    images: int = 0  # encoded by this call
-    files: int = 0  # token files written by this call
-    kept_files: int = 0  # finished ones of an earlier call
-    tokens: int = 0  # written by this call
-    later: int = 0  # tars that a time limit left for another call
-    short: int = 0  # images of this call whose every token does not reach the PSNR asked for
-    good: int = 0  # images in all files of this set, earlier calls included
-    failures: list[Failure] = field(default_factory=list)
 
 
 class ShardIds:
@@ -169,28 +156,58 @@ class SetEncoder:
 
 
 def encode_files(
-    encoder: SetEncoder, images: Sequence[FoundFile], out: Path, *, force: bool, tick: Tick, ranks: Processes = ALONE
+    encoder: SetEncoder,
+    images: Sequence[FoundFile],
+    out: Path,
+    *,
+    force: bool,
+    tick: Tick,
+    ranks: Processes = ALONE,
+    not_taken: NotTaken | None = None,
 ) -> EncodeReport:
     """One ``.npy`` (L,) per image, the input's tree mirrored under ``out``, and the manifest.
 
-    Images that a stopped run of the same tokenizer and size has finished are kept, unless ``force``.
-    Raises: DataError for an output that exists; TokenFileError where ``out`` holds other tokens (both unless
-            ``force``). Bad images end in the report's failures.
+    Captions in the ``.txt`` beside an image lie beside its tokens. Images that a stopped run of the same tokenizer and
+    size has finished are kept, unless ``force``.
+    Args:   not_taken, what else the inputs hold, for the report.
+    Raises: DataError for an output that exists, and for finished tokens of other images of the same names;
+            TokenFileError where ``out`` holds other tokens (all unless ``force``). Bad images end in the report's
+            failures.
     """
-    targets = {image.key: out / f"{image.key}.npy" for image in images}
-    report, resumed = _begin(encoder, targets.values(), out, force, ranks, keep=False)
+    inputs = {image.key: image.path for image in images}
+    report, kept = begin_run(encoder.empty_manifest, inputs, out, force, ranks, not_taken, tars=False)
     mine = images[ranks.rank :: ranks.count]
-    todo = mine if not resumed else [image for image in mine if not targets[image.key].exists()]
+    todo = [image for image in mine if image.key not in kept]
     report.kept_files = len(mine) - len(todo)
     tick(report.kept_files)
-    for key, token_ids in encoder.encode(
-        ((image.key, str(image.path), image.path) for image in todo), report.failures, tick
-    ):
-        save_token_ids(targets[key], token_ids, report.manifest.codebook_size)
+    journal = Unfinished(out)
+    items = ((image.key, str(image.path), image.path) for image in todo)
+    for key, token_ids in encoder.encode(items, report.failures, tick):
+        try:
+            captions = captions_beside(inputs[key])
+        except DataError as error:
+            report.failures.append(Failure(str(inputs[key]), f"its captions: {error}"))
+            continue
+        try:
+            _save_captions(out / f"{key}.npy", key, captions)
+            save_token_ids(out / f"{key}.npy", token_ids, report.manifest.codebook_size)
+        except UnwritableName as error:
+            report.failures.append(Failure(str(inputs[key]), str(error)))
+            continue
+        journal.add(ranks.rank, key, Finished(1, fingerprint(inputs[key])))
         report.images += 1
+        report.captioned += bool(captions)
         report.tokens += len(token_ids)
     report.files, report.short = report.images, encoder.short
-    return _end(report, out, ranks, lambda: {key: 1 for key, target in targets.items() if target.exists()})
+    return end_run(report, inputs, out, ranks, tars=False)
+
+
+def _save_captions(target: Path, key: str, captions: Sequence[str]) -> None:
+    """Before the ids, so that where they are, all is; nothing lies there for an image without captions."""
+    if captions:
+        save_samples(target, [(key, captions)])
+    else:
+        samples_path(target).unlink(missing_ok=True)  # of an image that had some, and is encoded again
 
 
 def encode_shards(
@@ -203,105 +220,50 @@ def encode_shards(
     verify: Verify = "quick",
     ranks: Processes = ALONE,
     max_minutes: float = 0.0,
+    not_taken: NotTaken | None = None,
 ) -> EncodeReport:
     """One ``.npy`` (N, L) per shard with keys and captions beside it, and the manifest.
 
     Shards that an earlier run of the same tokenizer and size finished are kept, unless ``force``. What was left out
     of a shard lies in ``NAME.bad.jsonl`` beside its tokens. With ``max_minutes`` a process begins no further
     shard after so long; the manifest then lists those that are done, and a second run goes on.
-    Raises: DataError for an output that exists and is not of such a run, and for fewer shards than ranks;
-            TokenFileError where ``out`` holds other tokens. Bad images and damaged shards end in the report's failures.
+    Args:   not_taken, what else the inputs hold, for the report.
+    Raises: DataError for an output that exists and is not of such a run, for shards that have changed since, and for
+            fewer shards than ranks; TokenFileError where ``out`` holds other tokens. Bad images and damaged shards end
+            in the report's failures.
     """
     if len(shards) < ranks.count:
         raise DataError(
             f"{len(shards)} tars for {ranks.count} processes: some would have nothing to do. Launch at most "
             f"{len(shards)}, or write smaller tars with `v2flow shard --shard-mb`."
         )
-    targets = {shard.key: out / f"{shard.key}.npy" for shard in shards}
-    report, resumed = _begin(encoder, targets.values(), out, force, ranks, keep=True)
+    inputs = {shard.key: shard.path for shard in shards}
+    report, kept = begin_run(encoder.empty_manifest, inputs, out, force, ranks, not_taken, tars=True)
+    journal = Unfinished(out)
     start = time.monotonic()
     for shard in shards[ranks.rank :: ranks.count]:
-        target = targets[shard.key]
-        if not force and (resumed or shard.key in report.manifest.files) and target.exists():
-            bad, count = _kept(shard, target, verify)
+        target = out / f"{shard.key}.npy"
+        if shard.key in kept:
+            index, samples = index_shard(shard.path, verify), load_samples(target) or []
+            if not index.failures and not {key for key, _ in samples} <= {sample.key for sample in index.samples}:
+                raise DataError(f"{shard.path}: holds other keys than {target}. Use --force to encode it again.")
+            report.not_taken.merge(index.not_taken)
+            report.failures += load_failures(_bad_path(target))
             report.kept_files += 1
-            tick(count)
-        elif max_minutes and report.images and time.monotonic() - start > 60 * max_minutes:
+            tick(len(samples))
+            continue
+        if max_minutes and report.images and time.monotonic() - start > 60 * max_minutes:
             report.later += 1
             continue
-        else:
-            bad, count, tokens = _encode_shard(encoder, shard, target, verify, tick)
-            report.images += count
-            report.tokens += tokens
-            report.files += bool(count)
-        report.failures += bad
+        try:
+            rows = _encode_shard(encoder, shard, target, verify, tick, report)
+        except UnwritableName as error:
+            report.failures.append(Failure(str(shard.path), str(error), samples=None))
+            continue
+        if rows:
+            journal.add(ranks.rank, shard.key, Finished(rows, fingerprint(shard.path)))
     report.short = encoder.short
-    return _end(report, out, ranks, lambda: {key: _rows(path) for key, path in targets.items() if path.exists()})
-
-
-def _begin(
-    encoder: SetEncoder, targets: Iterable[Path], out: Path, force: bool, ranks: Processes, keep: bool
-) -> tuple[EncodeReport, bool]:
-    """A report with the manifest in ``out``, and whether a stopped run of the same tokens is continued.
-
-    Args:   keep, True where targets may also lie there from a run that was finished.
-    """
-    existing = _manifest_of(out, encoder, force)
-    resumed = existing is not None and (out / _UNFINISHED).exists() and not force
-    if not resumed and (existing is None or not keep):
-        check_absent(targets, force)
-    ranks.wait()  # every rank has seen the folder as it was
-    report = EncodeReport(encoder.empty_manifest if existing is None else existing)
-    if ranks.rank == 0:
-        report.manifest.save(out)  # from here on a re-run knows the files as its own
-        write_bytes(out / _UNFINISHED, b"")
-        remove_partials(out)
-    ranks.wait()
-    return report, resumed
-
-
-def _end(report: EncodeReport, out: Path, ranks: Processes, written: Callable[[], dict[str, int]]) -> EncodeReport:
-    """Add the ranks' reports up; the first one writes the manifest of ``written`` and what lay there before."""
-    said = out / f".{ranks.rank}.failures.jsonl"
-    if ranks.rank:
-        save_failures(said, report.failures)
-    counts = [report.images, report.files, report.kept_files, report.tokens, report.short, report.later]
-    report.images, report.files, report.kept_files, report.tokens, report.short, report.later = ranks.sum(counts)
-    if ranks.rank == 0:
-        for rank in range(1, ranks.count):
-            said = out / f".{rank}.failures.jsonl"
-            report.failures += load_failures(said)
-            said.unlink()
-        report.failures.sort(key=lambda failure: (failure.source, failure.key or ""))
-        files = written()
-        report.good = sum(files.values())
-        report.manifest = dataclasses.replace(
-            report.manifest, files=dict(sorted({**report.manifest.files, **files}.items()))
-        )
-        report.manifest.save(out)
-        (out / _UNFINISHED).unlink()
-    ranks.wait()
-    return report
-
-
-def _rows(target: Path) -> int:
-    """Images in a shard's token file.  Raises: TokenFileError where its keys are missing."""
-    samples = load_samples(target)
-    if samples is None:
-        raise TokenFileError(f"{target}: no keys beside it. Remove it and encode again, or use --force.")
-    return len(samples)
-
-
-def _kept(shard: FoundFile, target: Path, verify: Verify) -> tuple[list[Failure], int]:
-    """What the run that finished ``shard`` left out, and how many images it has.
-
-    Raises: DataError if the shard holds other samples since.
-    """
-    done = {key for key, _ in load_samples(target) or ()}
-    index = index_shard(shard.path, verify)
-    if not index.failures and not done <= {sample.key for sample in index.samples}:
-        raise DataError(f"{shard.path}: holds other keys than {target}. Use --force to encode it again.")
-    return load_failures(_bad_path(target)), len(done)
+    return end_run(report, inputs, out, ranks, tars=True)
 
 
 def _bad_path(target: Path) -> Path:
@@ -309,9 +271,9 @@ def _bad_path(target: Path) -> Path:
 
 
 def _encode_shard(
-    encoder: SetEncoder, shard: FoundFile, target: Path, verify: Verify, tick: Tick
-) -> tuple[list[Failure], int, int]:
-    """Write a shard's tokens, keys and bad samples; returns the latter, the number of good ones, and of tokens."""
+    encoder: SetEncoder, shard: FoundFile, target: Path, verify: Verify, tick: Tick, report: EncodeReport
+) -> int:
+    """Write a shard's tokens, keys and bad samples, and count them in ``report``; returns the number of good ones."""
     captions: dict[str, tuple[str, ...]] = {}
     try:
         index = index_shard(shard.path, verify)
@@ -320,6 +282,7 @@ def _encode_shard(
         rows = ShardIds(len(index.samples), encoder.empty_manifest)
         for key, ids in encoder.encode(items, failures, tick):
             rows.append(key, ids)
+        report.not_taken.merge(index.not_taken)
         if not rows.keys and not failures:
             failures = [Failure(str(shard.path), "no image in it", samples=0)]
     except DataError as error:
@@ -332,7 +295,12 @@ def _encode_shard(
     if rows.keys:  # the ids last: where they are, all is
         save_samples(target, [(key, captions[key]) for key in rows.keys])
         save_token_ids(target, rows.ids, encoder.empty_manifest.codebook_size)
-    return failures, len(rows.keys), rows.tokens
+    report.failures += failures
+    report.images += len(rows.keys)
+    report.captioned += sum(bool(captions[key]) for key in rows.keys)
+    report.tokens += rows.tokens
+    report.files += bool(rows.keys)
+    return len(rows.keys)
 
 
 def _images_of(
@@ -349,16 +317,3 @@ def _images_of(
                 yield sample.key, str(path), read_member(file, sample.members[sample.image])
             except DataError as error:
                 yield sample.key, str(path), error
-
-
-def _manifest_of(out: Path, encoder: SetEncoder, force: bool) -> TokenManifest | None:
-    """The manifest in ``out`` if it is of the same tokens; None where there is none or it may go."""
-    existing = TokenManifest.load(out)
-    if existing is None or existing.same_tokens(encoder.empty_manifest):
-        return existing
-    if force:
-        return None
-    raise TokenFileError(
-        f"{out}: holds tokens of tokenizer {existing.tokenizer_digest} at {existing.image_size[0]} px; "
-        f"these are of {encoder.tokenizer.token_digest} at {encoder.image_size} px. Use another -o, or --force."
-    )

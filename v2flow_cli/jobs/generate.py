@@ -18,6 +18,7 @@ from v2flow_cli.errors import DataError
 from v2flow_cli.llm.sample import STOPPED, DrawingLM
 from v2flow_cli.store.files import write_bytes
 from v2flow_cli.store.images import png_bytes
+from v2flow_cli.store.text import printable, whole_lines
 from v2flow_cli.store.token_file import TokenManifest, save_token_ids
 from v2flow_cli.tokenizer import V2FlowTokenizer
 from v2flow_cli.tokenizer.preprocess import to_pil
@@ -59,7 +60,7 @@ def plan_pictures(prompts: Sequence[str], seeds: Sequence[int], temperatures: Se
     """
     pictures: list[Picture] = []
     groups: set[str] = set()
-    for number, prompt in enumerate(dict.fromkeys(prompts), 1):
+    for number, prompt in enumerate(dict.fromkeys(map(printable, prompts)), 1):
         if not prompt.strip():
             raise DataError(f'prompt {number} is empty; say what to draw, such as "a red fox".')
         group = base = re.sub(r"\W+", "-", prompt.lower()).strip("-_")[:40].strip("-_") or "picture"
@@ -198,12 +199,12 @@ class MadeList:
         self.path = folder / RECORD
         listed: dict[str, str] = {}
         if self.path.exists():
-            *whole, half = self.path.read_text(encoding="utf-8").split("\n")  # a killed run may leave half a line
+            content = self.path.read_bytes()
             try:
-                listed = {json.loads(line)["path"]: line for line in whole}
+                listed = {json.loads(line)["path"]: line for line in whole_lines(content)}
             except (ValueError, KeyError, TypeError) as error:
                 raise DataError(f"{self.path}: a line is no record of a picture ({error!r}). Remove it.") from None
-            if half or listed.keys() & set(redrawn):
+            if not content.endswith(b"\n") or listed.keys() & set(redrawn):
                 listed = {name: line for name, line in listed.items() if name not in redrawn}
                 write_bytes(self.path, "".join(f"{line}\n" for line in listed.values()).encode())
         self.paths = set(listed)

@@ -23,9 +23,18 @@ from v2flow_cli.jobs.shard_sources import Source
 from v2flow_cli.jobs.shard_staging import ShardReport, StagedSet, check_folder, check_free, shards_of_prefix
 from v2flow_cli.store.files import map_ahead, remove_partials, replacing, sha256_of, write_bytes
 from v2flow_cli.store.images import open_image
+from v2flow_cli.store.names import safe_key
 from v2flow_cli.store.paths import check_apart
-from v2flow_cli.store.shard_index import Member, SampleIndex, ShardInfo, digest_of, index_lines, index_path
-from v2flow_cli.store.shards import index_shard, read_member, safe_key
+from v2flow_cli.store.shard_index import (
+    Member,
+    SampleIndex,
+    ShardInfo,
+    digest_of,
+    index_lines,
+    index_path,
+    read_member,
+)
+from v2flow_cli.store.shards import index_shard
 
 _BATCH_AHEAD = 4  # images waiting per worker
 
@@ -75,16 +84,18 @@ def write_shards(
     remove_partials(out)
     with contextlib.closing(stream):  # type: ignore[type-var]  # a generator
         while sample is not None:
-            path, size, captions = staged.folder / f"{prefix}-{len(report.shards):06d}.tar", 0, 0
-            first = sample
+            path, first = staged.folder / f"{prefix}-{len(report.shards):06d}.tar", sample
+            size = captions = captioned = 0
             with replacing(path) as file, _tar_writer(file) as tar:
                 while sample is not None and (sample is first or size + sample.tar_bytes <= shard_bytes):
                     size += sample.tar_bytes
                     captions += sample.captions
+                    captioned += sample.captions > 0
                     tar.write(sample.members)
                     last, sample = sample, next(stream, None)
             report.shards.append(_finish(path))
             report.captions += captions
+            report.captioned += captioned
             staged.add(report, last.ordinal + 1, last.seen, last.failures)
     report.failures[:] = dict.fromkeys(report.failures)  # a resumed listing says some twice
     staged.publish(report)

@@ -2,51 +2,55 @@
 
 from __future__ import annotations
 
-import csv
 import json
+import os
+import unicodedata
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from v2flow_cli.errors import DataError
+from v2flow_cli.store.captions import captions_beside, captions_of
 from v2flow_cli.store.failures import Failure
-from v2flow_cli.store.images import FoundFile, find_images, read_bytes
-from v2flow_cli.store.paths import fingerprint
-from v2flow_cli.store.shards import (
-    SampleIndex,
-    captions_of,
-    find_shard_files,
-    index_shard,
-    open_shard,
-    read_captions,
-    read_member,
-)
-
-_IMAGE_COLUMNS = ("file", "image", "path", "file_name", "img_path")
-_CAPTION_COLUMNS = ("caption", "captions", "text", "prompt")
+from v2flow_cli.store.files import fingerprint
+from v2flow_cli.store.find import FoundFile, find_images, find_tars
+from v2flow_cli.store.images import read_bytes
+from v2flow_cli.store.names import safe_prefixes
+from v2flow_cli.store.not_taken import NotTaken
+from v2flow_cli.store.shard_index import SampleIndex, read_member
+from v2flow_cli.store.shards import index_shard, open_shard
+from v2flow_cli.store.tables import read_caption_table
+from v2flow_cli.store.text import printable
 
 
 @dataclass(frozen=True)
 class Source:
-    """An image to be written, and its captions; with ``member`` both lie in the tar ``image.path``."""
+    """An image to be written, and its captions; with ``member`` both lie in the tar ``image.path``.
+
+    stamp: the fingerprint of the file, where it is known; problem: why its captions could not be read, which ``read``
+    raises.
+    """
 
     image: FoundFile
     captions: tuple[str, ...]
     member: SampleIndex | None = None
+    stamp: str | None = None
+    problem: DataError | None = None
 
     @property
     def name(self) -> str:
         """What messages call it."""
-        return str(self.image.path) if self.member is None else f"{self.image.path}/{self.member.key}"
+        return printable(str(self.image.path) if self.member is None else f"{self.image.path}/{self.member.key}")
 
     @property
     def identity(self) -> str:
         """What tells, when a stopped run goes on, whether this is still the same image with the same captions."""
-        return json.dumps([self.image.key, self.captions, fingerprint(self.image.path)])
+        return json.dumps([self.image.key, self.captions, self.stamp or fingerprint(self.image.path)])
 
     def read(self) -> tuple[bytes, tuple[str, ...]]:
         """The image's bytes and its captions.  Raises: DataError if they cannot be read."""
+        if self.problem is not None:
+            raise self.problem
         if self.member is None:
             return read_bytes(self.image.path), self.captions
         assert self.member.image is not None  # sources_from_tars keeps no other
@@ -60,100 +64,96 @@ class Source:
         return Failure(path, str(error).removeprefix(f"{self.name}: ").removeprefix(f"{path}: "), key)
 
 
-def sources_from_sidecars(folder: Path) -> Iterator[Source]:
-    """Each image of ``folder`` with the captions, one a line, of the ``.txt`` beside it, if there is one."""
-    for image in find_images([folder]):
-        sidecar = image.path.with_suffix(".txt")
-        yield Source(image, read_captions(read_bytes(sidecar)) if sidecar.is_file() else ())
+def sources_from_sidecars(
+    folder: Path, *, not_taken: NotTaken | None = None, exclude: Path | None = None
+) -> Iterator[Source]:
+    """Each image of ``folder`` with the captions, one a line, of the ``.txt`` beside it, if there is one.
+
+    Args:   not_taken, exclude, as ``find_inputs`` takes them.
+    """
+    for image in find_images([folder], not_taken=not_taken, exclude=exclude):
+        try:
+            source = Source(image, captions_beside(image.path))
+        except DataError as error:
+            source = Source(image, (), problem=error)
+        yield source
 
 
-def sources_from_classes(folder: Path, names: Mapping[str, str] | None = None) -> Iterator[Source]:
+def sources_from_classes(
+    folder: Path,
+    names: Mapping[str, str] | None = None,
+    *,
+    not_taken: NotTaken | None = None,
+    exclude: Path | None = None,
+) -> Iterator[Source]:
     """Each image of ``folder`` with the caption "a photo of NAME" after the folder it lies in.
 
-    Args:   names, of folders that are not called by their names (``n02119022``).
+    Args:   names, of folders that are not called by their names (``n02119022``); the others as ``find_inputs``.
     """
-    for image in find_images([folder]):
+    for image in find_images([folder], not_taken=not_taken, exclude=exclude):
         place = image.path.parent.name
-        name = (names or {}).get(place, place.replace("_", " ").strip())
+        name = (names or {}).get(place, printable(place.replace("_", " ").strip()))
         yield Source(image, (f"a photo of {name}",) if image.path.parent != folder else ())
 
 
-def read_class_names(path: Path) -> dict[str, str]:
-    """Names of class folders, a line each: ``n02119022 red fox, Vulpes vulpes`` (the first name counts).
+def sources_from_tars(
+    given: Path | str, failures: list[Failure], *, not_taken: NotTaken | None = None, exclude: Path | None = None
+) -> Iterator[Source]:
+    """Each image in the tars of an input, with its captions; keys begin with the tar's own, so they stay apart.
 
-    Raises: DataError for a file that cannot be read, or a line without a name.
+    What the tars have lost goes to ``failures``, what else lies there to ``not_taken``.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as UTF-8 text ({error}).") from error
-    names = {}
-    for number, line in enumerate(lines, 1):
-        folder, _, rest = line.strip().partition(" ")
-        name = rest.split(",")[0].strip()
-        if folder and not name:
-            raise DataError(f"{path}: line {number} is {line!r}; expected a folder, a space and a name.")
-        if folder:
-            names[folder] = name
-    return names
-
-
-def sources_from_tars(given: Path, failures: list[Failure]) -> Iterator[Source]:
-    """Each image in the tars of a folder, with its captions; keys begin with the tar's own, so they stay apart.
-
-    What the tars have lost goes to ``failures``.
-    """
-    for shard in find_shard_files([given]):
+    left = NotTaken() if not_taken is None else not_taken
+    tars = find_tars([given], not_taken=left, exclude=exclude)
+    for shard, prefix in zip(tars, safe_prefixes([tar.key for tar in tars])):
         try:
             index = index_shard(shard.path)
         except DataError as error:
             failures.append(Failure(str(shard.path), str(error).removeprefix(f"{shard.path}: "), samples=None))
             continue
         failures += index.failures
+        stamp = fingerprint(shard.path)
+        left.merge(index.not_taken)
         for sample in index.samples:
             if sample.image is not None:
-                yield Source(FoundFile(shard.path, f"{shard.key}/{sample.key}"), (), sample)
+                yield Source(FoundFile(shard.path, f"{prefix}/{sample.key}"), (), sample, stamp)
 
 
-def sources_from_table(folder: Path, table: Path, failures: list[Failure]) -> Iterator[Source]:
-    """The images that a CSV or JSONL file lists, with their captions; missing ones go to ``failures``.
+def sources_from_table(
+    folder: Path,
+    table: Path,
+    failures: list[Failure],
+    *,
+    not_taken: NotTaken | None = None,
+    exclude: Path | None = None,
+) -> Iterator[Source]:
+    """The images that a table lists, with their captions; several rows of one image add up, equal captions once.
 
-    Args:   table, with a column file, image, path, file_name or img_path (relative to ``folder``) and a column caption,
-            captions, text or prompt; several rows of one image add up.
-    Raises: DataError for a table that cannot be read or lacks these columns.
+    Files are named as they lie under ``folder`` or beside the table, accents composed or not, ``/`` or ``\\`` between.
+    Listed images that are missing go to ``failures``, images that no row lists to ``not_taken``.
+    Raises: DataError for a table that cannot be read or lacks its columns.
     """
-    captions: dict[Path, list[str]] = {}
-    for number, row in _rows(table):
-        name = next((row[c] for c in _IMAGE_COLUMNS if isinstance(row.get(c), str) and row[c].strip()), None)
-        text = next((row[c] for c in _CAPTION_COLUMNS if row.get(c) is not None), None)
-        texts = [text] if isinstance(text, str) else text
-        if name is None or not isinstance(texts, list) or not all(isinstance(t, str) for t in texts):
-            raise DataError(
-                f"{table}: row {number} needs an image ({', '.join(_IMAGE_COLUMNS)}) "
-                f"and a caption or a list of them ({', '.join(_CAPTION_COLUMNS)})."
-            )
-        captions.setdefault(folder / name.strip(), []).extend(" ".join(t.split()) for t in texts if t.strip())
-    images = {image.path.absolute(): image for image in find_images([folder])}
-    for path, texts in captions.items():
-        image = images.get(path.absolute())
+    left = NotTaken() if not_taken is None else not_taken
+    images = find_images([folder], not_taken=left, exclude=exclude)
+    found = {os.path.abspath(image.path): image for image in images}
+    composed = {_composed(path): image for path, image in found.items()}
+    captions: dict[str, list[str]] = {}
+    missing: dict[str, str] = {}
+    for number, name, texts in read_caption_table(table):
+        places = [os.path.abspath(root / n) for root in (folder, table.parent) for n in (name, name.replace("\\", "/"))]
+        image = next((found[p] for p in places if p in found), None)
+        image = image or next((composed[_composed(p)] for p in places if _composed(p) in composed), None)
         if image is None:
-            failures.append(Failure(str(path), f"listed in {table}, but not an image in {folder}"))
+            missing.setdefault(places[0], f"listed in {table}, row {number}, but not an image in {folder}")
         else:
-            yield Source(image, tuple(texts))
+            captions.setdefault(os.path.abspath(image.path), []).extend(texts)
+    failures += [Failure(path, reason) for path, reason in missing.items()]
+    for path, image in found.items():
+        if path not in captions:
+            left.add(str(image.path), "images", f"no row of {table} lists them")
+    for path, texts in captions.items():
+        yield Source(found[path], tuple(dict.fromkeys(texts)))
 
 
-def _rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    try:
-        lines = table.read_text(encoding="utf-8-sig").splitlines(keepends=True)
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{table}: cannot be read as UTF-8 text ({error}).") from error
-    if table.suffix.lower() == ".csv":
-        yield from enumerate(csv.DictReader(lines), 2)
-        return
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise DataError(f"{table}: row {number} is not JSON ({error}).") from error
-            yield number, row if isinstance(row, dict) else {}
+def _composed(path: str) -> str:
+    return unicodedata.normalize("NFC", path)

@@ -41,6 +41,7 @@ class ShardReport:
 
     shards: list[ShardInfo] = field(default_factory=list)
     captions: int = 0
+    captioned: int = 0  # samples with a caption
     failures: list[Failure] = field(default_factory=list)
     kept_shards: int = 0  # finished by an earlier run
 
@@ -99,6 +100,7 @@ class StagedSet:
         record = {
             "shard": asdict(report.shards[-1]),
             "captions": report.captions,
+            "captioned": report.captioned,
             "sources": sources,
             "seen": seen,
             "failures": [f.as_json() for f in report.failures[self._failures : failures]],
@@ -123,7 +125,7 @@ class StagedSet:
                 break  # this one and those after it are written again
             report.shards.append(info)
             report.failures += map(Failure.from_json, record["failures"])
-            report.captions = record["captions"]
+            report.captions, report.captioned = record["captions"], record["captioned"]
             taken = record["sources"], record["seen"]
         report.kept_shards, self._failures = len(report.shards), len(report.failures)
         return taken

@@ -10,6 +10,7 @@ from typing import Any
 
 from v2flow_cli.errors import DataError
 from v2flow_cli.store.files import write_bytes
+from v2flow_cli.store.text import printable, whole_lines
 
 
 @dataclass(frozen=True)
@@ -26,10 +27,15 @@ class Failure:
 
     @property
     def name(self) -> str:
-        return self.source if self.key is None else f"{self.source}/{self.key}"
+        return printable(self.source if self.key is None else f"{self.source}/{self.key}")
 
     def as_json(self) -> dict[str, str | int | None]:
-        return {"source": self.source, "key": self.key, "reason": self.reason, "samples": self.samples}
+        return {
+            "source": printable(self.source),
+            "key": None if self.key is None else printable(self.key),
+            "reason": printable(self.reason),
+            "samples": self.samples,
+        }
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> Failure:
@@ -65,9 +71,7 @@ def save_failures(path: Path, failures: Iterable[Failure]) -> None:
 def load_failures(path: Path) -> list[Failure]:
     """What ``save_failures`` wrote; none where there is no such file.  Raises: DataError for a damaged one."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        records = [json.loads(line) for line in lines if line.endswith("\n")]  # a killed run may leave half of one
-        return [Failure.from_json(record) for record in records]
+        return [Failure.from_json(json.loads(line)) for line in whole_lines(path.read_bytes())]
     except (FileNotFoundError, NotADirectoryError):
         return []
     except (OSError, ValueError, TypeError, KeyError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import shutil
@@ -13,7 +14,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
-from v2flow_cli.errors import DataError
+from v2flow_cli.errors import DataError, UnwritableName
+from v2flow_cli.store.names import temporary_name
+
+# Too long, not allowed on this file system, or a file and a folder under one name.
+_OF_THE_NAME = (errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ, errno.EISDIR, errno.ENOTDIR)
+_END = 65_536  # bytes at the beginning and end of a file that its fingerprint is taken of
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -23,18 +29,18 @@ Result = TypeVar("Result")
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file to write; it appears as ``path`` only when the block ends well, its folders made as needed.
 
-    Raises: DataError for a folder that cannot be written, or a disk that is full.
+    Raises: DataError for a folder that cannot be written, or a disk that is full; UnwritableName where the name alone
+            is the reason, as another file can be written there.
     """
-    # Of constant length: a name that the disk takes must not fail because its temporary one is longer.
-    digest = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]
-    partial = path.with_name(f".{digest}.{os.getpid()}.partial")
+    partial = path.with_name(temporary_name(path.name))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "wb") as file:
             yield file
         os.replace(partial, path)
     except OSError as error:
-        raise DataError(f"{path}: cannot be written ({error.strerror or error}).") from error
+        kind = UnwritableName if error.errno in _OF_THE_NAME else DataError
+        raise kind(f"{path}: cannot be written ({error.strerror or error}).") from error
     finally:
         with contextlib.suppress(OSError):  # gone after the replace; unreachable after a failed mkdir
             partial.unlink()
@@ -107,3 +113,22 @@ def sha256_of(path: Path) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def fingerprint(path: Path) -> str:
+    """16 hex digits that tell whether ``path`` still is the file that was read, wherever it lies by now.
+
+    Of its size and the 64 KiB at either end; of a longer file also of its time of change.
+    """
+    try:
+        with open(path, "rb") as file:
+            stat = os.fstat(file.fileno())
+            longer = stat.st_size > 2 * _END
+            ends = file.read(_END)
+            if longer:
+                file.seek(-_END, os.SEEK_END)
+            ends += file.read(_END)
+    except OSError as error:
+        return f"unreadable: {error.strerror}"
+    stamp = f"{stat.st_size} {stat.st_mtime_ns if longer else ''}"
+    return hashlib.sha256(stamp.encode() + ends).hexdigest()[:16]

@@ -8,6 +8,11 @@ from pathlib import Path
 
 from v2flow_cli.errors import DataError
 
+_FILE_SUFFIXES = frozenset(
+    ".png .jpg .jpeg .webp .gif .bmp .tif .tiff .avif .npy .npz .tar .tgz .gz .zip .json .jsonl .csv .tsv .txt .yaml "
+    ".yml .html .pdf .safetensors".split()
+)
+
 
 def user_path(text: str | os.PathLike[str]) -> Path:
     """The path that a user means: ``~`` and ``~name`` are home folders, whoever expands them or not."""
@@ -48,10 +53,32 @@ def check_apart(out: Path, inputs: Iterable[str | os.PathLike[str]], what: str =
             )
 
 
-def fingerprint(path: Path) -> str:
-    """What tells whether a file is still the one that was read: its place, size in bytes and time of change."""
-    try:
-        stat = path.stat()
-    except OSError:
-        return f"{os.path.abspath(path)} missing"
-    return f"{os.path.abspath(path)} {stat.st_size} {stat.st_mtime_ns}"
+def names_a_picture(out: str | os.PathLike[str], pictures: int) -> bool:
+    """True where ``out`` is the name for one PNG file (``fox.png``) rather than a folder.
+
+    Raises: DataError where it is, and there is not one picture but several, or none.
+    """
+    path = user_path(out)
+    if path.suffix.lower() != ".png" or path.is_dir():
+        return False
+    if pictures != 1:
+        raise DataError(f"-o {path}: the name of one picture, but there are {pictures}. Give a folder.")
+    return True
+
+
+def output_folder(given: str | os.PathLike[str], what: str = "-o") -> Path:
+    """The folder that a user means by ``given``.
+
+    Raises: DataError for a name that is a file's (``fox.png``), unless there is such a folder, and for a file.
+    """
+    out = user_path(given)
+    if out.is_dir():
+        return out
+    if out.exists() or out.is_symlink():
+        raise DataError(f"{what} {out}: a file; expected a folder, which is made where there is none.")
+    if out.suffix.lower() in _FILE_SUFFIXES:
+        raise DataError(
+            f"{what} {out}: the name of a file; expected a folder. Give {out.with_suffix('')}, or make {out} first if "
+            "it is to be a folder."
+        )
+    return out

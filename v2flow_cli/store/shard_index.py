@@ -16,7 +16,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from v2flow_cli.errors import DataError
 from v2flow_cli.store.files import write_bytes
@@ -46,10 +46,15 @@ class SampleIndex:
     members: dict[str, Member]
 
     @property
-    def image(self) -> str | None:
-        """The extension of the sample's image, the shortest where it has several; None where it has none."""
+    def images(self) -> list[str]:
+        """The extensions of the sample's images, the shortest first."""
         images = [e for e in self.members if "." + e.rsplit(".", 1)[-1].lower() in SUFFIXES]
-        return min(images, key=lambda e: (len(e), e), default=None)
+        return sorted(images, key=lambda e: (len(e), e))
+
+    @property
+    def image(self) -> str | None:
+        """The extension of the one that is taken, the shortest; None where the sample has no image."""
+        return next(iter(self.images), None)
 
     @property
     def end(self) -> int:
@@ -131,6 +136,13 @@ def check_manifest_is_ours(folder: Path) -> None:
         )
 
 
+def missing_shards(folder: Path, found: Iterable[Path]) -> list[Path]:
+    """Shards that the manifests in and under ``folder`` list, but that are not among ``found``."""
+    found = set(found)
+    places = {folder, *(path.parent for path in found if folder in path.parents)}
+    return sorted(place / name for place in places for name in load_manifest(place) if place / name not in found)
+
+
 @functools.lru_cache(maxsize=64)
 def _load_manifest(path: Path, stamp: int) -> dict[str, ShardInfo]:
     try:
@@ -189,7 +201,7 @@ def load_index(shard: Path, info: ShardInfo) -> list[SampleIndex] | None:
     if hashlib.sha256(content).hexdigest() != info.index_sha256:
         return None
     try:
-        return [_parse_sample(json.loads(line)) for line in content.splitlines()]
+        return [_parse_sample(json.loads(line)) for line in content.split(b"\n") if line]
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise DataError(f"{path}: not an index of samples ({error}). Write the shards again.") from error
 
@@ -200,3 +212,17 @@ def _parse_sample(record: dict[str, Any]) -> SampleIndex:
     if not isinstance(record["key"], str) or not members or not plain:
         raise ValueError(f"a sample is {str(record)[:80]}")
     return SampleIndex(record["key"], members)
+
+
+def read_member(file: BinaryIO, member: Member) -> bytes:
+    """The bytes of a member of an open shard.  Raises: DataError if they end early or differ from their digest."""
+    try:
+        file.seek(member.offset)
+        content = file.read(member.size)
+    except OSError as error:
+        raise DataError(f"{file.name}: cannot be read at byte {member.offset:,} ({error.strerror}).") from error
+    if len(content) != member.size:
+        raise DataError(f"{file.name}: cut short at byte {member.offset + len(content):,}, inside a member.")
+    if member.digest is not None and digest_of(content) != member.digest:
+        raise DataError(f"{file.name}: damaged in bytes {member.offset:,} to {member.offset + member.size:,}.")
+    return content

@@ -11,17 +11,14 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from v2flow_cli.errors import DataError
+from v2flow_cli.store.captions import captions_beside, captions_of, sidecar_of
 from v2flow_cli.store.failures import Failure, budget_error, over_budget
-from v2flow_cli.store.images import SUFFIXES, FoundFile, expand_input, find_images, read_bytes
-from v2flow_cli.store.shard_index import SampleIndex, index_path, load_manifest
-from v2flow_cli.store.shards import (
-    captions_of,
-    index_shard,
-    missing_shards,
-    open_shard,
-    read_captions,
-    read_member,
-)
+from v2flow_cli.store.find import FoundFile, find_inputs
+from v2flow_cli.store.images import read_bytes
+from v2flow_cli.store.not_taken import NotTaken
+from v2flow_cli.store.paths import same_place, user_path
+from v2flow_cli.store.shard_index import SampleIndex, index_path, load_manifest, read_member
+from v2flow_cli.store.shards import index_shard, open_shard
 
 _OPEN_FILES = 16  # most shards kept open at a time
 
@@ -52,11 +49,13 @@ class SampleStream:
     Each epoch permutes the shards, and within every window of ``shuffle_shards`` shards all samples; a folder
     of images counts as one shard. Rank r of R takes the positions r, r + R, r + 2R, ... of that one endless
     order, so every sample is seen once per epoch whatever the number of ranks. Memory holds one window's
-    indexes, and the listing of a folder of images. ``failures`` are the samples that damaged shards have lost.
+    indexes, and the listing of a folder of images. ``failures`` are the samples that damaged shards have lost,
+    ``not_taken`` is what else lies in the sources and in the shards that were indexed.
 
     Args:   sources, paths; shuffle_shards, shards whose samples are mixed at a time; shuffle, False keeps the
-            order of the disk; error_budget, share of the samples that damaged shards may have lost.
-    Raises: DataError for a source that is missing, without images, or has lost more than the budget.
+            order of the disk; error_budget, share of the samples that damaged shards may have lost; output, the
+            folder of the run, in which nothing is searched.
+    Raises: DataError for a source that is missing, without images, the output itself, or has lost more than the budget.
     """
 
     def __init__(
@@ -69,23 +68,31 @@ class SampleStream:
         shuffle_shards: int = 8,
         shuffle: bool = True,
         error_budget: float = 0.0,
+        output: str | None = None,
     ) -> None:
         if not 0 <= rank < world_size:
             raise ValueError(f"rank is {rank}; expected 0 to {world_size - 1}")
         if shuffle_shards < 1:
             raise ValueError(f"shuffle_shards is {shuffle_shards}; expected at least 1")
-        self._shards = [shard for source in sources for shard in _shards_of(source)]
+        self.not_taken = NotTaken()
+        out = None if output is None else user_path(output)
+        self._shards = [shard for source in sources for shard in _shards_of(source, out, self.not_taken)]
+        self.failures: list[Failure] = list(self.not_taken.lost)
         self._seed, self._rank, self._world_size = seed, rank, world_size
         self._window, self._shuffle = shuffle_shards, shuffle
-        self._counts: dict[int, int] = {}  # samples of the shards indexed so far
+        self._counts: dict[int, int] = {}  # samples of the shards counted so far
+        self._indexed: set[int] = set()
         self._error_budget = error_budget
-        self.failures: list[Failure] = []
         if not self._shards:
             raise DataError("No data: the list of sources is empty.")
 
     def __len__(self) -> int:
         """Samples per epoch over all ranks; reads the index of every shard the first time."""
         return sum(self._count(i) for i in range(len(self._shards)))
+
+    def uncaptioned(self) -> int:
+        """Samples without a ``.txt`` or ``.json`` of their own; reads the index of every shard."""
+        return sum(shard.uncaptioned(self._index(i)) for i, shard in enumerate(self._shards))
 
     def samples(self, start: int = 0) -> Iterator[Sample]:
         """This rank's samples from its ``start``-th on, epoch after epoch, endless; skips read no image."""
@@ -145,9 +152,11 @@ class SampleStream:
         return self._counts[i]
 
     def _index(self, i: int) -> list:
-        refs, failures = self._shards[i].index()
-        if i not in self._counts:
+        refs, failures, not_taken = self._shards[i].index()
+        if i not in self._indexed:
+            self._indexed.add(i)
             self.failures += failures
+            self.not_taken.merge(not_taken)
         if len(refs) != self._counts.setdefault(i, len(refs)):
             raise DataError(f"{self._shards[i].name}: changed while it was being read.")
         return refs
@@ -190,9 +199,12 @@ class _Tar:
             return None
         return info.samples if self.path.stat().st_size == info.bytes else None
 
-    def index(self) -> tuple[list[SampleIndex], list[Failure]]:
+    def index(self) -> tuple[list[SampleIndex], list[Failure], NotTaken]:
         index = index_shard(self.path)
-        return [sample for sample in index.samples if sample.image is not None], index.failures
+        return [sample for sample in index.samples if sample.image is not None], index.failures, index.not_taken
+
+    def uncaptioned(self, refs: Sequence[SampleIndex]) -> int:
+        return sum(not {"txt", "json"} & ref.members.keys() for ref in refs)
 
     def source_of(self, ref: SampleIndex) -> str:
         return self.name
@@ -215,24 +227,29 @@ class _Folder:
     def promised(self) -> int:
         return len(self.images)
 
-    def index(self) -> tuple[list[FoundFile], list[Failure]]:
-        return self.images, []
+    def index(self) -> tuple[list[FoundFile], list[Failure], NotTaken]:
+        return self.images, [], NotTaken()
+
+    def uncaptioned(self, refs: Sequence[FoundFile]) -> int:
+        return sum(sidecar_of(ref.path) is None for ref in refs)
 
     def source_of(self, ref: FoundFile) -> str:
         return str(ref.path)
 
     def read(self, ref: FoundFile, files: _Files) -> Sample:
-        sidecar = ref.path.with_suffix(".txt")
-        captions = read_captions(read_bytes(sidecar)) if sidecar.exists() else ()
-        return Sample(ref.key, read_bytes(ref.path), captions, str(ref.path))
+        return Sample(ref.key, read_bytes(ref.path), captions_beside(ref.path), str(ref.path))
 
 
-def _shards_of(source: str) -> list[_Tar] | list[_Folder]:
+def _shards_of(source: str, output: Path | None, not_taken: NotTaken) -> list[_Tar] | list[_Folder]:
     """What a source holds: its tars, sorted, or its images as one shard."""
-    _, paths = expand_input(str(source))
-    tars = sorted(p for p in paths if p.suffix.lower() == ".tar")
-    if not tars:
-        return [_Folder(Path(source), find_images([source]))]
-    if any(p.suffix.lower() in SUFFIXES for p in paths):
+    if output is not None and same_place(output, source):
+        raise DataError(
+            f"{source}: the run's own output, so pictures that it writes would become data. Give another `output`, "
+            "which may lie inside the source."
+        )
+    found = find_inputs([source], not_taken=not_taken, exclude=output)
+    if not found.tars:
+        return [_Folder(user_path(source), found.images)]
+    if found.images:
         raise DataError(f"{source}: holds both tars and images. Give the tars, or a folder with one kind.")
-    return [_Tar(p) for p in sorted(tars + missing_shards(Path(source), tars))]
+    return [_Tar(tar.path) for tar in found.tars]

@@ -23,8 +23,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from v2flow_cli.errors import TokenFileError
+from v2flow_cli.errors import DataError, TokenFileError
 from v2flow_cli.store.files import write_bytes
+from v2flow_cli.store.text import decode_text, lines_of, load_json
+from v2flow_cli.store.unfinished import Unfinished
 
 FORMAT = "v2flow-tokens"
 FORMAT_VERSION = 2  # 1 where all images have the same number of tokens, so that older readers go on reading them
@@ -42,6 +44,7 @@ class TokenManifest:
     files: dict[str, int] = field(default_factory=dict)  # path under the folder without .npy -> images in it
     variable_length: bool = False  # images have 1 to tokens_per_image tokens
     min_psnr_db: float | None = None  # what the lengths were chosen by, if by that
+    sources: dict[str, str] = field(default_factory=dict)  # of files made of tars: the tar's fingerprint
 
     @property
     def count(self) -> int:
@@ -70,7 +73,8 @@ class TokenManifest:
             )
 
     def save(self, folder: Path) -> None:
-        """Write ``folder/manifest.json``."""
+        """Write ``folder/manifest.json``.  Raises: DataError where one of something else lies there."""
+        check_manifest_is_ours(folder)
         write_bytes(folder / MANIFEST, json.dumps(self.record(), indent=1, ensure_ascii=False).encode())
 
     def record(self) -> dict[str, Any]:
@@ -85,6 +89,7 @@ class TokenManifest:
             **({"variable_length": True, "min_psnr_db": self.min_psnr_db} if self.variable_length else {}),
             "count": self.count,
             "files": self.files,
+            **({"sources": self.sources} if self.sources else {}),
         }
 
     @classmethod
@@ -138,11 +143,23 @@ class TokenManifest:
                 f"{path}: variable_length is {variable!r} and min_psnr_db {least!r}; expected true or false, and a "
                 "number or null. Encode the images again."
             )
+        sources: Any = record.get("sources", {})
+        if not isinstance(sources, dict) or set(map(type, sources.values())) - {str}:
+            raise TokenFileError(f"{path}: sources is not a mapping of names to fingerprints. Encode the images again.")
         counts = record["codebook_size"], record["tokens_per_image"]
-        manifest = cls(digest, (size[0], size[1]), *counts, files, variable, least)
+        manifest = cls(digest, (size[0], size[1]), *counts, files, variable, least, sources)
         if record.get("count") != manifest.count:
             raise TokenFileError(f"{path}: count is {record.get('count')!r}; files add up to {manifest.count}.")
         return manifest
+
+
+def check_manifest_is_ours(folder: Path) -> None:
+    """Raises: DataError where ``folder/manifest.json`` is not of tokens, so that it is never overwritten."""
+    if (folder / MANIFEST).exists() and TokenManifest.load(folder) is None:
+        raise DataError(
+            f"{folder / MANIFEST}: exists, and is not the manifest of a set of tokens. It would be overwritten. Use "
+            "another -o, or move it away."
+        )
 
 
 def _is_count(value: Any) -> bool:
@@ -164,6 +181,20 @@ def find_manifest(
             listed = file.relative_to(folder).with_suffix("").as_posix() in manifest.files
             return manifest if listed else None
     return None
+
+
+def check_finished(file: Path) -> None:
+    """Raises: TokenFileError for an ``.npy`` that an ``encode`` was to write, and had not when it was killed."""
+    file = file.absolute()
+    for folder in file.parents:
+        journal = Unfinished(folder)
+        if journal.exists:
+            key = file.relative_to(folder).with_suffix("").as_posix()
+            if key in journal.planned() and key not in journal.finished():
+                raise TokenFileError(
+                    f"{file}: an encode that was to replace it is running, or was stopped. Repeat its command first."
+                )
+            return
 
 
 def save_token_ids(path: Path, token_ids: np.ndarray | Sequence[np.ndarray], codebook_size: int) -> None:
@@ -242,15 +273,15 @@ def load_samples(path: Path) -> list[tuple[str, tuple[str, ...]]] | None:
     """
     beside = samples_path(path)
     try:
-        lines = beside.read_bytes().decode("utf-8").split("\n")
+        lines = lines_of(decode_text(beside.read_bytes(), beside))
     except FileNotFoundError:
         return None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, DataError) as error:
         raise TokenFileError(f"{beside}: cannot be read ({error}).") from error
     samples = []
-    for number, line in enumerate(lines[:-1] if not lines[-1] else lines, 1):
+    for number, line in enumerate(lines, 1):
         try:
-            record = json.loads(line)
+            record = load_json(line)
         except (ValueError, RecursionError) as error:
             raise TokenFileError(f"{beside}: line {number} is not JSON ({error}).") from error
         record = record if isinstance(record, dict) else {}
@@ -272,7 +303,7 @@ class TokenSample(NamedTuple):
 def read_token_set(folder: Path) -> Iterator[TokenSample]:
     """Every image of a folder that ``encode`` wrote, by file and row, one file mapped at a time.
 
-    Images that were encoded from files have no captions; those from tars have the tars' captions.
+    Captions are those in the ``.txt`` beside an image file, or those in the tar.
     Raises: TokenFileError for a folder without manifest, or a file that does not fit it.
     """
     manifest = TokenManifest.load(folder)

@@ -1,0 +1,102 @@
+"""The rule for text from outside: captions, tables, class names, prompts, lists of keys, and our own JSON lines.
+
+UTF-8 with or without a byte order mark, UTF-16 and UTF-32 by theirs. A line ends at ``\\n`` or ``\\r\\n`` and nowhere
+else: U+2028, U+0085, a form feed or a lone ``\\r`` are characters of a caption, where ``str.splitlines`` would cut.
+Surrogates, which stand for bytes that are no text, are made printable.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from v2flow_cli.errors import DataError
+
+_BOMS = (  # the longer ones first: that of UTF-32 begins with that of UTF-16
+    (codecs.BOM_UTF32_LE, "utf-32-le"),
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+)
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # as JSON may spell one
+
+
+def decode_text(content: bytes, name: str | Path, errors: str = "strict") -> str:
+    """``content`` as text, by its byte order mark, else as UTF-8.
+
+    Args:   name, what messages call it; errors, "replace" puts U+FFFD for bytes that are not text.
+    Raises: DataError with the line of the first byte that is not text.
+    """
+    mark, encoding = next(((m, e) for m, e in _BOMS if content.startswith(m)), (b"", "utf-8"))
+    content = content[len(mark) :]
+    try:
+        return printable(content.decode(encoding, errors))
+    except UnicodeDecodeError as error:
+        before = content[: error.start].decode(encoding, "replace").count("\n")
+        label = encoding[:6].upper().rstrip("-")
+        raise DataError(
+            f"{name}: cannot be read as {label} text (line {before + 1}: {error.reason}, byte "
+            f"0x{content[error.start]:02x}). Save it as UTF-8."
+        ) from None
+
+
+def read_text(path: Path, errors: str = "strict") -> str:
+    """The text of a file.  Raises: DataError if it cannot be read or is not text."""
+    try:
+        return decode_text(path.read_bytes(), path, errors)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read as UTF-8 text ({error.strerror or error}).") from None
+
+
+def lines_of(text: str) -> list[str]:
+    """The lines of ``text`` without their ends, a byte order mark at the start of any of them left out.
+
+    Marks stand inside where files were joined. A last line without an end is one as well.
+    """
+    lines = text.replace("\r\n", "\n").split("\n")
+    if not lines[-1]:
+        lines.pop()
+    return [line.removeprefix("\ufeff") for line in lines]
+
+
+def whole_lines(content: bytes) -> list[str]:
+    """The lines of our own files that have an end; a killed process may leave half of a last one.
+
+    Raises: UnicodeDecodeError (a ValueError) for a file that is damaged.
+    """
+    return content.decode("utf-8").split("\n")[:-1]
+
+
+def one_line(text: str) -> str:
+    """``text`` with every run of white space, line ends of any kind included, as one space."""
+    return " ".join(text.split())
+
+
+def printable(text: str) -> str:
+    """``text`` with surrogates as ``\\xNN`` (a byte of a file name or argument that is not UTF-8) or ``\\uNNNN``."""
+    return _SURROGATE.sub(_escape, text)
+
+
+def _escape(match: re.Match[str]) -> str:
+    code = ord(match[0])
+    return f"\\x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else f"\\u{code:04x}"
+
+
+def load_json(text: str | bytes) -> Any:
+    """The value of a JSON text, its strings made printable.  Raises: ValueError, RecursionError."""
+    content = text if isinstance(text, str) else decode_text(text, "JSON")
+    value = json.loads(content.removeprefix("\ufeff"))
+    return _printable_in(value) if _ESCAPED_SURROGATE.search(content) else value
+
+
+def _printable_in(value: Any) -> Any:
+    if isinstance(value, str):
+        return printable(value)
+    if isinstance(value, dict):
+        return {printable(key): _printable_in(item) for key, item in value.items()}
+    return [_printable_in(item) for item in value] if isinstance(value, list) else value
