@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -64,13 +64,14 @@ class Samples(torch.utils.data.IterableDataset):
         seed: int,
         held_out: bool = False,
         image_tokenizer: V2FlowTokenizer | None = None,
+        output: str | None = None,
     ) -> None:
-        """``image_tokenizer`` is needed where ``data.photos`` are to be encoded."""
+        """``image_tokenizer`` is needed where ``data.photos`` are encoded; they are not searched for in ``output``."""
         self.data, self.text_tokenizer, self.vocabulary = data, text_tokenizer, vocabulary
         self.seed, self.held_out, self.image_tokenizer = seed, held_out, image_tokenizer
         self.part = Part()
         self._tokenised: dict[str, list[int]] = {}
-        self.photos = SampleStream(data.photos, seed=seed) if data.photos else None
+        self.photos = SampleStream(data.photos, seed=seed, output=output) if data.photos else None
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         part = self.part
@@ -175,7 +176,7 @@ def encode_photos(tokenizer: V2FlowTokenizer, photos: Sequence[Sample], length: 
     return list(tokenizer.encode(torch.stack(images), length).cpu().numpy())
 
 
-def check_data(data: TokenPairs, tokenizer: V2FlowTokenizer) -> tuple[int, int]:
+def check_data(data: TokenPairs, tokenizer: V2FlowTokenizer, output: str | None = None) -> tuple[int, int]:
     """(tokens an image, images) of the data; tokens are the most where the tokenizer's length is flexible.
 
     Raises:  TokenFileError for a folder that is no token set or of another tokenizer; DataError where lengths differ,
@@ -185,7 +186,7 @@ def check_data(data: TokenPairs, tokenizer: V2FlowTokenizer) -> tuple[int, int]:
     possible = tokenizer.lengths(size, size)
     length = possible[0]
     if data.photos:
-        images = len(SampleStream(data.photos, seed=0))
+        images = len(SampleStream(data.photos, seed=0, output=output))
         if not tokenizer.flexible and len(data.lengths) == 1 and data.lengths[0] in possible:
             length = data.lengths[0]
     else:
@@ -200,6 +201,22 @@ def check_data(data: TokenPairs, tokenizer: V2FlowTokenizer) -> tuple[int, int]:
         kind = f"takes 1 to {length}" if tokenizer.flexible else f"has exactly {fixed} an image"
         raise DataError(f"data.lengths is {list(data.lengths)}, but the image tokenizer {kind}.")
     return length, images
+
+
+def log_data(data: TokenPairs, output: str, log: Callable[[str], None]) -> None:
+    """Say what lies in the data and is not taken, and how many images have no caption; by one process."""
+    if data.photos:
+        stream = SampleStream(data.photos, seed=0, output=output)
+        images, without = len(stream), stream.uncaptioned()
+        for failure in stream.failures:
+            log(f"left out: {failure.name}: {failure.reason}")
+        stream.not_taken.log(log)
+    else:
+        images = without = 0
+        for image in itertools.chain.from_iterable(map(token_samples, data.token_sets)):
+            images, without = images + 1, without + (not image.captions)
+    if without:
+        log(f"{without:,} of {images:,} images have no caption: they are learned as pictures that nothing is said of")
 
 
 def _check_token_sets(folders: Sequence[str], digest: str) -> tuple[dict[str, int], int]:

@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from v2flow_cli.errors import ModelError, foreign_errors
 from v2flow_cli.llm.loss import IGNORE, label_positions
 from v2flow_cli.llm.vocabulary import VisualVocabulary
+from v2flow_cli.store.text import one_line, printable
 
 _MARK = "CAPTION-STANDS-HERE"
 
@@ -57,7 +58,7 @@ def prompt_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], t
 
 def caption_ids(tokenizer: PreTrainedTokenizerBase, caption: str) -> list[int]:
     """Ids of plain text: a special or visual token's name that a caption spells stays text."""
-    text = " ".join(caption.split())
+    text = one_line(printable(caption))
     return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"] if text else []
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -23,15 +24,15 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = (), kinds: Iterable
 
     Raises:  RecipeError listing every unknown, missing and mistyped key at once, with dotted paths.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     try:
-        text = path.read_text(encoding="utf-8")
+        content = path.read_bytes()
     except FileNotFoundError:
         raise RecipeError(f"{path}: no such recipe. Give the path of a YAML file, such as one of recipes/.") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise RecipeError(f"{path}: the recipe cannot be read ({error}).") from None
     with foreign_errors(f"{path}: not valid YAML", kind=RecipeError):  # also dates that are none, and deep nesting
-        tree = yaml.safe_load(text)
+        tree = yaml.safe_load(content)  # bytes: YAML knows UTF-8 and UTF-16 by their marks
     if not isinstance(tree, dict):
         raise RecipeError(f"{path}: found {type(tree).__name__}, expected a mapping with a top-level `kind`.")
     for override in overrides:
@@ -155,6 +156,8 @@ def _coerce(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
             return float(value)  # YAML 1.1 reads 2e-4 as a string
         except ValueError:
             pass
+    if hint is str and isinstance(value, str) and value.startswith("~"):
+        return os.path.expanduser(value)  # a home folder, where it is one, as a shell would have it
     if type(value) is hint:
         return value
     problems.append(f"{where} is {value!r}; expected {hint.__name__}")

@@ -72,7 +72,8 @@ def save_checkpoint(
 
 def list_checkpoints(root: Path) -> list[Path]:
     """Checkpoint folders under ``root``, oldest first."""
-    return sorted(path for path in root.glob("step-*") if path.is_dir())
+    # A user's copy, such as step-00000500-best, is neither resumed from nor dropped.
+    return sorted(path for path in root.glob("step-*") if path.name[5:].isdigit() and path.is_dir())
 
 
 def load_newest(

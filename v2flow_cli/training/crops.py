@@ -70,10 +70,14 @@ class CropBatches(IterableDataset[CropBatch | V2FlowError]):
         rank: int = 0,
         world_size: int = 1,
         multiple: int = 8,
+        output: str | None = None,
     ) -> None:
-        """``multiple``: sides of crops that are not square are multiples of so many pixels."""
+        """``multiple``: sides of crops that are not square are multiples of so many pixels.
+
+        ``output``: the folder of the run, in which no photos are searched.
+        """
         self.data, self.batch_size, self.seed, self.start = data, batch_size, seed, start
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.output = rank, world_size, output
         self.sizes = [fitted_size(round(1000 * aspect), 1000, data.crop_size, multiple) for aspect in data.aspects]
 
     def __iter__(self) -> Iterator[CropBatch | V2FlowError]:
@@ -92,6 +96,7 @@ class CropBatches(IterableDataset[CropBatch | V2FlowError]):
             world_size=self.world_size,
             shuffle_shards=self.data.shuffle_shards,
             error_budget=self.data.error_budget,
+            output=self.output,
         )
         first = self.start * self.batch_size
         refs = stream.refs(first)
@@ -145,10 +150,19 @@ def random_crop(image: Image.Image, data: ImageData, rng: random.Random, size: t
 
 
 def crop_loader(
-    data: ImageData, batch_size: int, *, seed: int, start: int, rank: int, world_size: int, multiple: int = 8
+    data: ImageData,
+    batch_size: int,
+    *,
+    seed: int,
+    start: int,
+    rank: int,
+    world_size: int,
+    multiple: int = 8,
+    output: str | None = None,
 ) -> DataLoader[CropBatch | V2FlowError]:
     """A loader of ``CropBatches`` from batch ``start`` on."""
-    batches = CropBatches(data, batch_size, seed=seed, start=start, rank=rank, world_size=world_size, multiple=multiple)
+    where = dict(start=start, rank=rank, world_size=world_size)
+    batches = CropBatches(data, batch_size, seed=seed, multiple=multiple, output=output, **where)
     return DataLoader(
         batches,
         batch_size=None,
@@ -161,14 +175,21 @@ def crop_loader(
 
 
 def first_crops(
-    data: ImageData, batch_size: int, *, seed: int, rank: int, world_size: int, per_photo: int = 1
+    data: ImageData,
+    batch_size: int,
+    *,
+    seed: int,
+    rank: int,
+    world_size: int,
+    per_photo: int = 1,
+    output: str | None = None,
 ) -> Iterator[CropBatch]:
     """Batches of the first crops of the stream, ``per_photo`` of each photo of this rank's part; the last one is cut.
 
     Raises:  V2FlowError, what stopped the stream.
     """
     done = 0
-    for batch in crop_loader(data, batch_size, seed=seed, start=0, rank=rank, world_size=world_size):
+    for batch in crop_loader(data, batch_size, seed=seed, start=0, rank=rank, world_size=world_size, output=output):
         if isinstance(batch, V2FlowError):
             raise batch
         wanted = max(1, batch.total // world_size) * per_photo

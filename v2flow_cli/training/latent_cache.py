@@ -208,9 +208,8 @@ def _compute(
     keys: list[str] = []
     failures: dict[Failure, None] = {}
     total = 0
-    crops = first_crops(
-        recipe.data, batch_size, seed=recipe.train.seed, rank=rank, world_size=ranks, per_photo=per_photo
-    )
+    where = dict(rank=rank, world_size=ranks, output=recipe.output)
+    crops = first_crops(recipe.data, batch_size, seed=recipe.train.seed, per_photo=per_photo, **where)
     for batch in crops:
         found = model.latents.encode(batch.inputs(device)["images"])
         latents.append(found.half().contiguous().to(place))

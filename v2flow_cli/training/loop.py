@@ -22,6 +22,7 @@ from v2flow_cli.recipe.schema import TrainLoop
 from v2flow_cli.runtime.device import pick_dtype, tf32
 from v2flow_cli.runtime.processes import losing_contact, maximum, prepare_cpu_launch, raise_everywhere, sum_in_place
 from v2flow_cli.store.files import publishing, write_bytes
+from v2flow_cli.store.stream import SampleStream
 from v2flow_cli.training.card import write_card
 from v2flow_cli.training.checkpoint import Interrupted, load_newest, save_checkpoint, stop_requested
 from v2flow_cli.training.crops import CropBatch, crop_loader
@@ -157,13 +158,14 @@ def train(
         raise_everywhere(problem, accelerator.device)
 
     if accelerator.is_main_process:
+        SampleStream(recipe.data.sources, seed=0, output=recipe.output).not_taken.log(log)
         write_bytes(folder / "recipe.yaml", dump_recipe(recipe).encode())
     start = (state.step + state.bad_steps) * loop.accumulate
     batches: Iterator[CropBatch | LatentBatch | V2FlowError]
     if isinstance(objective, TokenizerObjective) and objective.recipe.latents.cache:
         batches = cached_batches(accelerator, objective.recipe, objective.model, micro_batch, start, log)
     elif recipe.data.resident_px:
-        batches = resident_batches(accelerator, recipe.data, micro_batch, loop.seed, start, log)
+        batches = resident_batches(accelerator, recipe.data, micro_batch, loop.seed, start, log, recipe.output)
     else:
         loader = crop_loader(
             recipe.data,
@@ -173,6 +175,7 @@ def train(
             rank=rank,
             world_size=ranks,
             multiple=objective.size_multiple,
+            output=recipe.output,
         )
         batches = iter(loader)
     watch = Watch(accelerator, folder, dump_recipe(recipe), recipe.data, loop.seed)

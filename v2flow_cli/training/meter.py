@@ -12,6 +12,7 @@ import torch
 
 from v2flow_cli.errors import ModelError
 from v2flow_cli.store.files import write_bytes
+from v2flow_cli.store.text import whole_lines
 from v2flow_cli.training.state import TrainState
 
 
@@ -44,10 +45,10 @@ class Meter:
         """Drop the lines after ``step``, and half of one that a killed run left."""
         if not self.enabled or not self.path.is_file():
             return
-        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        if kept != lines:
-            write_bytes(self.path, "".join(kept).encode())
+        content = self.path.read_bytes()
+        kept = "".join(f"{line}\n" for line in whole_lines(content) if json.loads(line)["step"] <= step).encode()
+        if kept != content:
+            write_bytes(self.path, kept)
 
     def add(self, terms: Mapping[str, float], images: int) -> None:
         for name, value in terms.items():

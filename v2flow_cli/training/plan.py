@@ -100,7 +100,7 @@ def _without_missing_features(recipe: TokenizerRecipe, missing: list[str]) -> To
 def _unusable(recipe: AutoencoderRecipe | TokenizerRecipe, resume: bool) -> list[str]:
     """What a run would find wrong with data, the tokenizer to start from, and output."""
     checks: list[Callable[[], object]] = [
-        lambda: SampleStream(recipe.data.sources, seed=0),
+        lambda: SampleStream(recipe.data.sources, seed=0, output=recipe.output),
         lambda: check_output(recipe.output, resume),
     ]
     if isinstance(recipe, TokenizerRecipe) and recipe.init_from:

@@ -67,7 +67,9 @@ def random_crops(photos: Tensor, data: ImageData, u: Tensor) -> Tensor:
     return crops.round().clamp(0, 255).to(torch.uint8).movedim(1, -1)
 
 
-def load_resident(data: ImageData, *, seed: int, rank: int, ranks: int, device: torch.device) -> ResidentPhotos:
+def load_resident(
+    data: ImageData, *, seed: int, rank: int, ranks: int, device: torch.device, output: str | None = None
+) -> ResidentPhotos:
     """This rank's photos as squares of ``data.resident_px``, decoded by all cores unless ``data.workers`` is 0.
 
     Raises:  V2FlowError where they do not fit into the device's memory, and what stops the stream.
@@ -82,7 +84,7 @@ def load_resident(data: ImageData, *, seed: int, rank: int, ranks: int, device: 
     pixels, keys = torch.zeros(0), list[str]()
     failures: dict[Failure, None] = {}
     total = 0
-    for batch in first_crops(whole, LOADED_AT_ONCE, seed=seed, rank=rank, world_size=ranks):
+    for batch in first_crops(whole, LOADED_AT_ONCE, seed=seed, rank=rank, world_size=ranks, output=output):
         if not keys:
             total = batch.total
             pixels = _room(max(1, total // ranks), side, device)
@@ -104,12 +106,18 @@ def _room(count: int, side: int, device: torch.device) -> Tensor:
 
 
 def resident_batches(
-    accelerator: Accelerator, data: ImageData, batch_size: int, seed: int, start: int, log: Callable[[str], None]
+    accelerator: Accelerator,
+    data: ImageData,
+    batch_size: int,
+    seed: int,
+    start: int,
+    log: Callable[[str], None],
+    output: str | None = None,
 ) -> Iterator[CropBatch]:
     """This rank's batches from batch ``start`` on.  Raises: SharedError, on every rank, where one has no photos."""
     rank, ranks, problem = accelerator.process_index, accelerator.num_processes, ""
     try:
-        photos = load_resident(data, seed=seed, rank=rank, ranks=ranks, device=accelerator.device)
+        photos = load_resident(data, seed=seed, rank=rank, ranks=ranks, device=accelerator.device, output=output)
     except V2FlowError as error:
         problem = str(error)
     raise_everywhere(problem, accelerator.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import yaml
 from v2flow_cli.errors import ModelError
 from v2flow_cli.recipe.load import dump_recipe, parse_recipe
 from v2flow_cli.recipe.retired import without_retired
+from v2flow_cli.store.paths import real_path, user_path
 
 # Keys that a resumed run may change without changing what it computes at a given step.
 FREE_TO_CHANGE = {
@@ -34,6 +36,8 @@ FREE_TO_CHANGE = {
 }
 
 BUDGETED = "train.budgeted"
+# Keys whose values are paths, as far as they exist: `photos`, `photos/` and `/home/me/photos` are one folder.
+PATHS = {"sources", "photos", "token_sets", "text", "cache", "autoencoder", "tokenizer", "llm", "init_from"}
 
 
 def check_same_recipe(where: Path, saved: str, recipe: str) -> None:
@@ -46,13 +50,21 @@ def check_same_recipe(where: Path, saved: str, recipe: str) -> None:
     changed += [
         f"{key}: {before.get(key)} before, {now.get(key)} now"
         for key in sorted({*before, *now})
-        if key.split(".")[-1] not in free and before.get(key) != now.get(key)
+        if key.split(".")[-1] not in free and _place(key, before.get(key)) != _place(key, now.get(key))
     ]
     if changed:
         raise ModelError(
             f"{where}: the recipe is not the one of this run ({'; '.join(changed[:6])}). Resume with the "
             "recipe beside the checkpoints, or start anew in another `output`."
         )
+
+
+def _place(key: str, value: Any) -> Any:
+    """``value``; where it names files or folders, the same for every path that leads to them."""
+    if key.split(".")[-1] not in PATHS or not isinstance(value, str | list):
+        return value
+    places = [value] if isinstance(value, str) else value
+    return [real_path(place) if os.path.exists(user_path(place)) else place for place in places]
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -28,7 +28,7 @@ from v2flow_cli.errors import DataError, ModelError
 from v2flow_cli.llm.caption_contrast import caption_contrast_loss, middle_layer
 from v2flow_cli.llm.load import context_length, load_config, load_llm, loading
 from v2flow_cli.llm.loss import labelled_losses
-from v2flow_cli.llm.pairs import Part, Samples, check_data, count_tokens
+from v2flow_cli.llm.pairs import Part, Samples, check_data, count_tokens, log_data
 from v2flow_cli.llm.rehearsal import rehearse
 from v2flow_cli.llm.sampling import store_sampling
 from v2flow_cli.llm.sequences import collate, prompt_frame
@@ -169,7 +169,7 @@ def finetune(recipe: FinetuneRecipe, *, log: Log, resume: bool = False, approxim
     """
     check_output(recipe.output, resume)
     image_tokenizer = V2FlowTokenizer.from_pretrained(recipe.tokenizer)
-    length, images = check_data(recipe.data, image_tokenizer)
+    length, images = check_data(recipe.data, image_tokenizer, recipe.output)
     arguments = training_arguments(recipe.optimizer, recipe.train, recipe.output, ignore_data_skip=True)
     # Adapters leave the LLM's weights alone, so those may stay in bf16; what is trained is kept in float32.
     dtype = torch.bfloat16 if recipe.mode == "lora" and arguments.bf16 else torch.float32
@@ -210,8 +210,10 @@ def finetune(recipe: FinetuneRecipe, *, log: Log, resume: bool = False, approxim
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     log(f"{images:,} images of {length} tokens; {model.num_parameters():,} parameters, {trained:,} of them trained")
 
+    if arguments.process_index == 0:
+        log_data(recipe.data, recipe.output, log)
     samples = functools.partial(Samples, recipe.data, text_tokenizer, vocabulary, recipe.train.seed)
-    samples = functools.partial(samples, image_tokenizer=image_tokenizer.to(arguments.device))
+    samples = functools.partial(samples, image_tokenizer=image_tokenizer.to(arguments.device), output=recipe.output)
     held_out = list(itertools.islice(samples(held_out=True), HELD_OUT_MAX))
     if recipe.train.eval_every and not held_out:
         raise DataError("train.eval_every asks for held-out losses, but data.held_out_share leaves no image for them.")
@@ -260,7 +262,7 @@ def plan(recipe: FinetuneRecipe, resume: bool = False) -> dict[str, int | float]
     """Sizes and rough estimates of a run, from configs alone.  Raises: as ``finetune`` for inputs that do not fit."""
     check_output(recipe.output, resume)
     image_tokenizer = V2FlowTokenizer.from_pretrained(recipe.tokenizer)
-    length, images = check_data(recipe.data, image_tokenizer)
+    length, images = check_data(recipe.data, image_tokenizer, recipe.output)
     checked = check_llm(recipe, image_tokenizer, length)
     with loading(recipe.llm), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(checked.config)

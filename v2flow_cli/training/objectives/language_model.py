@@ -9,6 +9,8 @@ from __future__ import annotations
 import glob
 import gzip
 import math
+import os
+import zlib
 from array import array
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -23,6 +25,7 @@ from v2flow_cli.errors import DataError
 from v2flow_cli.recipe.load import dump_recipe
 from v2flow_cli.recipe.schema import LMModel, LMRecipe
 from v2flow_cli.runtime.device import describe_hardware
+from v2flow_cli.store.text import decode_text, lines_of, one_line
 from v2flow_cli.training.card import front_matter, source_name
 from v2flow_cli.training.llm_trainer import (
     LMTrainer,
@@ -126,7 +129,8 @@ def find_text(patterns: Iterable[str]) -> list[Path]:
     """The files that ``patterns`` name, sorted within each. Raises DataError for a pattern without a file."""
     paths: list[Path] = []
     for pattern in patterns:
-        found = sorted(Path(p) for p in glob.glob(pattern, recursive=True) if Path(p).is_file())
+        places = glob.glob(os.path.expanduser(pattern), recursive=True)
+        found = sorted(Path(p) for p in places if os.path.isfile(p))
         if not found:
             raise DataError(f"text: {pattern} matches no file. Give .txt or .gz files: --set 'text=[PATH, ...]'.")
         paths.extend(found)
@@ -136,15 +140,15 @@ def find_text(patterns: Iterable[str]) -> list[Path]:
 def read_documents(paths: Iterable[Path]) -> Iterator[str]:
     """Documents of text files: paragraphs (line breaks folded) in a file that has blank lines, else lines."""
     for path in paths:
-        opener = gzip.open if path.suffix == ".gz" else open
         try:
-            with opener(path, "rt", encoding="utf-8-sig") as file:
-                text = file.read().strip()
-        except (OSError, EOFError, UnicodeDecodeError) as error:
-            raise DataError(f"{path}: not readable as UTF-8 text ({error}). Give .txt or .gz files.") from None
-        paragraphs = text.split("\n\n")
-        for document in paragraphs if len(paragraphs) > 1 else text.split("\n"):
-            if document := " ".join(document.split()):
+            with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as file:
+                text = decode_text(file.read(), path).strip()
+        except (OSError, EOFError, zlib.error) as error:
+            raise DataError(f"{path}: not readable as text ({error}). Give .txt or .gz files.") from None
+        lines = lines_of(text)
+        paragraphs = "\n".join(lines).split("\n\n")
+        for document in paragraphs if len(paragraphs) > 1 else lines:
+            if document := one_line(document):
                 yield document
 
 
