@@ -191,7 +191,7 @@ def test_a_folder_that_is_no_model_and_an_output_that_is_a_file(run, folder, tmp
     assert done.exit_code == 1 and "v2flow tokenizer" in done.stderr
     (tmp_path / "tokens").write_text("a file")
     done = run(folder, "-o", tmp_path / "tokens")
-    assert done.exit_code == 1 and "cannot be written" in done.stderr
+    assert done.exit_code == 1 and "a file; expected a folder" in done.stderr
 
 
 def test_images_and_tars_are_not_mixed(run, folder, tars, tmp_path):

@@ -72,7 +72,7 @@ def test_existing_shards_need_force(folder, tmp_path):
 @pytest.mark.parametrize(
     ("args", "code", "message"),
     [
-        (["none"], 1, "not a folder"),
+        (["none"], 1, "no such file or folder"),
         (["empty"], 1, "no images in it"),
         (["src", "--captions", "none.csv"], 1, "cannot be read"),
         (["src", "--captions", "words"], 2, "expected sidecars, classes"),

@@ -10,7 +10,8 @@ from tests.store.test_shards import write_tar
 from v2flow_cli.errors import DataError
 from v2flow_cli.jobs.shard import write_shards
 from v2flow_cli.jobs.shard_sources import sources_from_sidecars
-from v2flow_cli.store.shards import index_shard, open_shard, read_member
+from v2flow_cli.store.shard_index import read_member
+from v2flow_cli.store.shards import index_shard, open_shard
 
 COUNTS = [pytest.param(40, id="40"), pytest.param(300, id="300", marks=pytest.mark.slow)]
 SAMPLES = 12

@@ -20,8 +20,7 @@ from v2flow_cli.jobs.shard import write_shards
 from v2flow_cli.jobs.shard_sources import sources_from_sidecars
 from v2flow_cli.recipe import load_recipe
 from v2flow_cli.runtime.processes import Processes, launch
-from v2flow_cli.store.images import find_images
-from v2flow_cli.store.shards import find_shard_files
+from v2flow_cli.store.find import find_images, find_tars
 from v2flow_cli.tokenizer import V2FlowTokenizer
 from v2flow_cli.training import crops
 
@@ -54,7 +53,7 @@ def encode(world, out, loose=False):
         if loose:
             encode_files(encoder, find_images([root / "imgs"]), out, **options)
         else:
-            encode_shards(encoder, find_shard_files([root / "tars"]), out, **options)
+            encode_shards(encoder, find_tars([root / "tars"]), out, **options)
 
 
 def content(folder):
@@ -74,7 +73,7 @@ def test_the_same_bytes_for_any_number_of_ranks(world, tmp_path, loose):
 def test_too_few_shards_is_an_error_before_anything_is_written(world, tmp_path):
     root, encoder = world
     with pytest.raises(DataError, match=r"7 tars for 8 processes.*--shard-mb"):
-        shards = find_shard_files([root / "tars"])
+        shards = find_tars([root / "tars"])
         encode_shards(encoder, shards, tmp_path / "out", force=False, tick=lambda n: None, ranks=Processes(0, 8))
     assert not (tmp_path / "out").exists()
 

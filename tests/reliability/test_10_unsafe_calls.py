@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from v2flow_cli.errors import V2FlowError
-from v2flow_cli.store.shards import find_shards
+from v2flow_cli.store.find import find_tars
 
 PACKAGE = Path(__file__).resolve().parents[2] / "v2flow_cli"
 UNSAFE = {
@@ -14,7 +14,7 @@ UNSAFE = {
     "torch.load": r"\btorch\.load\(",
     "numpy pickles": r"allow_pickle\s*=\s*True",
     "remote code": r"trust_remote_code\s*=\s*True",
-    "eval": r"(?<![\w.])(eval|exec)\(|\bcompile\(\s*['\"]",
+    "eval": r"(?<![\w.])(eval|exec)\(|(?<![\w.])compile\(\s*['\"]",
     "shell": r"shell\s*=\s*True|os\.system|os\.popen",
     "yaml objects": r"yaml\.(load|unsafe_load|full_load)\(",
     "classes by name": r"importlib\.import_module\((?!['\"])|__import__\(",
@@ -47,5 +47,5 @@ def test_the_patterns_do_match(name):
 
 def test_urls_that_name_a_program_are_names_of_files_that_do_not_exist(tmp_path):
     with pytest.raises(V2FlowError, match="no such file or folder"):
-        find_shards([f"pipe:touch {tmp_path}/ran"])
+        find_tars([f"pipe:touch {tmp_path}/ran"])
     assert not (tmp_path / "ran").exists()

@@ -12,10 +12,14 @@ from PIL import Image
 
 from tests.reliability.processes import fork, wait
 from v2flow_cli.errors import DataError
+from v2flow_cli.jobs.encode import SetEncoder, encode_shards
 from v2flow_cli.jobs.shard import write_shards
 from v2flow_cli.jobs.shard_sources import sources_from_sidecars
+from v2flow_cli.store.find import find_tars
 from v2flow_cli.store.shard_index import REPLACING
-from v2flow_cli.store.shards import find_shards, index_shard, iterate_shard
+from v2flow_cli.store.shards import index_shard, iterate_shard
+from v2flow_cli.store.token_file import read_token_set
+from v2flow_cli.tokenizer import V2FlowTokenizer
 
 OLD, NEW = {"prefix": "s", "shard_bytes": 6_000}, {"prefix": "s", "shard_bytes": 14_000}
 EVENTS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir")
@@ -48,7 +52,7 @@ def killed_at(number, out, function):
 
 def whole(out):
     """The keys of a set that passes a full check."""
-    shards = find_shards([out])
+    shards = [tar.path for tar in find_tars([out])]
     assert not [f for path in shards for f in index_shard(path, "full").failures]
     return {key for path in shards for key, _, _ in iterate_shard(path)}
 
@@ -75,7 +79,7 @@ def test_killed_while_a_set_is_replaced(images, tmp_path, every):
         if (out / REPLACING).exists():  # readers refuse what is half old and half new
             states.add("moving")
             with pytest.raises(DataError, match="being moved in, or that was interrupted"):
-                find_shards([out])
+                find_tars([out])
         else:
             states.add("old" if {k: v for k, v in content(out).items() if "/" not in k} == before else "new")
             assert whole(out) in ({f"old{i}" for i in range(8)}, {f"new{i}" for i in range(6)})
@@ -101,4 +105,39 @@ def test_a_replacement_that_was_interrupted_is_finished_before_another_one(image
             break
         write_shards(sources_from_sidecars(old), out, **NEW, force=True)
         assert whole(out) == {f"old{i}" for i in range(8)} and not list(out.glob(".*"))
+    assert code == 0
+
+
+@pytest.mark.parametrize(
+    "every", [pytest.param(11, id="every-11th"), pytest.param(1, id="all", marks=pytest.mark.slow)]
+)
+def test_killed_while_tokens_are_replaced(images, tmp_path, tiny_tokenizer_folder, every):
+    """At any moment a token file belongs to its keys, and the repeated command ends as an undisturbed one."""
+    encoder = SetEncoder(V2FlowTokenizer.from_pretrained(tiny_tokenizer_folder), workers=1)
+    for name, folder in zip(("old", "new"), images):
+        write_shards(sources_from_sidecars(folder), tmp_path / f"{name}-tars", prefix="s", shard_bytes=4_500)
+
+    def encode(name, out, force):
+        encode_shards(encoder, find_tars([tmp_path / f"{name}-tars"])[:2], out, force=force, tick=lambda n: None)
+
+    for name in ("old", "new"):
+        encode(name, tmp_path / name, force=False)
+    rows = {s.key: s.token_ids.tolist() for name in ("old", "new") for s in read_token_set(tmp_path / name)}
+    after = content(tmp_path / "new")
+    for number in range(1, 400, every):
+        out = tmp_path / "out"
+        shutil.copytree(tmp_path / "old", out)
+        (code,) = wait([fork(partial(killed_at, number, out, partial(encode, "new", out, True)))], 60)
+        assert all(rows[s.key] == s.token_ids.tolist() for s in read_token_set(out))
+        if code == 0:
+            break
+        try:  # before the first file is touched it is still the finished old set, which a new one does not replace
+            encode("new", out, force=False)
+        except DataError as error:
+            assert (
+                "Use another -o, or --force" in str(error) and content(out).keys() == content(tmp_path / "old").keys()
+            )
+            encode("new", out, force=True)
+        assert content(out) == after
+        shutil.rmtree(out)
     assert code == 0

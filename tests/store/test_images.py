@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from v2flow_cli.errors import DataError
-from v2flow_cli.store.images import MAX_PIXELS, find_images, open_image
+from v2flow_cli.store.find import find_images
+from v2flow_cli.store.images import MAX_PIXELS, open_image
 
 
 def encoded(image: Image.Image, format: str, **options) -> bytes:
@@ -182,8 +183,8 @@ def test_find_images_keeps_keys_apart(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     assert [f.key for f in find_images([tmp_path])] == ["a.jpg", "a.png", "b", "x/b"]
-    with pytest.raises(DataError, match="both have the key"):
-        find_images([tmp_path / "b.png", tmp_path / "x"])
+    keys = [f.key for f in find_images([tmp_path / "b.png", tmp_path / "x"])]
+    assert keys == [f"{tmp_path.name}/b", "x/b"]
 
 
 def test_find_images_refuses_nothing(tmp_path):

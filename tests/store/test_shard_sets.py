@@ -7,11 +7,13 @@ import pytest
 from tests.store.test_shards import save_image, write_tar
 from v2flow_cli.errors import DataError
 from v2flow_cli.jobs.shard import write_shards
-from v2flow_cli.jobs.shard_sources import read_class_names, sources_from_classes, sources_from_sidecars
+from v2flow_cli.jobs.shard_sources import sources_from_classes, sources_from_sidecars
 from v2flow_cli.jobs.shard_sources import sources_from_tars as from_tars
 from v2flow_cli.store import shard_index
 from v2flow_cli.store.failures import Failure, over_budget
-from v2flow_cli.store.shards import find_shards, index_shard, iterate_shard
+from v2flow_cli.store.find import find_tars
+from v2flow_cli.store.shards import index_shard, iterate_shard
+from v2flow_cli.store.tables import read_class_names
 
 
 @pytest.fixture
@@ -62,7 +64,7 @@ def test_a_stopped_run_is_not_continued_with_other_options_or_images(folder, tmp
 def test_a_missing_shard_is_missed_by_name(folder, tmp_path):
     write_shards(sources_from_sidecars(folder), tmp_path / "o", prefix="s", shard_bytes=2100)
     (tmp_path / "o" / "s-000001.tar").unlink()
-    gone = [index_shard(path) for path in find_shards([tmp_path / "o"])][1]
+    gone = [index_shard(tar.path) for tar in find_tars([tmp_path / "o"])][1]
     assert not gone.samples and [f.key for f in gone.failures] == ["2", "3"]
 
 

@@ -12,8 +12,10 @@ from PIL import Image
 from v2flow_cli.errors import DataError
 from v2flow_cli.jobs.shard import ShardReport, write_shards
 from v2flow_cli.jobs.shard_sources import Source, sources_from_classes, sources_from_sidecars, sources_from_table
-from v2flow_cli.store.images import FoundFile
-from v2flow_cli.store.shards import find_shards, index_shard, iterate_shard, read_member, safe_key
+from v2flow_cli.store.find import FoundFile, find_tars
+from v2flow_cli.store.names import safe_key
+from v2flow_cli.store.shard_index import read_member
+from v2flow_cli.store.shards import index_shard, iterate_shard
 
 
 def write_tar(path, members):
@@ -57,7 +59,7 @@ def test_every_truncation_is_noticed_and_only_whole_samples_remain(tmp_path):
     content = write_tar(tmp_path / "t.tar", [(f"{i}.jpg", b"x" * 700) for i in range(4)]).read_bytes()
     end = 4 * (512 + 1024)
     (tmp_path / "cut.tar").write_bytes(content[:100])
-    with pytest.raises(DataError, match=r"cut\.tar: not a whole, uncompressed tar"):
+    with pytest.raises(DataError, match=r"cut\.tar: not a whole tar"):
         index_shard(tmp_path / "cut.tar")
     for size in range(512, end + 512, 128):
         (tmp_path / "cut.tar").write_bytes(content[:size])
@@ -87,23 +89,23 @@ def test_what_is_no_plain_tar(tmp_path):
     with pytest.raises(DataError, match="no such shard"):
         index_shard(tmp_path / "none.tar")
     (tmp_path / "text.tar").write_text("text" * 500)
-    with pytest.raises(DataError, match="not a whole, uncompressed tar"):
+    with pytest.raises(DataError, match="not a whole tar"):
         index_shard(tmp_path / "text.tar")
-    with tarfile.open(tmp_path / "z.tar", "w:gz") as tar:
+    with tarfile.open(tmp_path / "z.tar", "w:xz") as tar:
         tar.addfile(tarfile.TarInfo("1.jpg"))
-    with pytest.raises(DataError, match="not a whole, uncompressed tar"):
+    with pytest.raises(DataError, match="not a whole tar"):
         index_shard(tmp_path / "z.tar")
 
 
-def test_find_shards(tmp_path):
+def test_find_tars(tmp_path):
     for name in ("b.tar", "a.tar", "sub/c.tar"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    assert [p.name for p in find_shards([tmp_path])] == ["a.tar", "b.tar", "c.tar"]
-    assert [p.name for p in find_shards([f"{tmp_path}/b*.tar", tmp_path / "b.tar"])] == ["b.tar"]
-    (tmp_path / "empty").mkdir()
+    assert [tar.key for tar in find_tars([tmp_path])] == ["a", "b", "sub/c"]
+    assert [tar.path.name for tar in find_tars([f"{tmp_path}/b*.tar", tmp_path / "b.tar"])] == ["b.tar"]
+    save_image(tmp_path / "images" / "1.png")
     with pytest.raises(DataError, match=r"no \.tar in it"):
-        find_shards([tmp_path / "empty"])
+        find_tars([tmp_path / "images"])
 
 
 @pytest.mark.parametrize(
@@ -251,12 +253,12 @@ def test_caption_tables(tmp_path, name, table):
 @pytest.mark.parametrize(
     ("name", "table", "message"),
     [
-        ("t.csv", "picture,words\na.png,x\n", "row 2 needs an image"),
+        ("t.csv", "picture,words\na.png,x\n", r"the first line is 'picture,words'; expected a header"),
         ("t.jsonl", '{"file": "a.png"}\n', "row 1 needs an image"),
         ("t.jsonl", '{"file": "a.png", "caption": [1]}\n', "row 1 needs an image"),
         ("t.jsonl", "[1]\n", "row 1 needs an image"),
         ("t.jsonl", "{oops\n", "row 1 is not JSON"),
-        ("t.csv", b"\xff\xfe\x00", "cannot be read as UTF-8"),
+        ("t.csv", b"\xff\xfe\x00", "cannot be read as UTF-16 text"),
     ],
 )
 def test_bad_tables(tmp_path, name, table, message):

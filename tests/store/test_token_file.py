@@ -149,7 +149,7 @@ def test_a_manifest_holds_only_for_the_files_it_lists(tmp_path):
 def test_samples_round_trip_any_text(tmp_path):
     samples = [("a/1", ("line\u2028separator", "ü\n")), ("b", ()), ("\ud800", ("x",))]
     save_samples(tmp_path / "x.npy", samples)
-    assert load_samples(tmp_path / "x.npy") == samples
+    assert load_samples(tmp_path / "x.npy") == [*samples[:2], ("\\ud800", ("x",))]  # what is no text is printable
     assert load_samples(tmp_path / "y.npy") is None
 
 
