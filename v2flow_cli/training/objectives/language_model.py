@@ -144,7 +144,7 @@ def read_documents(paths: Iterable[Path]) -> Iterator[str]:
             with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as file:
                 text = decode_text(file.read(), path).strip()
         except (OSError, EOFError, zlib.error) as error:
-            raise DataError(f"{path}: not readable as text ({error}). Give .txt or .gz files.") from None
+            raise DataError(f"{path}: not readable as UTF-8 text ({error}). Give .txt or .gz files.") from None
         lines = lines_of(text)
         paragraphs = "\n".join(lines).split("\n\n")
         for document in paragraphs if len(paragraphs) > 1 else lines:
