@@ -42,7 +42,7 @@ class NotTaken:
         self.groups[kind, reason] = before + count, (listed + names)[:_NAMED]
 
     def __bool__(self) -> bool:
-        return bool(self.groups)
+        return bool(self.groups or self.lost)
 
     def lines(self) -> list[str]:
         """One line a group: ``12 .heic files (a.heic, b.heic, c.heic and 9 more): not a format that is read``."""
