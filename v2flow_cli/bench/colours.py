@@ -9,7 +9,15 @@ import numpy as np
 from PIL import Image
 
 #: Hue in degrees up to which a strong colour has this name; red goes round.
-HUES = ((14, "red"), (42, "orange"), (68, "yellow"), (160, "green"), (192, "turquoise"), (255, "blue"), (295, "purple"))
+HUES: tuple[tuple[int, str], ...] = (
+    (14, "red"),
+    (42, "orange"),
+    (68, "yellow"),
+    (160, "green"),
+    (192, "turquoise"),
+    (255, "blue"),
+    (295, "purple"),
+)
 HUES += ((343, "pink"), (360, "red"))
 BROWN_VALUE = 0.78  # of 1: a darker orange is called brown
 PLAIN_WEIGHT = 0.5  # of black, white and grey pixels: outlines, eyes and highlights are rarely what is asked for

@@ -10,7 +10,7 @@ from v2flow_cli.cli import endings
 if __name__ == "__main__":  # python -m v2flow_cli.cli.app
     endings.install()
 
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 import typer.core
@@ -29,7 +29,7 @@ class _Command(typer.core.TyperCommand):
         for parameter in self.params:
             value = ctx.params.get(parameter.name)
             if isinstance(value, float) and not math.isfinite(value):
-                raise typer.BadParameter(f"{value} is not a finite number", ctx, parameter)
+                raise typer.BadParameter(f"{value} is not a finite number", ctx, cast(Any, parameter))
         return super().invoke(ctx)
 
 

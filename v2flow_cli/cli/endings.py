@@ -20,9 +20,9 @@ def install() -> None:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
             signal.signal(number, interrupt)
     sys.unraisablehook = _unraisable
-    for number in range(3):
+    for descriptor in range(3):
         try:
-            os.fstat(number)
+            os.fstat(descriptor)
         except OSError:  # closed by `>&-`: the next file that is opened would become stdout
             os.open(os.devnull, os.O_RDWR)
     for stream in (sys.stdout, sys.stderr):

@@ -160,10 +160,10 @@ def _editing_tab(studio: Studio) -> None:
     encode.click(_shown(tokens), [photo, *corners, *settings], outputs, api_name="tokens")
     draw.click(_shown(draw_tokens), [prompt, temperature, *corners, *settings], outputs, api_name="draw_tokens")
     inputs = [ids, how, code, prompt, temperature, resample_seed, *corners, *settings]
-    change.click(lambda image: image, [picture], [before], api_name=False).then(
+    change.click(lambda image: image, [picture], [before], api_name=False).then(  # type: ignore[arg-type]
         _shown(edit), inputs, outputs, api_name="edit"
     )
-    grid.select(click, [ids, second, *corners], [grid, second, *corners], api_name=False)
+    grid.select(click, [ids, second, *corners], [grid, second, *corners], api_name=False)  # type: ignore[arg-type]
 
 
 def _photo() -> Any:

@@ -34,7 +34,9 @@ def stored_sampling(name: str | Path, **hub: Any) -> DrawSampling:
         if not values.get("do_sample"):  # the base LLM's own file, about text
             return DrawSampling()
         known = {
-            f.name: type(f.default)(values[f.name]) for f in fields(DrawSampling) if values.get(f.name) is not None
+            f.name: type(getattr(DrawSampling(), f.name))(values[f.name])
+            for f in fields(DrawSampling)
+            if values.get(f.name) is not None
         }
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ModelError(f"{path}: cannot be read ({error}). Remove it to draw at temperature 1.") from error

@@ -87,7 +87,7 @@ def sample(
     train_on_prompt: bool = False,
     read_ids: np.ndarray | None = None,
     learned: np.ndarray | None = None,
-) -> dict[str, Tensor]:
+) -> dict[str, Any]:
     """input_ids and labels, each (T,), of a caption's ids and an image's (L,): to draw it, or ``to_text``.
 
     And ``picture`` (L,), the image's ids where a caption asks for it, else (0,); ``asked_at``, where it begins.

@@ -1,13 +1,13 @@
 """The file of ``v2flow budget``: the stages of a whole set of models, what each needs, and its share of the time.
 
-    kind: budget
-    folder: runs/default              # budget.json (what is done) and a log of every stage
-    stages:
-      autoencoder: {recipe: autoencoder.yaml, share: 15}
-      lm: {recipe: lm.yaml, share: 10}
-      tokenizer: {recipe: tokenizer.yaml, share: 50, after: [autoencoder, lm]}
-      tokens: {run: v2flow encode photos -o tokens --max-minutes {minutes}, share: 5, after: [tokenizer]}
-      llm: {recipe: llm.yaml, share: 20, after: [tokens]}
+kind: budget
+folder: runs/default              # budget.json (what is done) and a log of every stage
+stages:
+  autoencoder: {recipe: autoencoder.yaml, share: 15}
+  lm: {recipe: lm.yaml, share: 10}
+  tokenizer: {recipe: tokenizer.yaml, share: 50, after: [autoencoder, lm]}
+  tokens: {run: v2flow encode photos -o tokens --max-minutes {minutes}, share: 5, after: [tokenizer]}
+  llm: {recipe: llm.yaml, share: 20, after: [tokens]}
 """
 
 from __future__ import annotations

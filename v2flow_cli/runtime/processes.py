@@ -64,7 +64,8 @@ def maximum(values: Sequence[float]) -> list[float]:
 @functools.cache
 def _hosts() -> dist.ProcessGroup | None:
     """The group that exchanges CPU tensors. Through NCCL each exchange would wait for all that its GPU has to do."""
-    return None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+    group = None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+    return group if isinstance(group, dist.ProcessGroup) else None
 
 
 def gather_texts(text: str, device: torch.device = CPU) -> list[str]:

@@ -104,7 +104,7 @@ def _listening(host: str, port: int) -> Iterator[socket.socket]:
         listener = socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
         # A name that cannot be resolved has a negative number; Python adds the address to the text of other failures.
-        reason = os.strerror(error.errno) if (error.errno or 0) > 0 else error.strerror
+        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
         raise V2FlowError(f"--host {host} --port {port}: {reason}. Give another one.") from None
     with listener:
         yield listener

@@ -135,7 +135,7 @@ class Service:
             raise ApiError(404, message, param="model", code="model_not_found")
         names = self.models.tokenizer.decoder_names
         if decoder not in (None, *names):
-            message = f"decoder: expected {' or '.join(names)}; found {decoder[:100]!a}."
+            message = f"decoder: expected {' or '.join(names)}; found {(decoder or '')[:100]!a}."
             raise ApiError(400, message, param="decoder", code="invalid_value")
 
     def about(self) -> dict[str, Any]:

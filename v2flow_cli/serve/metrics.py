@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, PlatformCollector, ProcessCollector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -19,7 +20,7 @@ class Metrics:
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
-        kept = dict(registry=self.registry, namespace="v2flow")
+        kept: Any = dict(registry=self.registry, namespace="v2flow")
         self.requests = Counter("requests", "Requests that were answered.", ["endpoint", "status"], **kept)
         self.seconds = Histogram("request_seconds", "From head to answer.", ["endpoint"], buckets=SECONDS, **kept)
         self.in_flight = Gauge("requests_in_flight", "Requests that are being answered.", **kept)

@@ -44,7 +44,7 @@ def write_parquet(folder: Path) -> list[Path]:
     parquet, manifest = require_parquet(), TokenManifest.load(folder)
     if manifest is None:
         raise TokenFileError(f"{folder}: no token manifest in it; expected the output of `v2flow encode`.")
-    names = []
+    names: list[str] = []
     with (
         foreign_errors(f"{folder}: the Parquet files cannot be written", kind=TokenFileError),
         publishing(folder, ".parquet-") as partial,

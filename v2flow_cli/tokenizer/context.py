@@ -110,6 +110,7 @@ class MaskedTransformer(nn.Module):
             self.rate_embedding = nn.Parameter(torch.zeros(len(other_parts), width))
             self.split = nn.ModuleList(nn.Linear(width, parts * width) for parts in other_parts)
             for linear in self.split:
+                assert isinstance(linear, nn.Linear)
                 nn.init.zeros_(linear.weight)
                 nn.init.zeros_(linear.bias)
         self.encoder = nn.ModuleList(Block(settings) for _ in range(settings.encoder_depth))

@@ -45,7 +45,11 @@ def as_images(images: ImageLike | Iterable[ImageLike], channels: Channels | None
 
 def _from_pixels(pixels: np.ndarray | Tensor, channels: Channels | None) -> Image.Image:
     shape = tuple(pixels.shape)
-    array = pixels.detach().cpu().float().numpy() if _is_float_tensor(pixels) else np.asarray(pixels)
+    array = (
+        pixels.detach().cpu().float().numpy()
+        if isinstance(pixels, Tensor) and _is_float_tensor(pixels)
+        else np.asarray(pixels)
+    )
     if array.ndim == 3:
         first, last = shape[0] in (1, 3, 4), shape[2] in (1, 3, 4)
         if first and last:

@@ -27,7 +27,7 @@ def fitted_size(width: int, height: int, side: int, multiple: int) -> tuple[int,
     cells = side / multiple
     rows, columns = cells / math.sqrt(aspect), cells * math.sqrt(aspect)
 
-    def error(grid: tuple[int, int]) -> float:
+    def error(grid: tuple[int, ...]) -> float:
         area, shape = grid[0] * grid[1] / cells**2, grid[1] / grid[0] / aspect
         return abs(math.log(area)) + abs(math.log(shape))
 

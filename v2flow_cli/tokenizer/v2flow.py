@@ -506,7 +506,7 @@ class V2FlowTokenizer(PretrainedModule):
     # -- folders -------------------------------------------------------------------------------------------
 
     @classmethod
-    def from_pretrained(
+    def from_pretrained(  # type: ignore[override]  # it takes a hub id and the hub's options too
         cls,
         path_or_id: str | Path | None = None,
         *,

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 
@@ -136,7 +137,7 @@ def _with_memory(
             recipe.train, steps=steps, max_minutes=seconds / 60, accumulate=accumulate, budgeted=True
         )
         try:
-            return engine(dataclasses.replace(recipe, train=loop), log, probe)
+            return engine(dataclasses.replace(recipe, train=cast(Any, loop)), log, probe)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not _is_memory(error):
                 raise

@@ -74,6 +74,7 @@ def write_card(
     metrics: dict[str, float],
 ) -> str:
     """Markdown with the facts of a run; figures on held-out photos are for ``v2flow bench`` to add."""
+    made_from: tuple[str, ...]
     if isinstance(recipe, TokenizerRecipe):
         title = "A V2Flow image tokenizer"
         resampler, words = recipe.resampler, recipe.vocabulary.llm

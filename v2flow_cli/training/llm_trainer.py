@@ -107,7 +107,8 @@ class LMTrainer(SafeCheckpoints):
             return norm
         bad = sum_in_place((~(torch.isfinite(self._tr_loss) & torch.isfinite(norm))).float()) > 0
         # torch's fused optimizers and Muon leave everything as it is where this is 1.
-        getattr(self.optimizer, "optimizer", self.optimizer).found_inf = bad.float()
+        optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)
+        optimizer.found_inf = bad.float()
         self.restore_sums({k: torch.where(bad, self.before[k], v) for k, v in self.sums_by_name().items()})
         return torch.where(bad, 0.0, norm)
 

@@ -186,9 +186,9 @@ def train(
     contact = losing_contact(lambda: on_samples(f"step {state.step}, rank {rank}", keys))
     with rounding, stop_requested() as stop, contact:
         while state.step < loop.steps:
-            start = time.monotonic()
+            waiting_since = time.monotonic()
             micro_batches, problem = _next(batches, loop.accumulate)
-            meter.waited += time.monotonic() - start
+            meter.waited += time.monotonic() - waiting_since
             state.seconds = earlier_seconds + time.monotonic() - run_start
             lossy = any(batch.failures for batch in micro_batches)
             # All that ranks agree on before a step, in one exchange; the slowest rank's clock counts for all.
@@ -203,9 +203,9 @@ def train(
                 raise Interrupted(state.step)
             if loop.max_minutes and seconds > 60 * loop.max_minutes:
                 break
-            where = f"step {state.step}, rank {rank}"
+            this_step = f"step {state.step}, rank {rank}"
             if troubled:
-                raise_everywhere(problem and f"{where}: {problem}", accelerator.device)
+                raise_everywhere(problem and f"{this_step}: {problem}", accelerator.device)
             keys = [key for batch in micro_batches for key in batch.keys]
             for batch in micro_batches if lossy else ():
                 bad.add(batch)
@@ -218,7 +218,7 @@ def train(
             terms = _forward_backward(accelerator, objective, model, micro_batches, state.step, draw)
             norm = accelerator.clip_grad_norm_(objective.parameters(), recipe.optimizer.clip_norm)
             terms["grad_norm"] = torch.as_tensor(norm)
-            unread.add(where, terms, keys)
+            unread.add(this_step, terms, keys)
             state.step += 1
             state.images_seen += loop.batch_size
             if not deferred and not read_terms():

@@ -61,8 +61,9 @@ class Muon(torch.optim.AdamW):
         ahead = torch._foreach_lerp(gradients, momenta, MOMENTUM)  # Nesterov's
         stack = torch.stack([_as_matrices(x) for x in ahead])
         directions = orthogonalize(stack) * (ADAMW_RMS * max(stack.shape[-2:]) ** 0.5)
-        torch._foreach_mul_(parameters, 1 - rate * decay)
-        torch._foreach_add_(parameters, [d.reshape(p.shape) for d, p in zip(directions, parameters)], alpha=-rate)
+        weights: list[Tensor] = [*parameters]
+        torch._foreach_mul_(weights, 1 - rate * decay)
+        torch._foreach_add_(weights, [d.reshape(p.shape) for d, p in zip(directions, parameters)], alpha=-rate)
         for now, old in zip((*momenta, *parameters), before):
             now.copy_(torch.where(cast(Tensor, bad) > 0, old, now))
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import nn
 
 from v2flow_cli.errors import ModelError, V2FlowError
 from v2flow_cli.recipe import AutoencoderRecipe, TokenizerRecipe
@@ -36,7 +37,7 @@ def plan(recipe: AutoencoderRecipe | TokenizerRecipe, resume: bool = False) -> d
         with torch.device("meta"):
             objective: AutoencoderObjective | TokenizerObjective = AutoencoderObjective(recipe)
         report["parameters"] = _count(objective.model)
-        report["encoder_parameters"] = _count(objective.model.encoder)
+        report["encoder_parameters"] = _count(cast(nn.Module, objective.model.encoder))
         step = 0
     else:
         spec, shape, missing = named_models(recipe)
