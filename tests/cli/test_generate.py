@@ -124,6 +124,17 @@ def test_refuses_to_overwrite_and_foreign_models(artist, tmp_path, tiny_tokenize
     assert ran.exit_code == 1 and "cannot be loaded as a causal LM" in ran.stderr
 
 
+def test_case_28_one_picture_under_the_name_that_was_asked_for(artist, tmp_path):
+    ran = invoke("a red fox", *artist, "-o", tmp_path / "fox.png")
+    assert ran.exit_code == 0 and ran.stdout.strip() == str(tmp_path / "fox.png")
+    assert Image.open(tmp_path / "fox.png").info["v2flow:prompt"] == "a red fox"
+    again = invoke("a red fox", *artist, "-o", tmp_path / "fox.png")
+    assert again.exit_code == 1 and "exists already" in again.stderr
+    two = invoke("a red fox", "a cat", *artist, "-o", tmp_path / "two.png")
+    assert two.exit_code == 1 and "the name of one picture, but there are 2" in two.stderr
+    assert [path.name for path in tmp_path.glob("*.png")] == ["fox.png"]
+
+
 def lines_of(folder):
     return [json.loads(line) for line in (folder / "generated.jsonl").read_text().splitlines()]
 

@@ -5,12 +5,14 @@ import io
 import json
 import os
 import tarfile
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
 from v2flow_cli.errors import DataError
 from v2flow_cli.jobs.shard_sources import sources_from_classes, sources_from_table
+from v2flow_cli.llm.pairs import log_data
 from v2flow_cli.store.find import find_images, find_inputs
 from v2flow_cli.store.not_taken import NotTaken
 from v2flow_cli.store.shards import index_shard, iterate_shard
@@ -167,6 +169,23 @@ def test_case_09_captions_beside_loose_images_are_kept(v2flow, picture, tmp_path
     assert load_samples(tmp_path / "t" / "0.npy") is None
 
 
+def test_case_09_finetune_llm_says_how_many_images_have_no_caption(v2flow, picture, tmp_path):
+    for i in range(3):
+        picture(tmp_path / "p" / f"{i}.png", i)
+    (tmp_path / "p" / "0.txt").write_text("a fox")
+    (tmp_path / "p" / "9.heic").touch()
+    assert v2flow("encode", tmp_path / "p", "-o", tmp_path / "t").exit_code == 0
+    assert v2flow("shard", tmp_path / "p", "-o", tmp_path / "s").exit_code == 0
+    for photos, tokens in ((("p",), ()), (("s",), ()), ((), ("t",))):
+        data = SimpleNamespace(
+            photos=[str(tmp_path / name) for name in photos], token_sets=[str(tmp_path / name) for name in tokens]
+        )
+        lines: list[str] = []
+        log_data(data, str(tmp_path / "run"), lines.append)
+        assert lines[-1].startswith("2 of 3 images have no caption")
+        assert ("not taken: 1 .heic file (9.heic)" in lines[0]) == (photos == ("p",))
+
+
 @pytest.mark.parametrize("command", ["encode", "shard", "bench"])
 def test_case_10_other_files_are_counted_by_suffix(v2flow, picture, tmp_path, command):
     picture(tmp_path / "p" / "a.JPEG")
@@ -208,9 +227,12 @@ def test_case_08_a_folder_that_cannot_be_read_is_listed(v2flow, picture, tmp_pat
 def test_special_files_are_not_opened(picture, tmp_path):
     picture(tmp_path / "1.png")
     os.mkfifo(tmp_path / "2.png")
+    os.symlink("2.png", tmp_path / "3.png")
+    with pytest.raises(DataError, match="neither a file nor a folder"):
+        find_images([tmp_path / "2.png"])
     left = NotTaken()
     assert [f.key for f in find_images([tmp_path], not_taken=left)] == ["1"]
-    assert "special files" in left.lines()[0] or "special file" in left.lines()[0]
+    assert left.lines()[0].startswith("2 special files")
 
 
 def test_a_table_says_which_rows_and_images_do_not_meet(picture, tmp_path):

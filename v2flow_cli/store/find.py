@@ -167,8 +167,10 @@ def expand_input(
     path = user_path(given)
     if os.path.isdir(path):
         return path, list(_walk(path, left, exclude, given=True))
-    if os.path.exists(path):  # not Path.exists, which raises for a name that is too long
+    if os.path.isfile(path):  # not Path.is_file, which raises for a name that is too long
         return path.parent, [path]
+    if os.path.exists(path):
+        raise DataError(f"{printable(given)}: neither a file nor a folder; save what it gives in a file first.")
     patterns = _braces(str(path))
     if len(patterns) == 1 and not glob.has_magic(given):
         link = " It is a link to nothing." if path.is_symlink() else ""
@@ -235,7 +237,7 @@ def _walk(root: Path, left: NotTaken, exclude: Path | None, given: bool = False)
                     left.add(str(path), f"hidden {'folders' if is_folder else 'files'}", "their names begin with a dot")
             elif is_folder:
                 (links if entry.is_symlink() else folders).append(path)
-            elif entry.is_symlink() or entry.is_file():  # a link to nothing fails when it is read, and is listed then
+            elif os.path.isfile(path) or not os.path.exists(path):  # a link to nothing is listed when it is read
                 yield path
             else:
                 left.add(str(path), "special files", "not regular files")
