@@ -165,7 +165,7 @@ METRICS = (
     Metric(
         "feature_frechet",
         "feature Fréchet",
-        3,
+        1,
         of_set=lambda n: FeatureFrechet(n.features) if n.features else None,
         better="lower",
     ),
