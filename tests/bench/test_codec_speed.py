@@ -2,7 +2,7 @@
 
 import torch
 
-from v2flow_cli.bench.codec_speed import _seconds, help_seconds, peak_resident_bytes
+from v2flow_cli.bench.codec_speed import _seconds, first_answer_seconds, help_seconds, peak_resident_bytes
 
 
 def test_median_after_a_warm_up(monkeypatch) -> None:
@@ -18,3 +18,8 @@ def test_peak_memory_is_in_bytes() -> None:
 def test_help_seconds() -> None:
     waits = help_seconds(["bench"], repeats=1)
     assert list(waits) == ["", "bench"] and all(0 < seconds < 60 for seconds in waits.values())
+
+
+def test_first_answers_of_new_processes() -> None:
+    waits = first_answer_seconds(["encode", "decode"], repeats=1)
+    assert list(waits) == ["import torch", "encode", "decode"] and waits["encode"] > 0

@@ -35,6 +35,7 @@ def run(tiny_tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
 def test_json_has_protocol_and_figures(run, imgs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("v2flow_cli.cli.bench_reconstruction.COMMANDS", ("bench",))  # all of them take 24 processes
+    monkeypatch.setattr("v2flow_cli.cli.bench_reconstruction.FIRST_ANSWERS", ())
     done = run(imgs, "--json", speed=True)
     assert done.exit_code == 0, done.stderr
     found = json.loads(done.stdout)
@@ -47,6 +48,7 @@ def test_json_has_protocol_and_figures(run, imgs: Path, monkeypatch: pytest.Monk
     assert row["codebook"]["tokens"] == 12 and row["codebook"]["codebook_size"] == 64
     assert row["encode_images_per_s"] > 0 and row["speed"]["batch_size"] == 8
     assert set(found["help_seconds"]) == {"", "bench"}
+    assert set(found["first_answer_seconds"]) == {"import torch"}
     assert found["failed"] == []
     for i, left_out in enumerate(("LPIPS (alex)", "rFID (Inception v3)")):
         assert f"left out: {left_out}: its weights are not at" in found["notes"][i]

@@ -1,16 +1,19 @@
-"""How fast: images a second through encode and decode, peak memory, and how soon ``--help`` answers."""
+"""How fast: images a second through encode and decode, peak memory, and how soon a command answers."""
 
 from __future__ import annotations
 
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from v2flow_cli.bench.coder import Coder
@@ -86,14 +89,34 @@ def peak_resident_bytes() -> int:
 
 def help_seconds(commands: Sequence[str], repeats: int = 3) -> dict[str, float]:
     """Median seconds of ``v2flow --help`` (key "") and each ``v2flow COMMAND --help``, in new processes."""
-    return {command: _help_seconds(command, repeats) for command in ("", *commands)}
+    arguments = ["-m", "v2flow_cli.cli.app"]
+    return {c: _process_seconds([*arguments, *c.split(), "--help"], repeats) for c in ("", *commands)}
 
 
-def _help_seconds(command: str, repeats: int) -> float:
-    arguments = [sys.executable, "-m", "v2flow_cli.cli.app", *command.split(), "--help"]
+def first_answer_seconds(commands: Sequence[str], repeats: int = 3) -> dict[str, float]:
+    """Median seconds of `python -c "import torch"` (key "import torch"), and of the first picture of each
+    of ``commands``: encode, and after it decode and generate.
+
+    Every one is a new process, the embedded model's time included.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        photo, tokens = Path(folder, "photo.png"), Path(folder, "tokens")
+        Image.effect_noise((256, 256), 60).convert("RGB").save(photo)
+        arguments = {
+            "encode": ["encode", str(photo), "-o", str(tokens), "--force"],
+            "decode": ["decode", str(tokens), "-o", str(Path(folder, "decoded")), "--force"],
+            "generate": ["generate", "a red fox", "-o", str(Path(folder, "generated")), "--force"],
+        }
+        seconds = {"import torch": _process_seconds(["-c", "import torch"], repeats)}
+        for command in commands:
+            seconds[command] = _process_seconds(["-m", "v2flow_cli", *arguments[command]], repeats)
+        return seconds
+
+
+def _process_seconds(arguments: Sequence[str], repeats: int) -> float:
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
-        subprocess.run(arguments, check=True, stdout=subprocess.DEVNULL)
+        subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         times.append(time.perf_counter() - start)
     return statistics.median(times)

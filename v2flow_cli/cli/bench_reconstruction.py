@@ -11,7 +11,8 @@ import typer
 from v2flow_cli.cli import options
 from v2flow_cli.cli.console import fail, log, progress, result, result_json
 
-COMMANDS = ("train", "encode", "decode", "shard", "finetune-llm", "generate", "bench")
+COMMANDS = ("train", "encode", "decode", "shard", "finetune-llm", "generate", "budget", "bench")
+FIRST_ANSWERS = ("encode", "decode", "generate")
 
 
 def reconstruction(
@@ -85,7 +86,7 @@ def reconstruction(
     codec_bytes: Annotated[
         str | None, typer.Option(metavar="BYTES,...", help="More budgets for the codecs, as 224,448,896.")
     ] = None,
-    speed: Annotated[bool, typer.Option("--speed/--no-speed", help="Images/s, memory, and the time of --help.")] = True,
+    speed: Annotated[bool, typer.Option("--speed/--no-speed", help="Images/s, memory, first answers.")] = True,
     seed: options.Seed = 0,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
@@ -135,7 +136,7 @@ def reconstruction(
     total = min(total, limit) if total is not None and limit is not None else total
 
     from v2flow_cli.bench.candidates import load_tokenizers
-    from v2flow_cli.bench.codec_speed import help_seconds
+    from v2flow_cli.bench.codec_speed import first_answer_seconds, help_seconds
     from v2flow_cli.bench.coder import load_external
     from v2flow_cli.bench.networks import load_networks
     from v2flow_cli.bench.results import as_csv, as_record, tables
@@ -174,6 +175,7 @@ def reconstruction(
         if processes.rank:
             return  # the first process reports for all
     seconds_of_help = help_seconds(COMMANDS) if speed else {}
+    first_answers = first_answer_seconds(FIRST_ANSWERS) if speed else {}
     failed = reader.failed if reader is not None else []
     measured, notes = tables(benches), [note for bench in benches for note in bench.notes]
 
@@ -200,6 +202,7 @@ def reconstruction(
             {
                 **as_record(measured, notes),
                 "help_seconds": seconds_of_help,
+                "first_answer_seconds": first_answers,
                 "report": str(report) if report else None,
                 "csv": str(csv) if csv else None,
                 "images_csv": str(images_csv) if images_csv else None,
@@ -208,10 +211,11 @@ def reconstruction(
             }
         )
     else:
-        from v2flow_cli.cli.bench_terminal import print_help_seconds, print_tables
+        from v2flow_cli.cli.bench_terminal import print_first_answers, print_help_seconds, print_tables
 
         print_tables(measured)
         print_help_seconds(seconds_of_help)
+        print_first_answers(first_answers)
         for file in filter(None, (report, csv, images_csv)):
             result(f"wrote {file}")
     for note in dict.fromkeys(notes):

@@ -59,3 +59,9 @@ def print_help_seconds(seconds: Mapping[str, float]) -> None:
     if seconds:
         slowest = max(seconds, key=lambda command: seconds[command])
         result(f"--help: {seconds['']:.2f} s; the slowest command, {slowest or 'v2flow'}: {seconds[slowest]:.2f} s")
+
+
+def print_first_answers(seconds: Mapping[str, float]) -> None:
+    """How long the first picture of each command takes, beside the import of torch."""
+    if seconds:
+        result("first answer: " + ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items()))
