@@ -95,13 +95,14 @@ def test_plain_words(kind, things, more, text):
 
 
 def test_articles_plurals_and_captions():
-    assert [with_article(n) for n in ("apple", "fox", "glasses", "bread", "bus", "the end")] == [
+    assert [with_article(n) for n in ("apple", "fox", "glasses", "bread", "bus", "the end", "chair")] == [
         "an apple",
         "a fox",
         "glasses",
         "bread",
         "a bus",
         "the end",
+        "a chair",
     ]
     assert [plural(n) for n in ("fox", "cherry", "boy", "glasses", "glass of milk", "beach")] == [
         "foxes",

@@ -159,7 +159,7 @@ def with_article(name: str) -> str:
     """``name`` with "a" or "an", unless it is plural or uncounted, or has one."""
     lower = name.lower()
     is_plural = lower.endswith("s") and not lower.endswith(("ss", "us"))
-    if is_plural or _ARTICLE.match(lower) or lower.endswith(_UNCOUNTED):
+    if is_plural or _ARTICLE.match(lower) or lower.split()[-1] in _UNCOUNTED:
         return name
     return f"{'an' if lower[0] in 'aeiou' else 'a'} {name}"
 
