@@ -83,7 +83,7 @@ FAILURES = [
     ("train nothing.yaml", "nothing.yaml: no such recipe"),
     ("train empty.yaml", "empty.yaml: found NoneType, expected a mapping"),
     ("train list.yaml", "list.yaml: found list, expected a mapping"),
-    ("train bytes.yaml", "bytes.yaml: the recipe cannot be read"),
+    ("train bytes.yaml", "bytes.yaml: not valid YAML (unacceptable character"),
     ("train tab.yaml", "tab.yaml: not valid YAML"),
     ("train date.yaml", "date.yaml: not valid YAML (month must be in 1..12"),
     ("train deep.yaml", "deep.yaml: not valid YAML"),
