@@ -17,6 +17,7 @@ from v2flow_cli.recipe import load_recipe
 from v2flow_cli.tokenizer import V2FlowTokenizer
 from v2flow_cli.training import loop
 from v2flow_cli.training.loop import build_objective, train
+from v2flow_cli.training.objectives.autoencoder import AutoencoderObjective
 from v2flow_cli.training.objectives.tokenizer import TokenizerObjective, build_config
 
 from ..conftest import RECIPES
@@ -113,8 +114,15 @@ def test_a_bad_step_is_left_out_on_the_device(world, tmp_path, monkeypatch, kind
     assert sum("step 2, rank 0: the loss is not finite (nan) on samples" in line for line in lines) == 2
 
 
-def test_a_bad_step_that_may_not_be_skipped_is_named_when_the_line_is_due(world, tmp_path, as_on_a_gpu):
-    broken = recipe(world, "autoencoder", tmp_path / "n", "loss.mse=.nan", "train.steps=4", "train.log_every=2")
+def test_a_bad_step_that_may_not_be_skipped_is_named_when_the_line_is_due(world, tmp_path, as_on_a_gpu, monkeypatch):
+    plain = AutoencoderObjective.forward
+
+    def forward(self, *args, **named):
+        terms = plain(self, *args, **named)
+        return {**terms, "loss": terms["loss"] * torch.nan}
+
+    monkeypatch.setattr(AutoencoderObjective, "forward", forward)
+    broken = recipe(world, "autoencoder", tmp_path / "n", "train.steps=4", "train.log_every=2")
     with pytest.raises(V2FlowError, match=r"step 0, rank 0: the loss is not finite .* on samples \w+"):
         train(broken, resume=False, log=quiet)
     assert not (tmp_path / "n" / "checkpoints").exists()
