@@ -98,7 +98,8 @@ def test_no_manifest_and_foreign_manifests_are_none(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format_version": 3}, "format version 3; this v2flow reads up to 2. Update v2flow"),
+        ({"format_version": 4}, "format version 4; this v2flow reads up to 3. Update v2flow"),
+        ({"aspect": "wide"}, "aspect is .wide.; expected square or keep"),
         ({"format_version": None}, "format_version is None"),
         ({"tokenizer_digest": 1}, "tokenizer_digest is 1"),
         ({"image_size": [32]}, r"image_size is \[32\]"),

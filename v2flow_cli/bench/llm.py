@@ -76,6 +76,7 @@ def _read(source: str, tokenizer: V2FlowTokenizer, length: int, not_taken: NotTa
     if is_token_set(source):
         manifest = token_set_manifest(source)
         manifest.check_tokenizer(tokenizer.token_digest, source)
+        manifest.check_square(source)
         if not tokenizer.flexible and manifest.tokens_per_image != length:
             raise TokenFileError(
                 f"{source}: {manifest.tokens_per_image} tokens an image, but the LLM draws {length}. Encode them "

@@ -13,6 +13,11 @@ from v2flow_cli.cli import options
 from v2flow_cli.cli.console import ERROR_BUDGET, fail, failures_json, log, progress, result, result_json
 
 
+class Aspect(str, Enum):
+    square = "square"
+    keep = "keep"
+
+
 class Verify(str, Enum):
     quick = "quick"
     full = "full"
@@ -30,8 +35,12 @@ def encode(
         str | None, typer.Option(help="Tokenizer: folder or hub id. Default: the one inside the package.")
     ] = None,
     res: Annotated[
-        int | None, typer.Option(min=1, help="Side of the centre crop in pixels. Default: the model's.")
+        int | None,
+        typer.Option(min=1, help="Side of the square, or of one as large, in pixels. Default: the model's."),
     ] = None,
+    aspect: Annotated[
+        Aspect, typer.Option(help="square: the centre crop. keep: the whole picture, at about --res squared pixels.")
+    ] = Aspect.square,
     tokens: Annotated[
         int | None, typer.Option(min=1, help="Keep the first so many tokens of an image (flexible tokenizers).")
     ] = None,
@@ -69,6 +78,8 @@ def encode(
         v2flow encode imgs/ -o tokens/
 
         v2flow encode "imgs/*.jpg" -o tokens-512/ --res 512
+
+        v2flow encode imgs/ -o tokens-whole/ --aspect keep
 
         v2flow encode shards/ -o shard-tokens/ --batch-size 32 --workers 4
 
@@ -116,6 +127,7 @@ def encode(
         workers=workers,
         dtype=pick_dtype(dtype, target),
         prefixes=Prefixes(tokens, max_error),
+        keep_aspect=aspect is Aspect.keep,
     )
     start = time.perf_counter()
     with launch() as ranks, progress("encode", None if tars else -(-len(files) // ranks.count)) as tick:
@@ -152,6 +164,7 @@ def encode(
                 "files": report.files,
                 "kept_files": report.kept_files,
                 "image_size_px": list(manifest.image_size),
+                "aspect": aspect.value,
                 "tokens_per_image": manifest.tokens_per_image,
                 "variable_length": manifest.variable_length,
                 "mean_tokens_per_image": mean_tokens,

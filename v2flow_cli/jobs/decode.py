@@ -28,6 +28,7 @@ from v2flow_cli.store.token_file import (
     check_finished,
     find_manifest,
     load_samples,
+    load_sizes,
     load_token_ids,
     row_of,
 )
@@ -37,12 +38,12 @@ from v2flow_cli.tokenizer.preprocess import to_pil
 
 @dataclass(frozen=True)
 class TokenRows:
-    """One checked token file.  targets: a PNG for each row; size: height and width in pixels."""
+    """One checked token file.  targets: a PNG for each row; sizes: height and width in pixels of each."""
 
     path: Path
     keys: list[str]
     targets: list[Path]
-    size: tuple[int, int]
+    sizes: list[tuple[int, int]]
     has_manifest: bool
 
 
@@ -95,23 +96,42 @@ def _open(
         check_finished(file.path)
     length, variable = (None, tokenizer.flexible) if manifest is None else manifest.lengths
     ids = load_token_ids(file.path, tokenizer.config.codebook_size, length, variable)
+    rows = np.atleast_2d(ids)
     try:
-        size = tokenizer.grid_of(ids.shape[-1]) if manifest is None else manifest.image_size
-        tokenizer.check_length(ids.shape[-1], *size)
+        sizes = _sizes(tokenizer, file.path, rows, manifest)
     except ValueError as error:
         raise TokenFileError(
             f"{file.path}: {ids.shape[-1]} tokens an image do not fit this model ({error})."
         ) from error
     if ids.ndim == 1:
         target = out / f"{safe_key(file.key, taken)}.png"
-        return TokenRows(file.path, [file.key], [target], size, manifest is not None)
+        return TokenRows(file.path, [file.key], [target], sizes, manifest is not None)
     samples = load_samples(file.path)
     keys = [f"{i:06d}" for i in range(len(ids))] if samples is None else [key for key, _ in samples]
     if len(keys) != len(ids):
         raise TokenFileError(f"{file.path}: {len(ids)} rows, but {len(keys)} keys. Encode it again.")
     folder, inside = out / safe_key(file.key, taken), set[str]()
     targets = [folder / f"{safe_key(key, inside)}.png" for key in keys]
-    return TokenRows(file.path, keys, targets, size, manifest is not None)
+    return TokenRows(file.path, keys, targets, sizes, manifest is not None)
+
+
+def _sizes(
+    tokenizer: V2FlowTokenizer, path: Path, rows: np.ndarray, manifest: TokenManifest | None
+) -> list[tuple[int, int]]:
+    """Height and width in pixels of the image of each row, whose number of tokens fits them.
+
+    Raises: ValueError for a number that does not; TokenFileError where pictures keep their shapes and these are lost.
+    """
+    if manifest is None or not manifest.keep_aspect:
+        size = tokenizer.grid_of(rows.shape[1]) if manifest is None else manifest.image_size
+        tokenizer.check_length(rows.shape[1], *size)
+        return [size] * len(rows)
+    sizes = load_sizes(path)
+    if len(sizes) != len(rows):
+        raise TokenFileError(f"{path}: {len(rows)} rows, but {len(sizes)} sizes. Encode it again.")
+    for row, size in zip(rows, sizes):
+        tokenizer.check_length(len(row_of(row, tokenizer.config.codebook_size)), *size)
+    return sizes
 
 
 def decode_files(
@@ -173,13 +193,13 @@ def _batches(
     waiting: dict[tuple[int, int], list[tuple[np.ndarray, str, Path]]] = {}
     for rows in opened:
         codes = tokenizer.config.codebook_size
-        ids = np.atleast_2d(load_token_ids(rows.path, codes, variable_length=tokenizer.flexible))  # one open at a time
-        for row in zip(ids, rows.keys, rows.targets):
-            batch = waiting.setdefault(rows.size, [])
-            batch.append(row)
+        ids = np.atleast_2d(load_token_ids(rows.path, codes, variable_length=True))  # one open at a time, checked
+        for size, *row in zip(rows.sizes, ids, rows.keys, rows.targets):
+            batch = waiting.setdefault(size, [])
+            batch.append((row[0], row[1], row[2]))
             if len(batch) == batch_size:
-                yield batch, rows.size
-                waiting[rows.size] = []
+                yield batch, size
+                waiting[size] = []
     for size, batch in waiting.items():
         if batch:
             yield batch, size

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from v2flow_cli.errors import DataError, UnwritableName
 from v2flow_cli.jobs.encode_resume import EncodeReport, begin_run, end_run
 from v2flow_cli.jobs.prefixes import Prefixes, shortest_prefixes
+from v2flow_cli.recipe.schema import MAX_ASPECT
 from v2flow_cli.runtime.device import cpu_cores, pick_batch_size
 from v2flow_cli.runtime.processes import Processes
 from v2flow_cli.store.captions import captions_beside, captions_of
@@ -38,8 +40,16 @@ ALONE = Processes()
 WHOLE = Prefixes()
 
 
+class Encoded(NamedTuple):
+    """One image.  token_ids: (L,) int64; size: (height, width) in pixels that they were made from."""
+
+    key: str
+    token_ids: np.ndarray
+    size: tuple[int, int]
+
+
 class ShardIds:
-    """The keys and ids of a shard's images, the ids in one array.
+    """The keys, sizes and ids of a shard's images, the ids in one array.
 
     Kept one by one they would lie between the buffers of a batch, megabytes each: every one takes the beginning of a
     block that the next batch's buffer then no longer fits into, and the heap grows by a buffer a batch.
@@ -50,16 +60,19 @@ class ShardIds:
     def __init__(self, capacity: int, manifest: TokenManifest) -> None:
         self.keys: list[str] = []
         self.tokens = 0
+        self.sizes: list[tuple[int, int]] = []  # (height, width) in pixels
         self._longest = 0
         codes = manifest.codebook_size  # as an id it ends a short row
         self._ids = np.full((capacity, manifest.tokens_per_image), codes, np.uint16 if codes < 65_536 else np.uint32)
 
-    def append(self, key: str, token_ids: np.ndarray) -> None:
-        """Take an image's ids (L,)."""
-        self._ids[len(self.keys), : len(token_ids)] = token_ids
-        self.keys.append(key)
-        self.tokens += len(token_ids)
-        self._longest = max(self._longest, len(token_ids))
+    def append(self, image: Encoded) -> None:
+        """Take an image's ids."""
+        length = len(image.token_ids)
+        self._ids[len(self.keys), :length] = image.token_ids
+        self.keys.append(image.key)
+        self.sizes.append(image.size)
+        self.tokens += length
+        self._longest = max(self._longest, length)
 
     @property
     def ids(self) -> np.ndarray:
@@ -70,9 +83,10 @@ class ShardIds:
 class SetEncoder:
     """Images to ids in batches, the bad ones put aside.
 
-    Args:   image_size, side in pixels (default: the tokenizer's); batch_size, images (default: by the device);
-            workers, threads that read and decode while the model computes (default: one a core); dtype, what the
-            tokenizer computes in; prefixes, how many tokens of an image are kept.
+    Args:   image_size, side in pixels (default: the tokenizer's); keep_aspect, fit each image to the grid at about
+            that side squared instead of cropping a square; batch_size, images (default: by the device); workers,
+            threads that read and decode while the model computes (default: one a core); dtype, what the tokenizer
+            computes in; prefixes, how many tokens of an image are kept.
     Raises: DataError for an image size or prefixes that the tokenizer does not have.
     """
 
@@ -85,14 +99,16 @@ class SetEncoder:
         workers: int | None = None,
         dtype: torch.dtype = torch.float32,
         prefixes: Prefixes = WHOLE,
+        keep_aspect: bool = False,
     ) -> None:
+        self.keep_aspect = keep_aspect
         self.prefixes, self.short = prefixes, 0
         self.tokenizer, self.dtype = tokenizer, dtype
         self.image_size = image_size or tokenizer.config.image_size
         self.batch_size = batch_size or pick_batch_size(tokenizer.device, self.image_size)
         self.workers = workers or cpu_cores()
         try:
-            longest = prefixes.longest(tokenizer, self.image_size, self.image_size)
+            longest = (_longest_of_any_shape if keep_aspect else _longest_square)(tokenizer, self.image_size, prefixes)
         except ValueError as error:
             raise DataError(f"--res {self.image_size}: {error}") from error
         self.empty_manifest = TokenManifest(
@@ -100,14 +116,15 @@ class SetEncoder:
             (self.image_size, self.image_size),
             tokenizer.config.codebook_size,
             longest,
-            variable_length=prefixes.min_psnr_db is not None,
+            variable_length=keep_aspect or prefixes.min_psnr_db is not None,
             min_psnr_db=prefixes.min_psnr_db,
+            keep_aspect=keep_aspect,
         )
 
     def encode(
         self, items: Iterable[tuple[str, str, Path | bytes | DataError]], failures: list[Failure], tick: Tick
-    ) -> Iterator[tuple[str, np.ndarray]]:
-        """(key, ids (L,) int64) of each good (key, source, image) in order; bad ones go to ``failures``.
+    ) -> Iterator[Encoded]:
+        """The ids of each good (key, source, image) in order; bad ones go to ``failures``.
 
         Args:   items, images as files, as bytes from the tar ``source``, or the error that reading them gave.
         """
@@ -135,9 +152,22 @@ class SetEncoder:
         except DataError as error:
             reason = str(error).removeprefix(f"{name}: ").removeprefix(f"{source}: ")
             return key, Failure(source, reason, None if isinstance(content, Path) else key)
+        if self.keep_aspect:
+            return key, image_to_tensor(image, self.tokenizer.fitted_size(*image.size, self.image_size))
         return key, image_to_tensor(image, self.image_size)
 
-    def _encode_batch(self, batch: list[tuple[str, Tensor]], tick: Tick) -> Iterator[tuple[str, np.ndarray]]:
+    def _encode_batch(self, batch: list[tuple[str, Tensor]], tick: Tick) -> Iterator[Encoded]:
+        """In the order of ``batch``; images of one size are encoded together."""
+        places: dict[tuple[int, int], list[int]] = {}
+        for place, (_, pixels) in enumerate(batch):
+            places.setdefault((pixels.shape[1], pixels.shape[2]), []).append(place)
+        encoded: dict[int, Encoded] = {}
+        for size, here in places.items():
+            encoded.update(zip(here, self._encode_size([batch[place] for place in here], size)))
+        tick(len(batch))
+        yield from (encoded[place] for place in range(len(batch)))
+
+    def _encode_size(self, batch: list[tuple[str, Tensor]], size: tuple[int, int]) -> Iterator[Encoded]:
         device = self.tokenizer.device
         images = torch.stack([pixels for _, pixels in batch]).to(device)  # (B, 3, H, W)
         with (
@@ -150,9 +180,27 @@ class SetEncoder:
                 keys = [key for key, _ in batch]
                 lengths = shortest_prefixes(self.tokenizer, images, token_ids, keys, self.prefixes.min_psnr_db)
                 self.short += lengths.count(None)
-        tick(len(batch))
         for (key, _), ids, length in zip(batch, token_ids.cpu().numpy(), lengths):
-            yield key, ids[:length]
+            yield Encoded(key, ids[:length], size)
+
+
+def _longest_square(tokenizer: V2FlowTokenizer, side: int, prefixes: Prefixes) -> int:
+    """The most tokens that a square image has.  Raises: DataError as ``Prefixes``; ValueError for a side."""
+    return prefixes.longest(tokenizer, side, side)
+
+
+def _longest_of_any_shape(tokenizer: V2FlowTokenizer, side: int, prefixes: Prefixes) -> int:
+    """The most tokens that an image has which keeps its shape.
+
+    Raises:  DataError for a number of tokens that only some shapes have; ValueError for a side that fits none.
+    """
+    if prefixes.tokens is not None and not tokenizer.flexible:
+        raise DataError(
+            f"--aspect keep and --tokens {prefixes.tokens}: an image has as many tokens as its shape gives. Leave "
+            "--tokens out; prefixes need a tokenizer of flexible length."
+        )
+    shapes = {tokenizer.fitted_size(wide, 1000, side) for wide in range(1000, round(1000 * MAX_ASPECT) + 1, 10)}
+    return max(prefixes.longest(tokenizer, *shape) for shape in shapes)
 
 
 def encode_files(
@@ -182,14 +230,14 @@ def encode_files(
     tick(report.kept_files)
     journal = Unfinished(out)
     items = ((image.key, str(image.path), image.path) for image in todo)
-    for key, token_ids in encoder.encode(items, report.failures, tick):
+    for key, token_ids, size in encoder.encode(items, report.failures, tick):
         try:
             captions = captions_beside(inputs[key])
         except DataError as error:
             report.failures.append(Failure(str(inputs[key]), f"its captions: {error}"))
             continue
         try:
-            _save_captions(out / f"{key}.npy", key, captions)
+            _save_captions(out / f"{key}.npy", key, captions, size if encoder.keep_aspect else None)
             save_token_ids(out / f"{key}.npy", token_ids, report.manifest.codebook_size)
         except UnwritableName as error:
             report.failures.append(Failure(str(inputs[key]), str(error)))
@@ -202,10 +250,10 @@ def encode_files(
     return end_run(report, inputs, out, ranks, tars=False)
 
 
-def _save_captions(target: Path, key: str, captions: Sequence[str]) -> None:
-    """Before the ids, so that where they are, all is; nothing lies there for an image without captions."""
-    if captions:
-        save_samples(target, [(key, captions)])
+def _save_captions(target: Path, key: str, captions: Sequence[str], size: tuple[int, int] | None) -> None:
+    """Before the ids, so that where they are, all is; nothing lies there for a square image without captions."""
+    if captions or size:
+        save_samples(target, [(key, captions)], [size] if size else None)
     else:
         samples_path(target).unlink(missing_ok=True)  # of an image that had some, and is encoded again
 
@@ -280,8 +328,8 @@ def _encode_shard(
         failures = list(index.failures)
         items = _images_of(shard.path, [sample for sample in index.samples if sample.image is not None], captions)
         rows = ShardIds(len(index.samples), encoder.empty_manifest)
-        for key, ids in encoder.encode(items, failures, tick):
-            rows.append(key, ids)
+        for image in encoder.encode(items, failures, tick):
+            rows.append(image)
         report.not_taken.merge(index.not_taken)
         if not rows.keys and not failures:
             failures = [Failure(str(shard.path), "no image in it", samples=0)]
@@ -293,7 +341,8 @@ def _encode_shard(
     elif _bad_path(target).exists():
         _bad_path(target).unlink()
     if rows.keys:  # the ids last: where they are, all is
-        save_samples(target, [(key, captions[key]) for key in rows.keys])
+        sizes = rows.sizes if encoder.keep_aspect else None
+        save_samples(target, [(key, captions[key]) for key in rows.keys], sizes)
         save_token_ids(target, rows.ids, encoder.empty_manifest.codebook_size)
     report.failures += failures
     report.images += len(rows.keys)

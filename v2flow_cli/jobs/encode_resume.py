@@ -152,7 +152,6 @@ def _manifest_of(out: Path, tokens: TokenManifest, force: bool, inputs: Mapping[
         return None
     what = f" Of these, {len(others)} would not be replaced." if force else ""
     raise TokenFileError(
-        f"{out}: holds tokens of tokenizer {existing.tokenizer_digest} at {existing.image_size[0]} px; "
-        f"these are of {tokens.tokenizer_digest} at {tokens.image_size[0]} px.{what} Use another -o"
+        f"{out}: holds tokens of {existing.description}; these are of {tokens.description}.{what} Use another -o"
         f"{'' if force else ', or --force'}."
     )

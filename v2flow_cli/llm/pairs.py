@@ -224,6 +224,7 @@ def _check_token_sets(folders: Sequence[str], digest: str) -> tuple[dict[str, in
     for folder in folders:
         manifest = token_set_manifest(folder)
         manifest.check_tokenizer(digest, folder)
+        manifest.check_square(folder)
         lengths[folder] = manifest.tokens_per_image
         images += manifest.count
     return lengths, images

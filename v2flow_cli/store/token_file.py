@@ -5,6 +5,8 @@
     tokens/set-000.npy           (N, L), one shard, and
     tokens/set-000.samples.jsonl N lines {"key": ..., "captions": [...]}, in the order of the rows
 
+Where pictures keep their shapes (``aspect`` is keep), each ``.npy`` has such lines, with {"size": [height, width]} too.
+
 Where lengths vary (``variable_length``), L is that of the image, or of the longest row, and the other rows end in
 the id K, one more than the largest: a reader that knows nothing of it stops rather than read rubbish.
 
@@ -29,7 +31,7 @@ from v2flow_cli.store.text import decode_text, lines_of, load_json
 from v2flow_cli.store.unfinished import Unfinished
 
 FORMAT = "v2flow-tokens"
-FORMAT_VERSION = 2  # 1 where all images have the same number of tokens, so that older readers go on reading them
+FORMAT_VERSION = 3  # 2 where lengths vary but all images are square, 1 where neither: older readers go on reading them
 MANIFEST = "manifest.json"
 
 
@@ -45,6 +47,7 @@ class TokenManifest:
     variable_length: bool = False  # images have 1 to tokens_per_image tokens
     min_psnr_db: float | None = None  # what the lengths were chosen by, if by that
     sources: dict[str, str] = field(default_factory=dict)  # of files made of tars: the tar's fingerprint
+    keep_aspect: bool = False  # each image has a size of its own, whose area is near that of ``image_size``
 
     @property
     def count(self) -> int:
@@ -62,7 +65,21 @@ class TokenManifest:
 
     def _identity(self) -> tuple[Any, ...]:
         lengths = self.tokens_per_image, self.variable_length, self.min_psnr_db
-        return self.tokenizer_digest, self.image_size, self.codebook_size, *lengths
+        return self.tokenizer_digest, self.image_size, self.keep_aspect, self.codebook_size, *lengths
+
+    @property
+    def description(self) -> str:
+        """Whose tokens of what these are, for messages."""
+        shapes = ", each in its own shape" if self.keep_aspect else ""
+        return f"tokenizer {self.tokenizer_digest} at {self.image_size[0]} px{shapes}"
+
+    def check_square(self, where: str | Path) -> None:
+        """Raises: TokenFileError for images that keep their shapes: a language model draws squares."""
+        if self.keep_aspect:
+            raise TokenFileError(
+                f"{where}: its images keep their shapes (`encode --aspect keep`), but a language model draws squares. "
+                "Encode them with --aspect square."
+            )
 
     def check_tokenizer(self, digest: str, where: str | Path) -> None:
         """Raises: TokenFileError if the ids were made by another tokenizer than the one with ``digest``."""
@@ -81,12 +98,13 @@ class TokenManifest:
         """The manifest as it lies in JSON."""
         return {
             "format": FORMAT,
-            "format_version": 2 if self.variable_length else 1,
+            "format_version": 3 if self.keep_aspect else 2 if self.variable_length else 1,
             "tokenizer_digest": self.tokenizer_digest,
             "image_size": list(self.image_size),
             "codebook_size": self.codebook_size,
             "tokens_per_image": self.tokens_per_image,
             **({"variable_length": True, "min_psnr_db": self.min_psnr_db} if self.variable_length else {}),
+            **({"aspect": "keep"} if self.keep_aspect else {}),
             "count": self.count,
             "files": self.files,
             **({"sources": self.sources} if self.sources else {}),
@@ -146,8 +164,11 @@ class TokenManifest:
         sources: Any = record.get("sources", {})
         if not isinstance(sources, dict) or set(map(type, sources.values())) - {str}:
             raise TokenFileError(f"{path}: sources is not a mapping of names to fingerprints. Encode the images again.")
+        aspect: Any = record.get("aspect", "square")
+        if aspect not in ("square", "keep"):
+            raise TokenFileError(f"{path}: aspect is {aspect!r}; expected square or keep. Encode the images again.")
         counts = record["codebook_size"], record["tokens_per_image"]
-        manifest = cls(digest, (size[0], size[1]), *counts, files, variable, least, sources)
+        manifest = cls(digest, (size[0], size[1]), *counts, files, variable, least, sources, aspect == "keep")
         if record.get("count") != manifest.count:
             raise TokenFileError(f"{path}: count is {record.get('count')!r}; files add up to {manifest.count}.")
         return manifest
@@ -260,9 +281,14 @@ def samples_path(path: Path) -> Path:
     return path.with_suffix(".samples.jsonl")
 
 
-def save_samples(path: Path, samples: Sequence[tuple[str, Sequence[str]]]) -> None:
-    """Write the (key, captions) of each row of ``path`` beside it."""
-    lines = (json.dumps({"key": key, "captions": list(captions)}) + "\n" for key, captions in samples)
+def save_samples(
+    path: Path, samples: Sequence[tuple[str, Sequence[str]]], sizes: Sequence[tuple[int, int]] | None = None
+) -> None:
+    """Write the (key, captions) of each row of ``path`` beside it, and where given its (height, width) in pixels."""
+    records: list[dict[str, Any]] = [{"key": key, "captions": list(captions)} for key, captions in samples]
+    for record, size in zip(records, sizes or ()):
+        record["size"] = list(size)
+    lines = (json.dumps(record) + "\n" for record in records)
     write_bytes(samples_path(path), "".join(lines).encode())
 
 
@@ -271,6 +297,27 @@ def load_samples(path: Path) -> list[tuple[str, tuple[str, ...]]] | None:
 
     Raises: TokenFileError for a line that is not {"key": string, "captions": [strings]}.
     """
+    records = _sample_records(path)
+    return None if records is None else [(record["key"], tuple(record["captions"])) for record in records]
+
+
+def load_sizes(path: Path) -> list[tuple[int, int]]:
+    """(height, width) in pixels of each row of ``path``, where pictures keep their shapes.
+
+    Raises: TokenFileError as ``load_samples``, and where a size is missing.
+    """
+    sizes = []
+    for number, record in enumerate(_sample_records(path) or (), 1):
+        size = record.get("size")
+        if not isinstance(size, list) or len(size) != 2 or not all(map(_is_count, size)):
+            raise TokenFileError(f"{samples_path(path)}: line {number}: size is {size!r}; expected [height, width].")
+        sizes.append((size[0], size[1]))
+    if not sizes:
+        raise TokenFileError(f"{samples_path(path)}: missing or empty, and it alone knows the images' sizes.")
+    return sizes
+
+
+def _sample_records(path: Path) -> list[dict[str, Any]] | None:
     beside = samples_path(path)
     try:
         lines = lines_of(decode_text(beside.read_bytes(), beside))
@@ -288,7 +335,7 @@ def load_samples(path: Path) -> list[tuple[str, tuple[str, ...]]] | None:
         key, captions = record.get("key"), record.get("captions")
         if not isinstance(key, str) or not isinstance(captions, list) or set(map(type, captions)) - {str}:
             raise TokenFileError(f'{beside}: line {number}: expected {{"key": string, "captions": strings}}.')
-        samples.append((key, tuple(captions)))
+        samples.append(record)
     return samples
 
 
@@ -306,6 +353,11 @@ def read_token_set(folder: Path) -> Iterator[TokenSample]:
     Captions are those in the ``.txt`` beside an image file, or those in the tar.
     Raises: TokenFileError for a folder without manifest, or a file that does not fit it.
     """
+    return (sample for sample, _ in read_sized_token_set(folder))
+
+
+def read_sized_token_set(folder: Path) -> Iterator[tuple[TokenSample, tuple[int, int]]]:
+    """As ``read_token_set``, each image with its (height, width) in pixels."""
     manifest = TokenManifest.load(folder)
     if manifest is None:
         raise TokenFileError(f"{folder}: no token manifest in it; expected the output of `v2flow encode`.")
@@ -317,5 +369,6 @@ def read_token_set(folder: Path) -> Iterator[TokenSample]:
             raise TokenFileError(
                 f"{path}: {len(ids)} rows, {len(samples)} keys, and {count} in the manifest. Encode it again."
             )
-        for (key, captions), row in zip(samples, ids):
-            yield TokenSample(key, captions, row_of(row, manifest.codebook_size))
+        sizes = load_sizes(path) if manifest.keep_aspect else [manifest.image_size] * count
+        for (key, captions), row, size in zip(samples, ids, sizes):
+            yield TokenSample(key, captions, row_of(row, manifest.codebook_size)), size

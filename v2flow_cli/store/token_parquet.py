@@ -12,14 +12,14 @@ import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from v2flow_cli.errors import TokenFileError, foreign_errors
 from v2flow_cli.runtime.extras import extra
 from v2flow_cli.store.files import publishing
-from v2flow_cli.store.token_file import TokenManifest, TokenSample, read_token_set
+from v2flow_cli.store.token_file import TokenManifest, TokenSample, read_sized_token_set
 
 ROWS_PER_FILE = 100_000
 ROWS_PER_GROUP = 4096  # in memory at a time
@@ -49,14 +49,14 @@ def write_parquet(folder: Path) -> list[Path]:
         foreign_errors(f"{folder}: the Parquet files cannot be written", kind=TokenFileError),
         publishing(folder, ".parquet-") as partial,
     ):
-        groups = _groups(read_token_set(folder))
+        groups = _groups(read_sized_token_set(folder))
         group = next(groups, None)
         while group is not None:
             names.append(f"tokens-{len(names):05d}.parquet")
             schema, rows = _schema(manifest), 0
             with parquet.ParquetWriter(partial / names[-1], schema, compression="zstd") as writer:
                 while group is not None and rows < ROWS_PER_FILE:
-                    writer.write_table(_table(group, manifest, schema))
+                    writer.write_table(_table(group, schema))
                     rows, group = rows + len(group), next(groups, None)
     for old in folder.glob("tokens-*.parquet"):
         if old.name not in names:
@@ -102,8 +102,8 @@ def load_parquet_manifest(files: Sequence[Path]) -> TokenManifest:
     for path, manifest in zip(files, found):
         if not manifest.same_tokens(found[0]):
             raise TokenFileError(
-                f"{path}: tokens of tokenizer {manifest.tokenizer_digest} at {manifest.image_size}; {files[0]} has "
-                f"{found[0].tokenizer_digest} at {found[0].image_size}. Keep them in folders of their own."
+                f"{path}: tokens of {manifest.description}; {files[0]} has those of {found[0].description}. Keep them "
+                "in folders of their own."
             )
     return dataclasses.replace(found[0], files={k: v for manifest in found for k, v in manifest.files.items()})
 
@@ -133,8 +133,11 @@ def _sample(row: dict[str, Any], manifest: TokenManifest, path: Path) -> TokenSa
     return TokenSample(key, tuple(captions or ()), ids)
 
 
-def _groups(samples: Iterator[TokenSample]) -> Iterator[list[TokenSample]]:
-    group: list[TokenSample] = []
+Sized: TypeAlias = tuple[TokenSample, tuple[int, int]]  # with its height and width
+
+
+def _groups(samples: Iterator[Sized]) -> Iterator[list[Sized]]:
+    group: list[Sized] = []
     for sample in samples:
         group.append(sample)
         if len(group) == ROWS_PER_GROUP:
@@ -160,16 +163,15 @@ def _schema(manifest: TokenManifest) -> Any:
     return arrow.schema(list(zip(COLUMNS, types)), metadata={METADATA: json.dumps(record)})
 
 
-def _table(group: Sequence[TokenSample], manifest: TokenManifest, schema: Any) -> Any:
+def _table(group: Sequence[Sized], schema: Any) -> Any:
     import pyarrow as arrow
 
-    height, width = manifest.image_size
     columns = [
-        [sample.key for sample in group],
-        [sample.captions[0] if sample.captions else None for sample in group],
-        [list(sample.captions) for sample in group],
-        [sample.token_ids for sample in group],
-        [height] * len(group),
-        [width] * len(group),
+        [sample.key for sample, _ in group],
+        [sample.captions[0] if sample.captions else None for sample, _ in group],
+        [list(sample.captions) for sample, _ in group],
+        [sample.token_ids for sample, _ in group],
+        [height for _, (height, _) in group],
+        [width for _, (_, width) in group],
     ]
     return arrow.table([arrow.array(values, type=field.type) for values, field in zip(columns, schema)], schema=schema)

@@ -82,7 +82,7 @@ def _is_float_tensor(pixels: np.ndarray | Tensor) -> bool:
 
 
 class V2FlowImageProcessor(BaseImageProcessor):
-    """Shorter side to ``size`` (bicubic), centre crop to a square, pixels to [-1, 1]."""
+    """The largest centred square, or part of another shape that is asked for, resized (bicubic), pixels to [-1, 1]."""
 
     model_input_names: ClassVar = ["pixel_values"]
 
@@ -90,8 +90,8 @@ class V2FlowImageProcessor(BaseImageProcessor):
         super().__init__(**kwargs)
         self.size = int(size)
 
-    def preprocess_one(self, image: Image.Image, size: int | None = None) -> Tensor:
-        """(3, size, size) in [-1, 1] from an image of any size; ``size`` defaults to the processor's."""
+    def preprocess_one(self, image: Image.Image, size: int | tuple[int, int] | None = None) -> Tensor:
+        """(3, H, W) in [-1, 1] from an image of any size; ``size`` as ``preprocess`` takes it."""
         return image_to_tensor(image, size or self.size)
 
     def __call__(self, images: ImageLike | Iterable[ImageLike], **kwargs: Any) -> BatchFeature:
@@ -101,15 +101,16 @@ class V2FlowImageProcessor(BaseImageProcessor):
     def preprocess(
         self,
         images: ImageLike | Iterable[ImageLike],
-        size: int | None = None,
+        size: int | tuple[int, int] | None = None,
         return_tensors: Literal["pt", "np"] = "pt",
         input_data_format: Channels | None = None,
         **kwargs: Any,
     ) -> BatchFeature:
-        """``pixel_values`` (B, 3, size, size), float32 in [-1, 1].
+        """``pixel_values`` (B, 3, H, W), float32 in [-1, 1].
 
         Args:    images, one PIL image, array or tensor, a batch or a list, as ``as_images`` takes them with
-                 ``input_data_format``; size, pixels (default: the processor's); return_tensors, "pt" or "np".
+                 ``input_data_format``; size, side of a square or (height, width) in pixels (default: the
+                 processor's); return_tensors, "pt" or "np".
         Raises:  DataError for anything else.
         """
         if kwargs:

@@ -41,6 +41,7 @@ from v2flow_cli.tokenizer.other_decoders import (
     load_decoder,
     settings_of,
 )
+from v2flow_cli.tokenizer.preprocess import fitted_size
 from v2flow_cli.tokenizer.pretrained import PretrainedModule
 from v2flow_cli.tokenizer.quantizer_ema import EMAQuantizer
 from v2flow_cli.tokenizer.quantizer_fsq import FSQQuantizer
@@ -191,6 +192,13 @@ class V2FlowTokenizer(PretrainedModule):
                 f"an image of {height} x {width} pixels does not fit; sides must be multiples of {self.size_multiple}"
             )
         return self.resampler.num_tokens(height, width)
+
+    def fitted_size(self, width: int, height: int, side: int | None = None) -> tuple[int, int]:
+        """(height, width) at which a picture of ``width`` x ``height`` pixels keeps its shape, but for a few pixels.
+
+        Its area is near ``side`` squared (default: the config's size). ``encode`` and ``decode`` take images of it.
+        """
+        return fitted_size(width, height, side or self.config.image_size, self.size_multiple)
 
     @property
     def flexible(self) -> bool:
