@@ -97,4 +97,4 @@ def test_wrong_ids_and_pictures_are_named(module: Path) -> None:
         load_external(f"{module}:Far").encode(images)
     coder = load_external(f"{module}:Small")
     with pytest.raises(ModelError, match=r"decode returned shape \(2, 3, 32, 8\).*\(2, 3, 32, 32\)"):
-        coder.decode(coder.encode(images), [0, 1], 32)
+        coder.decode(coder.encode(images), [0, 1], (32, 32))

@@ -182,3 +182,24 @@ def test_bf16_is_close_to_float32(tokenizer, photos) -> None:
         for dtype in (torch.float32, torch.bfloat16)
     )
     assert rounded == pytest.approx(exact, abs=0.5)
+
+
+SHAPES = [(90, 90), (120, 70), (70, 120), (400, 60), (118, 71)]  # width, height
+
+
+def test_pictures_keep_their_shapes_where_asked(tokenizer, photos) -> None:
+    """The same figures as for a picture alone, whatever its neighbours; pixels and tokens are averages."""
+    photos = [(name, image.resize(size)) for (name, image), size in zip(photos, SHAPES)]
+    together = run(tokenizer, photos, batch_size=3, size=64, keep_aspect=True).result
+    sizes = [tokenizer.fitted_size(*size, 64) for size in SHAPES]
+    assert len(set(sizes)) > 2
+    for photo in photos[1:4]:
+        alone = run(tokenizer, [photo], batch_size=1, size=64, keep_aspect=True).result.figures_of(photo[0], "v2flow")
+        figures = together.figures_of(photo[0], "v2flow").values
+        assert figures["psnr_db"] == pytest.approx(alone.values["psnr_db"]) and figures.keys() == alone.values.keys()
+    row, pixels = together.rows[0], sum(height * width for height, width in sizes) / len(sizes)
+    assert row.tokens_per_image == pytest.approx(sum(tokenizer.num_tokens(*size) for size in sizes) / len(sizes))
+    assert row.values["bits_per_pixel"] == pytest.approx(8 * row.bytes_per_image / pixels)
+    assert "whole picture at the size nearest" in together.protocol.crop and "of 16 pixels" in together.protocol.crop
+    square = run(tokenizer, photos, size=64).result
+    assert square.protocol.key != together.protocol.key and square.rows[0].tokens_per_image == 16

@@ -64,7 +64,7 @@ def coder_system(coder: Coder) -> System:
 
     def reconstruct(batch: Batch) -> Reconstruction:
         ids = batch.token_ids(coder)
-        images = coder.decode(ids.to(coder.device), batch.seeds, batch.reference.shape[1])
+        images = coder.decode(ids.to(coder.device), batch.seeds, (batch.reference.shape[1], batch.reference.shape[2]))
         size = token_bytes(ids.shape[1], coder.codebook_size)
         return Reconstruction(to_uint8(images), [size] * len(ids), ids)
 

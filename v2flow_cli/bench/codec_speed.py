@@ -51,7 +51,7 @@ def measure_speeds(
             encoded[coder.model] = coder.encode(here), seconds
         ids, encode = encoded[coder.model]
         ids, seeds = ids[:, : coder.tokens].to(device), range(len(images))
-        decode = _seconds(lambda: coder.decode(ids, seeds, images.shape[-1]), device, repeats)  # noqa: B023
+        decode = _seconds(lambda: coder.decode(ids, seeds, (images.shape[2], images.shape[3])), device, repeats)  # noqa: B023
         speeds[coder.name] = Speed(
             encode_images_per_s=len(images) / encode,
             decode_images_per_s=len(images) / decode,

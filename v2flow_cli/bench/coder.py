@@ -30,7 +30,7 @@ from v2flow_cli.tokenizer import V2FlowTokenizer
 
 @dataclass(frozen=True)
 class Coder:
-    """encode: images (B, 3, S, S) to ids (B, L); decode: ids, one seed each, and S, to images; both in [-1, 1].
+    """encode: images (B, 3, H, W) to ids (B, L); decode: ids, one seed each, and (H, W), to images; both in [-1, 1].
 
     Coders of one ``source`` share their ids: a batch is encoded once for all of them.
     """
@@ -39,7 +39,7 @@ class Coder:
     model: str
     kind: str  # "tokenizer" (ours) or "external"
     encode: Callable[[Tensor], Tensor]
-    decode: Callable[[Tensor, Sequence[int], int], Tensor]
+    decode: Callable[[Tensor, Sequence[int], tuple[int, int]], Tensor]
     codebook_size: int
     settings: Mapping[str, Any] = field(default_factory=dict)
     tokens: int | None = None  # decode only the first so many ids
@@ -64,9 +64,9 @@ def v2flow_coder(model: str, tokenizer: V2FlowTokenizer, setting: Setting, dtype
         with inference(tokenizer, dtype):
             return tokenizer.encode(images, length)
 
-    def decode(ids: Tensor, seeds: Sequence[int], size: int) -> Tensor:
+    def decode(ids: Tensor, seeds: Sequence[int], size: tuple[int, int]) -> Tensor:
         with inference(tokenizer, dtype):
-            return tokenizer.decode(ids, height=size, width=size, seeds=seeds, **setting.values)
+            return tokenizer.decode(ids, height=size[0], width=size[1], seeds=seeds, **setting.values)
 
     return Coder(
         setting.name(model),
@@ -110,30 +110,30 @@ def load_external(place: str) -> Coder:
             f"--external {place}: {type(made).__name__} has no {', '.join(missing)}; expected encode(images) -> ids, "
             "decode(ids) -> images and codebook_size."
         )
-    name, size = str(getattr(made, "name", factory)), int(made.codebook_size)
+    name, codes = str(getattr(made, "name", factory)), int(made.codebook_size)
 
     def encode(images: Tensor) -> Tensor:
         with torch.inference_mode():
             ids = torch.as_tensor(made.encode(images)).long().cpu()
-        if ids.ndim != 2 or len(ids) != len(images) or not 0 <= int(ids.min()) <= int(ids.max()) < size:
+        if ids.ndim != 2 or len(ids) != len(images) or not 0 <= int(ids.min()) <= int(ids.max()) < codes:
             raise ModelError(
                 f"--external {place}: encode returned {_describe(ids)} for {len(images)} images; expected "
-                f"({len(images)}, L) in [0, {size})."
+                f"({len(images)}, L) in [0, {codes})."
             )
         return ids
 
-    def decode(ids: Tensor, seeds: Sequence[int], side: int) -> Tensor:
+    def decode(ids: Tensor, seeds: Sequence[int], size: tuple[int, int]) -> Tensor:
         with torch.inference_mode():
             images = torch.as_tensor(made.decode(ids)).float().cpu()
-        if images.shape != (len(ids), 3, side, side) or not images.isfinite().all():
+        if images.shape != (len(ids), 3, *size) or not images.isfinite().all():
             raise ModelError(
                 f"--external {place}: decode returned {_describe(images)}; expected finite "
-                f"({len(ids)}, 3, {side}, {side}) in [-1, 1]."
+                f"({len(ids)}, 3, {size[0]}, {size[1]}) in [-1, 1]."
             )
         return images
 
     digest = getattr(made, "weights_digest", None)
-    return Coder(name, name, "external", encode, decode, size, {"external": place}, None, digest and str(digest))
+    return Coder(name, name, "external", encode, decode, codes, {"external": place}, None, digest and str(digest))
 
 
 def _import(source: str) -> Any:

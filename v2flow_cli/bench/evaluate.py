@@ -24,7 +24,7 @@ from v2flow_cli.bench.protocol import Protocol, library_versions
 from v2flow_cli.errors import DataError
 from v2flow_cli.jobs.decode import image_seed
 from v2flow_cli.runtime.processes import Processes, gather_texts
-from v2flow_cli.tokenizer.preprocess import image_to_tensor, to_uint8
+from v2flow_cli.tokenizer.preprocess import fitted_size, image_to_tensor, to_uint8
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,12 @@ class ImageFigures:
     values: Mapping[str, float | None]
 
 
+WHOLE_PICTURE = (
+    "whole picture at the size nearest to image_size squared and to its shape in multiples of {} pixels (Pillow "
+    "bicubic, antialiased), centre"
+)  # the protocol's crop where pictures keep their shapes
+
+
 @dataclass(frozen=True)
 class Row:
     """One system over all images; ``values`` by the key of every metric: an Estimate where it is taken per image."""
@@ -46,7 +52,7 @@ class Row:
     family: str
     settings: Mapping[str, Any]
     weights_digest: str | None
-    tokens_per_image: int | None
+    tokens_per_image: float | None  # on average
     bytes_per_image: float | None
     codebook: CodebookFigures | None
     speed: Speed | None
@@ -89,7 +95,15 @@ class _Sums:
     counter: CodebookCounter | None
     of_set: dict[str, SetMetric]  # by key
     figures: list[ImageFigures] = field(default_factory=list)
-    tokens: int | None = None
+    tokens: list[int] = field(default_factory=list)  # of each image
+
+    @property
+    def mean_tokens(self) -> float | None:
+        """Tokens an image; a whole number where all have as many."""
+        if not self.tokens:
+            return None
+        mean = sum(self.tokens) / len(self.tokens)
+        return int(mean) if mean.is_integer() else mean
 
 
 def evaluate(
@@ -98,6 +112,7 @@ def evaluate(
     *,
     size: int,
     batch_size: int,
+    multiple: int | None = None,
     seed: int = 0,
     networks: MetricNetworks = MetricNetworks(),  # noqa: B008  frozen
     speeds: Mapping[str, Speed] = MappingProxyType({}),
@@ -110,17 +125,21 @@ def evaluate(
     Of several ``ranks`` each reads all photos and reconstructs every so many-th batch; all return the same figures, and
     the first one also what is kept.
 
-    Args:    photos, (name, RGB image) pairs with distinct names; size in pixels; an image is decoded
-             from ``image_seed(seed, name)``, as the decode command does; speeds, by system, where they were measured.
+    Args:    photos, (name, RGB image) pairs with distinct names; size in pixels, and multiple, as ``batches`` takes
+             them; an image is decoded from ``image_seed(seed, name)``, as the decode command does; speeds, by
+             system, where they were measured.
     Raises:  DataError when there is no photo.
     """
     sums = [_start(system, networks) for system in systems]
     kept: list[KeptImage] = []
     digest = hashlib.sha256()
-    count = 0
-    for number, (names, batch) in enumerate(batches(photos, size, batch_size, seed)):
+    count, pixels = 0, 0
+    chunks = enumerate(batches(photos, size, batch_size, seed, multiple))
+    parts = ((number, *part) for number, chunk in chunks for part in chunk)
+    for number, names, batch in parts:
         digest.update(batch.reference.numpy().tobytes())
         count += len(names)
+        pixels += batch.reference.shape[:3].numel()
         tick(len(names))
         mine, shown = number % ranks.count == ranks.rank, ranks.rank == 0 and len(kept) < keep
         if not (mine or shown):
@@ -135,7 +154,7 @@ def evaluate(
                 metric.add(batch, out.pictures)
             if of_system.counter and out.token_ids is not None:
                 of_system.counter.add(out.token_ids)
-                of_system.tokens = out.token_ids.shape[1]
+                of_system.tokens += [out.token_ids.shape[1]] * len(names)
         for i in range(min(len(names), keep - len(kept)) if shown else 0):
             pictures = {name: out.pictures[i].numpy() for name, out in outputs.items()}
             ids = {name: out.token_ids[i].numpy() for name, out in outputs.items() if out.token_ids is not None}
@@ -146,6 +165,7 @@ def evaluate(
         _share(of_system, ranks, batch_size)
     protocol = Protocol(
         image_size=size,
+        **({} if multiple is None else {"crop": WHOLE_PICTURE.format(multiple)}),
         count=count,
         reference_digest=digest.hexdigest()[:16],
         lpips=networks.lpips.definition if networks.lpips else None,
@@ -155,7 +175,9 @@ def evaluate(
         versions=library_versions(),
     )
     images = tuple(figures for of_image in zip(*(s.figures for s in sums)) for figures in of_image)
-    return Result(protocol, tuple(_row(s, size, count, speeds.get(s.system.name)) for s in sums), images, tuple(kept))
+    return Result(
+        protocol, tuple(_row(s, pixels / count, count, speeds.get(s.system.name)) for s in sums), images, tuple(kept)
+    )
 
 
 def _share(sums: _Sums, ranks: Processes, batch_size: int) -> None:
@@ -164,7 +186,7 @@ def _share(sums: _Sums, ranks: Processes, batch_size: int) -> None:
         return
     mine = {"tokens": sums.tokens, "figures": [astuple(figures) for figures in sums.figures]}
     parts_of_all = [json.loads(text) for text in gather_texts(json.dumps(mine))]
-    sums.tokens = next((each["tokens"] for each in parts_of_all if each["tokens"] is not None), None)
+    sums.tokens = [count for each in parts_of_all for count in each["tokens"]]
     parts = [[ImageFigures(*values) for values in each["figures"]] for each in parts_of_all]
     sums.figures = []
     for first in range(0, max(map(len, parts)), batch_size):
@@ -175,14 +197,26 @@ def _share(sums: _Sums, ranks: Processes, batch_size: int) -> None:
 
 
 def batches(
-    photos: Iterable[tuple[str, Image.Image]], size: int, batch_size: int, seed: int = 0
-) -> Iterator[tuple[list[str], Batch]]:
-    """(names, batch) of the photos at ``size`` pixels, through the one crop of the product."""
+    photos: Iterable[tuple[str, Image.Image]], size: int, batch_size: int, seed: int = 0, multiple: int | None = None
+) -> Iterator[list[tuple[list[str], Batch]]]:
+    """The photos, ``batch_size`` at a time, as (names, batch) for each size among them.
+
+    Args:  size, pixels of a square's side, through the one crop of the product; with ``multiple`` of one as large as a
+           picture that keeps its shape, on a grid of so many pixels.
+    """
     stream = iter(photos)
     while chunk := list(itertools.islice(stream, batch_size)):
-        names = [name for name, _ in chunk]
-        images = torch.stack([image_to_tensor(image, size) for _, image in chunk])
-        yield names, Batch(images, to_uint8(images), tuple(image_seed(seed, name) for name in names))
+        of_size: dict[tuple[int, int], list[tuple[str, Image.Image]]] = {}
+        for name, image in chunk:
+            fitted = fitted_size(*image.size, size, multiple) if multiple else (size, size)
+            of_size.setdefault(fitted, []).append((name, image))
+        yield [_batch(images, fitted, seed) for fitted, images in of_size.items()]
+
+
+def _batch(photos: Sequence[tuple[str, Image.Image]], size: tuple[int, int], seed: int) -> tuple[list[str], Batch]:
+    names = [name for name, _ in photos]
+    images = torch.stack([image_to_tensor(image, size) for _, image in photos])
+    return names, Batch(images, to_uint8(images), tuple(image_seed(seed, name) for name in names))
 
 
 def _start(system: System, networks: MetricNetworks) -> _Sums:
@@ -205,12 +239,12 @@ def _measure(
         )
 
 
-def _row(sums: _Sums, size: int, count: int, speed: Speed | None) -> Row:
+def _row(sums: _Sums, pixels: float, count: int, speed: Speed | None) -> Row:
     system, figures = sums.system, sums.figures
     sizes = [f.bytes for f in figures if f.bytes is not None]
     mean_bytes = sum(sizes) / len(sizes) if sizes else None
     codebook = sums.counter.figures() if sums.counter else None
-    facts = SystemFacts(size**2, sums.tokens, mean_bytes, codebook, speed)
+    facts = SystemFacts(pixels, sums.mean_tokens, mean_bytes, codebook, speed)
     values: dict[str, Estimate | float | None] = {}
     for metric in METRICS:
         if metric.of_images:
@@ -226,7 +260,7 @@ def _row(sums: _Sums, size: int, count: int, speed: Speed | None) -> Row:
         system.family,
         system.settings,
         system.weights_digest,
-        sums.tokens,
+        sums.mean_tokens,
         mean_bytes,
         codebook,
         speed,

@@ -26,8 +26,8 @@ from v2flow_cli.bench.perceptual import Features, FrechetDistance, Inception
 class SystemFacts:
     """What is known of a system besides its pictures; None where it has no such thing."""
 
-    pixels: int  # of an image
-    tokens: int | None  # of an image
+    pixels: float  # of an image, on average
+    tokens: float | None  # of an image, on average
     bytes: float | None  # of an image, the mean
     codebook: CodebookFigures | None
     speed: Speed | None

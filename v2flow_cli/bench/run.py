@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ def run_bench(
     photos: Iterable[tuple[str, Image.Image]],
     *,
     size: int | None = None,
+    keep_aspect: bool = False,
     settings: Sequence[Setting] = (Setting(),),
     externals: Sequence[Coder] = (),
     batch_size: int = 8,
@@ -54,8 +56,9 @@ def run_bench(
     """Each model at each setting, tokenizers that are not ours, autoencoders, and codecs, on the same photos.
 
     Args:    photos, (name, RGB image) with distinct names, read as they are needed; size in pixels (default:
-             the first model's); codec_bytes, budgets of the codecs beside those of the tokenizers; keep, images
-             to hold for the report; ranks share the photos, and the first of them measures speed.
+             the first model's), of a square, or of one as large as a picture that keeps its aspect; codec_bytes,
+             budgets of the codecs beside those of the tokenizers; keep, images to hold for the report; ranks share
+             the photos, and the first of them measures speed.
     Raises:  DataError for a size or number of tokens that does not fit, or when there is no photo.
     """
     size = size or next((tokenizer.config.image_size for tokenizer in models.values()), 256)
@@ -63,6 +66,11 @@ def run_bench(
         raise DataError(f"--res {size}: SSIM needs at least {similarity.SSIM_WINDOW} pixels a side.")
     coders = [v2flow_coder(name, models[name], s, dtype) for name, s in settings_of_models(models, size, settings)]
     coders += externals
+    multiple = None
+    if keep_aspect:
+        multiple = math.lcm(*(tokenizer.size_multiple for tokenizer in models.values())) if models else 16
+        if any(coder.length is not None for coder in coders):
+            raise DataError("--aspect keep: a picture has as many tokens as its shape gives, so leave tokens out.")
     twice = [name for name, count in Counter(coder.name for coder in coders).items() if count > 1]
     if twice:
         raise DataError(f"{twice[0]}: two tokenizers of this name. Give one of them another name.")
@@ -73,7 +81,7 @@ def run_bench(
     if first:
         # One full batch, the photos repeated where they are fewer, before anything else has filled the memory.
         cycle = itertools.islice(itertools.cycle(first), batch_size)
-        [(_, batch)] = batches(cycle, size, batch_size, seed)
+        [[(_, batch)]] = batches(cycle, size, batch_size, seed)  # squares
         # One rank measures while the others wait: they would share the machine.
         speeds = measure_speeds(coders, batch.images, dtype=dtype) if with_speed and ranks.rank == 0 else {}
         ranks.wait()
@@ -87,6 +95,8 @@ def run_bench(
             name = codec.name if len(budgets) == 1 else f"{codec.name}, {budget:,} bytes"
             systems.append(codec_system(name, codec, budget))
         notes += missing
+    if keep_aspect and with_codecs:
+        notes.append("The codecs get the bytes of a square picture's tokens, whatever the shape.")
     if size < similarity.MS_SSIM_MIN_SIZE:
         notes.append(f"MS-SSIM is left out: its five scales need {similarity.MS_SSIM_MIN_SIZE} pixels a side.")
     result = evaluate(
@@ -94,6 +104,7 @@ def run_bench(
         systems,
         size=size,
         batch_size=batch_size,
+        multiple=multiple,
         seed=seed,
         networks=networks,
         speeds=speeds,

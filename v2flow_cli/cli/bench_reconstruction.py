@@ -21,6 +21,10 @@ def reconstruction(
         str | None,
         typer.Option(metavar="PIXELS,...", help="Sides of the centre crop, as 256,512. Default: the model's."),
     ] = None,
+    aspect: Annotated[
+        options.Aspect,
+        typer.Option(help="square: the centre crop. keep: the whole picture, as large."),
+    ] = "square",
     model: Annotated[
         list[str] | None,
         typer.Option(help="Tokenizer: folder or hub id; may be repeated. Default: the one inside the package."),
@@ -158,6 +162,7 @@ def reconstruction(
                         models,
                         islice(reader if reader is not None else samples, limit),
                         size=size,
+                        keep_aspect=aspect == "keep",
                         settings=settings,
                         externals=externals,
                         batch_size=batch_size,

@@ -13,11 +13,6 @@ from v2flow_cli.cli import options
 from v2flow_cli.cli.console import ERROR_BUDGET, fail, failures_json, log, progress, result, result_json
 
 
-class Aspect(str, Enum):
-    square = "square"
-    keep = "keep"
-
-
 class Verify(str, Enum):
     quick = "quick"
     full = "full"
@@ -39,8 +34,9 @@ def encode(
         typer.Option(min=1, help="Side of the square, or of one as large, in pixels. Default: the model's."),
     ] = None,
     aspect: Annotated[
-        Aspect, typer.Option(help="square: the centre crop. keep: the whole picture, at about --res squared pixels.")
-    ] = Aspect.square,
+        options.Aspect,
+        typer.Option(help="square: the centre crop. keep: the whole picture, as large."),
+    ] = "square",
     tokens: Annotated[
         int | None, typer.Option(min=1, help="Keep the first so many tokens of an image (flexible tokenizers).")
     ] = None,
@@ -127,7 +123,7 @@ def encode(
         workers=workers,
         dtype=pick_dtype(dtype, target),
         prefixes=Prefixes(tokens, max_error),
-        keep_aspect=aspect is Aspect.keep,
+        keep_aspect=aspect == "keep",
     )
     start = time.perf_counter()
     with launch() as ranks, progress("encode", None if tars else -(-len(files) // ranks.count)) as tick:
@@ -164,7 +160,7 @@ def encode(
                 "files": report.files,
                 "kept_files": report.kept_files,
                 "image_size_px": list(manifest.image_size),
-                "aspect": aspect.value,
+                "aspect": aspect,
                 "tokens_per_image": manifest.tokens_per_image,
                 "variable_length": manifest.variable_length,
                 "mean_tokens_per_image": mean_tokens,

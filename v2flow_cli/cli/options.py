@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import typer
 
@@ -27,6 +27,8 @@ Images = Annotated[
     list[str] | None,
     typer.Argument(help="Image files, folders, globs or WebDataset tars. Default: five sample photos."),
 ]
+
+Aspect = Literal["square", "keep"]
 
 # How a decoder samples; the default of each is the model's.
 Decoder = Annotated[

@@ -116,7 +116,7 @@ def find_files(
             raise _nothing(given, paths, what, suffixes, left)
         files += ((root, path) for path in mine)
         for path in paths:
-            if not suffix_of(path, suffixes) and path.suffix.lower() not in (".json", ".jsonl"):
+            if not suffix_of(path, suffixes) and path.suffix.lower() not in (".json", ".jsonl", ".parquet"):
                 left.add(str(path), f"{path.suffix.lower() or 'plain'} files", f"not {what}")
     return _with_keys(files, suffixes)
 
