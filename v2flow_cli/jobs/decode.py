@@ -151,7 +151,8 @@ def decode_files(
 
     Args:   batch_size, images (default: by the device); sampling, as V2FlowTokenizer.decode takes it.
     """
-    size = max((side for rows in opened for side in rows.size), default=tokenizer.config.image_size)
+    sides = (side for rows in opened for size in rows.sizes for side in size)
+    size = max(sides, default=tokenizer.config.image_size)
     batch_size = batch_size or pick_batch_size(tokenizer.device, size)
     images = _decoded(tokenizer, opened, seed, batch_size, dtype, sampling)
     workers = cpu_cores()
