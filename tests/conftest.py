@@ -11,6 +11,7 @@ from hypothesis import settings
 from v2flow_cli.assets import sample_photos
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+STAGES = sorted(path for path in RECIPES.rglob("*.yaml") if path.stem != "budget")  # a budget is of several stages
 torch.set_num_threads(min(2, torch.get_num_threads()))
 settings.register_profile("v2flow", deadline=None)  # no test asserts a time
 settings.load_profile("v2flow")

@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 from v2flow_cli.cli.app import app
 from v2flow_cli.recipe import load_recipe
 
-from ..conftest import RECIPES
+from ..conftest import RECIPES, STAGES
 
 
 def v2flow(*arguments):
@@ -93,7 +93,7 @@ def test_an_output_that_cannot_be_written_is_one_message(tmp_path, monkeypatch, 
 
 def recipes():
     """Every recipe of ``v2flow train``; the paper's take seconds each, so all but one are for the slow suite."""
-    for path in sorted(RECIPES.rglob("*.yaml")):
+    for path in STAGES:
         if load_recipe(path).kind in ("autoencoder", "tokenizer"):
             slow = path.parent.name == "paper" and path.stem != "base"
             name = f"{path.parent.name}/{path.stem}"

@@ -1,6 +1,5 @@
 import dataclasses
 import re
-from pathlib import Path
 
 import hypothesis.strategies as st
 import pytest
@@ -9,11 +8,12 @@ from hypothesis import given
 from v2flow_cli.errors import RecipeError
 from v2flow_cli.recipe import dump_recipe, load_recipe
 
-RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+from ..conftest import RECIPES, STAGES
+
 TOKENIZER = RECIPES / "tiny" / "tokenizer.yaml"
 
 
-@pytest.mark.parametrize("path", sorted(RECIPES.rglob("*.yaml")), ids=lambda p: f"{p.parent.name}/{p.stem}")
+@pytest.mark.parametrize("path", STAGES, ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_every_recipe_validates_and_survives_a_round_trip(path, tmp_path):
     recipe = load_recipe(path)
     copy = tmp_path / "copy.yaml"
@@ -21,7 +21,7 @@ def test_every_recipe_validates_and_survives_a_round_trip(path, tmp_path):
     assert load_recipe(copy) == recipe
 
 
-@pytest.mark.parametrize("path", sorted(RECIPES.rglob("*.yaml")), ids=lambda p: f"{p.parent.name}/{p.stem}")
+@pytest.mark.parametrize("path", STAGES, ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_a_recipe_of_a_family_says_at_its_top_how_it_differs_from_the_base(path):
     head = " ".join(line.removeprefix("# ") for line in path.read_text().splitlines() if line.startswith("#"))
     stated = re.search(r"As (recipes/\S+\.yaml), but for (.+?)\.(?: |$)", head)
