@@ -124,7 +124,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_samples(world, tm
 
 def test_a_dead_codebook_stops_the_run(world, tmp_path, monkeypatch):
     monkeypatch.setattr("v2flow_cli.training.objectives.tokenizer.FLOOR_GRACE_STEPS", 0)
-    made = recipe(world, "tokenizer", tmp_path / "d", "quantizer.usage_floor=1.1")
+    made = recipe(world, "tokenizer", tmp_path / "d")
+    made = replace(made, quantizer=replace(made.quantizer, usage_floor=1.1))  # which no codebook reaches
     with pytest.raises(V2FlowError, match=r"of the codebook is in use; the recipe's floor"):
         train(made, resume=False, log=quiet)
 
