@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import importlib
+import importlib.util
 import os
 import signal
 import socket
@@ -48,7 +48,8 @@ def serve(
     """
     for package in NEEDED:
         with extra("serve", package, "the server"):
-            importlib.import_module(package)
+            if importlib.util.find_spec(package) is None:
+                raise ModuleNotFoundError(name=package)
     key = os.environ.get(KEY_VARIABLE)
     with _listening(host, port) as listener:
         import uvicorn
