@@ -31,6 +31,7 @@ ifdef MINUTES  # all stages in that wall time; see docs/budget.md
 else
 	$(SCENES) --photos $(DATA)/photos --out runs/default/scenes --count 8000
 	$(SCENES) --layout centred --per-title 3 --out runs/default/centred
+	$(SCENES) --layout centred --per-title 1 --common --out runs/default/common
 	$(V2FLOW) train recipes/default/autoencoder.yaml --resume
 	$(V2FLOW) finetune-llm recipes/default/lm.yaml --resume
 	$(V2FLOW) train recipes/default/tokenizer.yaml --resume
@@ -39,10 +40,10 @@ else
 	$(V2FLOW) train recipes/default/tokenizer_sharp.yaml --resume
 	$(PY) -c 'from v2flow_cli.jobs.add_decoder import add_decoder as add; add("runs/default/tokenizer", "runs/default/tokenizer_sharp")'
 	$(ENCODE) runs/default/centred -o runs/default/tokens_centred
-	$(ENCODE) runs/default/scenes -o runs/default/tokens_scenes
-	$(ENCODE) $(DATA)/photos $(DATA)/captioned -o runs/default/tokens_photos
+	$(ENCODE) runs/default/common -o runs/default/tokens_common
 	$(V2FLOW) finetune-llm recipes/default/llm.yaml --resume
-	$(V2FLOW) finetune-llm recipes/default/llm_scenes.yaml --resume
+	$(V2FLOW) finetune-llm recipes/default/llm_noise.yaml --resume
+	$(V2FLOW) finetune-llm recipes/default/llm_common.yaml --resume
 endif
 	mkdir -p v2flow_cli/assets/default/tokenizer v2flow_cli/assets/default/llm
 	cp runs/default/tokenizer/README.md runs/default/tokenizer/recipe.yaml runs/default/tokenizer/*.json runs/default/tokenizer/*.safetensors v2flow_cli/assets/default/tokenizer/

@@ -48,6 +48,38 @@ COLOURS = {
     "black": (0, 0.0, 0.12),
     "white": (0, 0.0, 1.0),
 }
+#: What ``--common`` takes: categories of things, and how many drawings a title needs.
+COMMON_CATEGORIES = frozenset(
+    (
+        "activities",
+        "animals",
+        "animals and nature",
+        "food",
+        "food and drink",
+        "objects",
+        "plants",
+        "travel and places",
+        "vehicles",
+    )
+)
+COMMON_STYLES = 6
+ALSO_COMMON = frozenset(
+    (
+        "alien",
+        "baby",
+        "brain",
+        "ear",
+        "eye",
+        "ghost",
+        "hand",
+        "mouth",
+        "nose",
+        "red heart",
+        "robot",
+        "skull",
+        "smiling face",
+    )
+)
 #: Ways to ask for what a caption names, with its article.
 PHRASES = ("{}", "a drawing of {}", "a picture of {}", "draw {}")
 #: Other names of what a title shows, beside the noun of "COLOUR NOUN" and of "ANIMAL face".
@@ -152,6 +184,17 @@ def first_of_titles(drawings: list[Drawing], count: int) -> list[Drawing]:
     return [drawing for drawing in drawings if drawing.key in chosen]
 
 
+def common_things(drawings: list[Drawing]) -> list[Drawing]:
+    """The drawings of things that many hands have drawn: animals, food, vehicles, buildings, tools, toys."""
+    count = Counter(drawing.title for drawing in drawings)
+    return [
+        d
+        for d in drawings
+        if d.title in ALSO_COMMON
+        or (d.category in COMMON_CATEGORIES and count[d.title] >= COMMON_STYLES and len(d.title.split()) <= 4)
+    ]
+
+
 def centred(drawing: Drawing) -> tuple[Image.Image, list[str]]:
     """The drawing in the middle of a white ground, and captions that name it."""
     scene = Image.new("RGB", (SIZE, SIZE), "white")
@@ -200,7 +243,7 @@ def with_article(title: str) -> str:
     """``title`` with "a" or "an", unless it is plural or has one."""
     lower = title.lower()
     plural_noun = lower.endswith("s") and not lower.endswith(("ss", "us"))
-    if lower.startswith(NO_ARTICLE) or plural_noun or lower.endswith(UNCOUNTED):
+    if lower.startswith(NO_ARTICLE) or plural_noun or lower.split()[-1] in UNCOUNTED:
         return title
     return f"{'an' if lower[0] in 'aeiou' else 'a'} {title}"
 
@@ -305,12 +348,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--layout", choices=("scenes", "centred"), default="scenes")
     parser.add_argument("--per-title", type=int, help="centred: at most so many drawings of a title")
+    parser.add_argument("--common", action="store_true", help="centred: the commonest 444 titles alone")
     parser.add_argument("--held-out", action="store_true", help="the drawings kept for judging, centred")
     parser.add_argument("--count", type=int, default=30_000, help="scenes to write")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     learn, judge = split_held_out(read_drawings(options.drawings))
     options.out.mkdir(parents=True, exist_ok=True)
+    if options.common:
+        learn = common_things(learn)
     chosen = judge if options.held_out else first_of_titles(learn, options.per_title or len(learn))
     plain = options.held_out or options.layout == "centred"
     photos = [] if plain or options.photos is None else _grounds(options.photos, options.out)

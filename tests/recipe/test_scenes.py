@@ -81,6 +81,16 @@ def test_few_drawings_of_a_title(scenes, monkeypatch, drawings_tar, tmp_path):
     assert len(members(tmp_path / "few")) == 2 * 8
 
 
+def test_common_things_are_those_that_many_hands_have_drawn(scenes, monkeypatch, drawings_tar):
+    drawings = scenes.read_drawings(drawings_tar)
+    monkeypatch.setattr(scenes, "COMMON_CATEGORIES", {"animals", "food"})
+    monkeypatch.setattr(scenes, "COMMON_STYLES", 3)
+    monkeypatch.setattr(scenes, "ALSO_COMMON", {"bus"})
+    assert {d.title for d in scenes.common_things(drawings)} == {"fox face", "red apple", "bus"}
+    monkeypatch.setattr(scenes, "COMMON_STYLES", 4)
+    assert {d.title for d in scenes.common_things(drawings)} == {"bus"}
+
+
 def test_a_centred_drawing_is_in_the_middle_on_white(scenes, drawings_tar):
     drawing = scenes.read_drawings(drawings_tar)[0]
     image, captions = scenes.centred(drawing)
