@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, parse_flag_from_env, set_seed
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -271,7 +271,9 @@ def _export(objective: AutoencoderObjective | TokenizerObjective, folder: Path, 
 
 def _accelerator(loop: TrainLoop, folder: Path) -> Accelerator:
     prepare_cpu_launch()
-    dtype = pick_dtype(loop.precision, PartialState().device)
+    # Accelerator alone reads the flag; without it PartialState takes each process on CPUs for the only one.
+    device = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device
+    dtype = pick_dtype(loop.precision, device)
     AcceleratorState._reset_state()  # an earlier training in this process may have had another precision
     # A step in which no image, or every image, sees the dummy D leaves some weights without a gradient.
     # Buffers are frozen tables, or statistics that every rank computes from the vectors of all: none has to be sent.
