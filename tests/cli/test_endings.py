@@ -18,7 +18,12 @@ def start(*arguments, python=(), module="v2flow_cli", **options):
     environment = os.environ | {"PYTHONPATH": str(ROOT), **options.pop("env", {})}
     command = [sys.executable, *python, "-m", module, *map(str, arguments)]
     streams = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE) | options
-    return subprocess.Popen(command, env=environment, **streams)
+    return subprocess.Popen(command, env=environment, preexec_fn=_interruptible, **streams)
+
+
+def _interruptible():
+    """A shell starts what runs in the background with SIGINT ignored, which a child inherits."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def finish(process):
