@@ -21,6 +21,8 @@ def check_output(output: str | Path, resume: bool) -> None:
             f"output {output}: already holds a run ({holds[0].relative_to(folder)}). Continue it with --resume, "
             f"{OTHER}, or delete it."
         )
+    if folder.is_file():
+        raise ModelError(f"output {output}: a file; expected a folder, which is made where there is none; {OTHER}.")
     place = folder
     while not place.exists() and place != place.parent:
         place = place.parent  # the nearest that exists has to be a folder that can be written
