@@ -29,5 +29,5 @@ def test_a_damaged_file_is_one_sentence(tmp_path, content):
 def test_a_recipe_says_how_its_llm_draws():
     recipe = load_recipe("recipes/tiny/llm.yaml", ["sampling.temperature=0.9", "sampling.top_k=100"])
     assert recipe.sampling == DrawSampling(temperature=0.9, top_k=100)
-    with pytest.raises(RecipeError, match="top_p at most 1"):
+    with pytest.raises(RecipeError, match=r"sampling\.top_p is 2\.0; expected a share in \[0, 1\]"):
         load_recipe("recipes/tiny/llm.yaml", ["sampling.top_p=2"])
