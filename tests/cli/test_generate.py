@@ -107,6 +107,12 @@ def test_bad_input(artist, tmp_path, arguments, message):
     assert ran.exit_code == 1 and message in ran.stderr and not (tmp_path / "o").exists()
 
 
+def test_an_empty_argument_is_a_wrong_call(artist, tmp_path):
+    ran = invoke("fox", "", *artist, "-o", tmp_path / "o")
+    assert ran.exit_code == 2 and "empty, as a shell writes a variable that is not set" in ran.stderr
+    assert not (tmp_path / "o").exists()
+
+
 def test_refuses_to_overwrite_and_foreign_models(artist, tmp_path, tiny_tokenizer_folder):
     out = tmp_path / "o"
     assert invoke("fox", *artist, "-o", out).exit_code == 0

@@ -115,5 +115,5 @@ def test_bad_inputs(recipe, tmp_path):
     with pytest.raises(DataError, match="fewer than one batch of 4 blocks"):
         pretrain(replace(recipe, text=(f"{tmp_path}/short.txt",)), log=print)
     (tmp_path / "file").write_text("")
-    with pytest.raises(ModelError, match="a file; expected a folder.*--set output="):
+    with pytest.raises(ModelError, match=r"a file; expected a folder.*--set output="):
         pretrain(replace(recipe, output=str(tmp_path / "file")), log=print)
