@@ -157,7 +157,7 @@ class MaskedTransformer(nn.Module):
         cells = hidden_cells if tokens is not None else torch.zeros_like(hidden_cells)
         own = known.gather(1, cells[..., None].expand(-1, -1, known.shape[-1]))
         if rate and tokens is not None and hidden_parts is not None:
-            # A token of several patches says something else to each of them.
+            # A token that covers several patches needs a different projection for each of them.
             shares = self.split[rate - 1](known[:, : tokens.shape[1]])  # (B, n, parts * W)
             parts = shares.shape[-1] // known.shape[-1]
             index = cells * parts + hidden_parts

@@ -70,7 +70,7 @@ class StepPlan:
 
 
 class DecoderLosses(NamedTuple):
-    """Flow loss of Eq. 3 and regression loss, both scalars, and the data as foretold: patches (B, N, P)."""
+    """Flow loss of Eq. 3 and regression loss, both scalars, and the predicted data: patches (B, N, P)."""
 
     flow: Tensor
     regression: Tensor

@@ -72,7 +72,7 @@ class V2FlowOutput:
     batch_entropy: Tensor  # nats; 0 without a vocabulary
     word_entropy: Tensor  # nats
     token_ids: Tensor  # (B, n)
-    latents: Tensor  # (B, C, h, w) as foretold; visible patches as they came
+    latents: Tensor  # (B, C, h, w) predicted; visible patches unchanged
 
 
 class V2FlowTokenizer(PretrainedModule):
@@ -293,8 +293,8 @@ class V2FlowTokenizer(PretrainedModule):
 
         ``num_tokens``: one of ``lengths``, or only the first so many, where the length is flexible.
 
-        On a CPU each image has one thread to itself: an id on the border of two codes must not depend on the company
-        that the image came in, nor on the number of threads.
+        On a CPU each image has one thread to itself: an id on the border of two codes must not depend on the other
+        images in the batch, nor on the number of threads.
         Raises:  ValueError for a size or a number of tokens that does not fit.
         """
         images = images.to(self.device, self.dtype)
