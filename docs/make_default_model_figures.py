@@ -21,6 +21,7 @@ from PIL import Image, ImageDraw, ImageFont
 from v2flow_cli.assets import sample_photos
 from v2flow_cli.jobs.generate import Settings, draw_pictures, plan_pictures
 from v2flow_cli.llm.sample import DrawingLM
+from v2flow_cli.llm.sampling import DEFAULT_LLM, stored_sampling
 from v2flow_cli.tokenizer import V2FlowTokenizer
 from v2flow_cli.tokenizer.preprocess import psnr, to_uint8
 
@@ -29,19 +30,29 @@ IMAGES = DOCS / "images"
 RUNS = DOCS.parent / "runs" / "default"
 PROMPTS = (
     "a red fox",
-    "a black dog running through the snow",
-    "a beach with blue water",
-    "a child in a red shirt on green grass",
-    "a crowd of people in a street at night",
-    "a mountain climber on a rock",
-    "a dog jumping into a swimming pool",
-    "a man on a bicycle in the forest",
-    "a football player in a white jersey",
-    "a yellow flower",
+    "a cat",
+    "a dog",
+    "a house",
+    "a tree",
+    "a red apple",
+    "a sailboat",
+    "a car",
+    "a sunflower",
+    "pizza",
+    "a horse",
+    "a snowman",
+    "an elephant",
+    "a guitar",
+    "a rocket",
+    "a penguin",
+    "a bicycle",
+    "a blue fox",
+    "two cats",
+    "a photo of a golden retriever",
 )
 SETTINGS = {  # of decode, for one photo
-    "1 round, 1 step": dict(num_mask_steps=1, num_flow_steps=1, noise_temperature=0.0),
-    "2 steps (default)": {},
+    "1 step (default)": {},
+    "2 steps": dict(num_flow_steps=2),
     "8 steps": dict(num_flow_steps=8),
     "4 rounds": dict(num_mask_steps=4),
     "noise 0.5": dict(num_flow_steps=8, noise_temperature=0.5),
@@ -83,9 +94,9 @@ def tradeoff() -> None:
 
 
 def drawings() -> None:
-    """Ten prompts, at the default temperature and seed 0."""
+    """Twenty prompts, as `generate` draws them by default, seed 0."""
     tokenizer, llm = V2FlowTokenizer.from_pretrained(), DrawingLM.from_pretrained(None, torch.device("cpu"))
-    pictures = plan_pictures(PROMPTS, [0], [1.0])
+    pictures = plan_pictures(PROMPTS, [0], [stored_sampling(DEFAULT_LLM).temperature])
     with tempfile.TemporaryDirectory() as folder:
         drawn = draw_pictures(llm, tokenizer, pictures, Path(folder), Settings(), batch_size=10)
         tiles = [image for _, image in drawn]
@@ -108,12 +119,12 @@ def sheet(tiles: Sequence[Image.Image], labels: Sequence[str], columns: int, sid
 def curves() -> None:
     """Training curves of the tokenizer's stages and of the LLM."""
     panels = [
+        ("stage 1: PSNR of the autoencoder, dB", series(RUNS / "autoencoder" / "metrics.jsonl", "train/psnr_db")),
         ("stage 3: regression loss", series(RUNS / "tokenizer_128" / "metrics.jsonl", "train/regression_loss")),
         ("stage 4: regression loss", series(RUNS / "tokenizer_256" / "metrics.jsonl", "train/regression_loss")),
-        ("stage 5: PSNR on training photos, dB", series(RUNS / "tokenizer" / "metrics.jsonl", "train/psnr_db")),
-        ("stage 1: PSNR of the autoencoder, dB", series(RUNS / "autoencoder" / "metrics.jsonl", "train/psnr_db")),
-        ("stage 7: nats a visual token, drawings", history(RUNS / "llm_centred", "visual_loss")),
-        ("stage 8: nats a visual token, scenes and photos", history(RUNS / "llm", "visual_loss")),
+        ("stage 4: PSNR on training pictures, dB", series(RUNS / "tokenizer_256" / "metrics.jsonl", "train/psnr_db")),
+        ("stage 7: nats a visual token", history(RUNS / "llm_centred", "visual_loss")),
+        ("stage 9: nats a visual token", history(RUNS / "llm", "visual_loss")),
     ]
     width, height, gap = 300, 200, 44
     parts = [
