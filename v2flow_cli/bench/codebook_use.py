@@ -53,7 +53,7 @@ class CodebookCounter:
         return CodebookFigures(size, total, len(p), len(p) / size, math.exp(entropy), *bits)
 
 
-def bits_per_pixel(bytes_per_image: float, pixels: int) -> float:
+def bits_per_pixel(bytes_per_image: float, pixels: float) -> float:
     """Bits per pixel of an image of so many ``pixels`` that takes ``bytes_per_image``."""
     return 8 * bytes_per_image / pixels
 

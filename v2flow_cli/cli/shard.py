@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -95,7 +95,8 @@ def shard(
         )
     if class_names is not None and captions != "classes":
         raise typer.BadParameter("needs --captions classes", param_hint="--class-names")
-    folder, search = user_path(source), {"not_taken": not_taken, "exclude": out}
+    folder = user_path(source)
+    search: dict[str, Any] = {"not_taken": not_taken, "exclude": out}
     if found.tars:
         sources = shard_sources.sources_from_tars(source, report.failures, **search)
     elif captions == "sidecars":

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from braceexpand import UnbalancedBracesError, braceexpand
+from braceexpand import braceexpand
 
 from v2flow_cli.errors import DataError
 from v2flow_cli.store.failures import Failure
@@ -194,7 +194,7 @@ def _braces(text: str) -> list[str]:
     """What a brace list stands for: ``{000..002}.tar`` is three names."""
     try:
         return list(braceexpand(text, escape=False))
-    except UnbalancedBracesError:
+    except ValueError:  # the braces do not match: a name as any other
         return [text]
 
 
@@ -208,7 +208,7 @@ def _walk(root: Path, left: NotTaken, exclude: Path | None, given: bool = False)
     """
     visited: set[tuple[int, int]] = set()
     kept_out = _identity(exclude) if exclude is not None else None
-    waiting, links = [root], []
+    waiting, links = [root], list[Path]()
     while waiting or links:
         folder, linked = (waiting.pop(), False) if waiting else (links.pop(0), True)
         try:
@@ -228,7 +228,7 @@ def _walk(root: Path, left: NotTaken, exclude: Path | None, given: bool = False)
             reason = f"the folder cannot be read ({error.strerror}), and may hold images"
             left.lost.append(Failure(str(folder), reason, samples=None))
             continue
-        folders = []
+        folders: list[Path] = []
         for entry in entries:
             path = Path(folder, entry.name)
             is_folder = os.path.isdir(path) if entry.is_symlink() else entry.is_dir()  # a link may lead to itself

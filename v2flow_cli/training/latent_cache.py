@@ -208,7 +208,7 @@ def _compute(
     keys: list[str] = []
     failures: dict[Failure, None] = {}
     total = 0
-    where = dict(rank=rank, world_size=ranks, output=recipe.output)
+    where: dict[str, Any] = dict(rank=rank, world_size=ranks, output=recipe.output)
     crops = first_crops(recipe.data, batch_size, seed=recipe.train.seed, per_photo=per_photo, **where)
     for batch in crops:
         found = model.latents.encode(batch.inputs(device)["images"])

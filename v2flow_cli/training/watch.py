@@ -103,8 +103,9 @@ class Watch:
         """The first crops of the run's data (8, 3, S, S), square whatever the recipe asks for and the step it is at."""
         if self._images is None:
             data = dataclasses.replace(self._data, workers=0, aspects=())
-            where = dict(start=0, rank=0, world_size=1, output=str(self._folder))
-            batch = next(iter(crop_loader(data, GRID_IMAGES, seed=self._seed, **where)))
+            output = str(self._folder)
+            crops = crop_loader(data, GRID_IMAGES, seed=self._seed, start=0, rank=0, world_size=1, output=output)
+            batch = next(iter(crops))
             if isinstance(batch, V2FlowError):
                 raise batch
             self._images = batch.images
