@@ -18,7 +18,7 @@ from v2flow_cli.training.loop import train
 from v2flow_cli.training.objectives.tokenizer import TokenizerObjective
 from v2flow_cli.training.ssim import ssim
 
-from ..conftest import RECIPES
+from ..conftest import RECIPES, STAGES
 from .conftest import quiet, recipe
 
 AUTO = ("train.precision=auto", "train.steps=2", "train.grid_every=2")
@@ -68,7 +68,7 @@ def test_a_decoder_alone_trains_in_bf16_after_a_stage_in_float32(world, tmp_path
 
 def test_recipes_leave_the_precision_to_the_device():
     """What is meant for any device says auto; float32 would leave a GPU's fast units idle."""
-    for path in RECIPES.glob("*/*.yaml"):
+    for path in STAGES:
         if path.parent.name != "tiny":  # those are for tests that compare bit for bit
             assert load_recipe(path).train.precision in ("auto", "bf16"), path
 
