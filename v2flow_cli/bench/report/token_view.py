@@ -54,7 +54,7 @@ def nearest_words(codes: Tensor, table: Tensor) -> np.ndarray:
 
 
 def _word_names(tokenizer: V2FlowTokenizer, count: int) -> list[str]:
-    """The LLM's words as text, from the tokenizer.json of the LLM in the config; none where it is not at hand."""
+    """The LLM's words as text, from the tokenizer.json of the LLM in the config; none where it is not available."""
     from tokenizers import Tokenizer
 
     folder = Path((tokenizer.config.vocabulary or {}).get("llm", ""))
