@@ -153,7 +153,7 @@ def llm() -> DrawingLM:
 def test_prompts_to_token_ids_with_the_embedded_models(llm):
     token_ids = llm.generate("a red fox", seeds=3, temperature=0.0)
     digest = V2FlowTokenizer.from_pretrained().token_digest
-    assert token_ids.shape == (1, 256) and token_ids.dtype == torch.int64 and llm.vocabulary.tokenizer_digest == digest
+    assert token_ids.shape == (1, 64) and token_ids.dtype == torch.int64 and llm.vocabulary.tokenizer_digest == digest
     assert 0 <= token_ids.min() and token_ids.max() < llm.vocabulary.codebook_size
 
 
