@@ -2,7 +2,7 @@
 
     python docs/make_recipe_reference.py
 
-Standard library only: the schema is read as text, so nothing is imported and a field's meaning stands in one place.
+Standard library only: the schema is read as text, so nothing is imported and each field is explained in one place.
 """
 
 from __future__ import annotations
@@ -23,19 +23,24 @@ INTRODUCTION = """\
 
 <!-- Written by docs/make_recipe_reference.py from v2flow_cli/recipe/schema.py; edit that file, then run this one. -->
 
-A recipe is one YAML file: everything that the result of a training depends on. Its top-level `kind` says which of
-the four trees below it holds. A key without a default must be there; unknown, missing and mistyped keys are reported
-together, each with its path and the nearest valid name. Rules that span several keys (`problems` in the schema) are
-checked before anything is loaded.
+A recipe is one YAML file that holds everything on which the result of a training depends. Its `kind` selects one of
+the trees below. A key without a default is required. Unknown, missing and mistyped keys are reported together, each
+with its path and the nearest valid name. Rules that involve several keys (`v2flow_cli/recipe/rules.py`) are checked
+before anything is loaded.
 
     v2flow train recipes/tiny/autoencoder.yaml --set data.sources=[photos/] --set train.steps=20
     v2flow train recipes/default/tokenizer.yaml --dry-run
     v2flow finetune-llm recipes/default/lm.yaml --set 'text=[my/*.txt]'
 
-`--set` takes a dotted path and a YAML value, and wins over the file. The resolved recipe is saved as `recipe.yaml`
-beside what it made. `recipes/tiny/` holds runs of seconds, `recipes/default/` the embedded model
-([default model](default-model.md)), `recipes/muon/` the tokenizer that comes after it, `recipes/paper/` and
-`recipes/flextok/` what the papers describe, `recipes/ablation/` short runs to compare settings by.
+`--set` takes a dotted path and a YAML value, and overrides the file. The resolved recipe is saved as `recipe.yaml` in
+the output folder.
+
+| folder | recipes |
+|---|---|
+| `recipes/tiny/` | runs of seconds |
+| `recipes/default/` | the embedded model ([default model](default-model.md)) |
+| `recipes/paper/`, `recipes/flextok/` | the models that the papers describe |
+| `recipes/ablation/` | short runs that compare settings |
 """
 
 
@@ -57,12 +62,28 @@ class Section:
 
 
 def read_sections(source: str) -> dict[str, Section]:
-    """The dataclasses of the schema's text, by name, in order; a field's meaning is the comment on its line."""
+    """The dataclasses of the schema's text, by name, in order.
+
+    A field's meaning is the comment on its line, or the comment lines directly above it.
+    """
     comments = {
         token.start[0]: token.string.lstrip("# ")
         for token in tokenize.generate_tokens(io.StringIO(source).readline)
         if token.type == tokenize.COMMENT
     }
+    lines = source.splitlines()
+
+    def meaning(field: ast.AnnAssign) -> str:
+        line = field.end_lineno or field.lineno
+        if line in comments:
+            return comments[line]
+        above: list[str] = []
+        line = field.lineno - 1
+        while lines[line - 1].lstrip().startswith("#"):
+            above.insert(0, comments[line])
+            line -= 1
+        return " ".join(above)
+
     sections = {}
     for node in ast.parse(source).body:
         if isinstance(node, ast.ClassDef):
@@ -71,7 +92,7 @@ def read_sections(source: str) -> dict[str, Section]:
                     item.target.id,
                     ast.unparse(item.annotation),
                     "" if item.value is None else ast.unparse(item.value),
-                    comments.get(item.end_lineno or item.lineno, ""),
+                    meaning(item),
                 )
                 for item in node.body
                 if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)
@@ -112,7 +133,7 @@ def _table(section: Section, sections: dict[str, Section]) -> str:
 
 
 def _type(annotation: str) -> str:
-    """An annotation as a reader of YAML says it."""
+    """An annotation in the words of a YAML file."""
     return ", or ".join(_one_type(part) for part in annotation.split(" | "))
 
 

@@ -57,6 +57,18 @@ def test_the_recipe_reference_is_that_of_the_schema(script):
     assert written == expected, "docs/recipes.md is out of date: run `python docs/make_recipe_reference.py`"
 
 
+def test_every_key_of_the_recipes_has_a_meaning(script):
+    maker = script("make_recipe_reference")
+    sections = maker.read_sections(maker.SCHEMA.read_text(encoding="utf-8"))
+    without = [
+        f"{section.name}.{field.name}"
+        for section in sections.values()
+        for field in section.fields
+        if not field.meaning and field.name != "kind" and not set(field.annotation.split(" | ")) & set(sections)
+    ]
+    assert without == []
+
+
 def test_every_page_is_in_the_sites_navigation_and_on_the_start_page():
     docs = ROOT / "docs"
     pages = {str(page.relative_to(docs)) for page in docs.rglob("*.md")}

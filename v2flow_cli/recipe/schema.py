@@ -1,8 +1,8 @@
-"""Every knob of every recipe, with its unit and meaning.
+"""Every key of every recipe, with its unit and meaning.
 
 A recipe is one of four kinds, named by its top-level ``kind``: ``autoencoder`` and ``tokenizer`` (for
-``v2flow train``), ``lm`` and ``finetune`` (for ``v2flow finetune-llm``). Whatever a result depends on has no
-default and must stand in the YAML; defaults are for plumbing.
+``v2flow train``), ``lm`` and ``finetune`` (for ``v2flow finetune-llm``). A key on which the result depends has no
+default; infrastructure settings have one.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-MAX_ASPECT = 4.0  # long side over short side of a picture that keeps its shape; a longer one loses its ends
+MAX_ASPECT = 4.0  # longest side over shortest side of a picture that keeps its shape; longer pictures are cropped to it
 
 
 @dataclass(frozen=True)
@@ -19,28 +19,28 @@ class ImageData:
     """Where training images come from and how they are cropped."""
 
     sources: tuple[str, ...]  # folders of images, folders of WebDataset tars, or tars
-    crop_size: int  # pixels, side of the square training crop; of others the root of the area, nearly
+    crop_size: int  # pixels, side of the square training crop; for other shapes about the square root of the area
     min_scale: float  # smallest share of the photo's short side that a crop covers, in (0, 1]
     horizontal_flip: bool  # mirror half of the crops
     max_scale: float = 1.0  # largest share, in [min_scale, 1]
-    shuffle_shards: int = 8  # shards whose samples are mixed at a time
-    workers: int = 1  # loader processes per rank; 0 loads in the training process
-    error_budget: float = 0.001  # share of the samples that may be bad; more of them stop the training
-    aspects: tuple[float, ...] = ()  # width / height of crops, one drawn for each batch; empty: square ones alone
-    resident_px: int = 0  # side of the squares of all photos that are kept on the device; 0: photos are read anew
+    shuffle_shards: int = 8  # number of shards whose samples are shuffled together
+    workers: int = 1  # loader processes per rank; 0 loads images in the training process
+    error_budget: float = 0.001  # share of the samples that may be bad; a larger share stops the training
+    aspects: tuple[float, ...] = ()  # width / height of crops, one drawn for each batch; empty: only square crops
+    resident_px: int = 0  # side in pixels of squares of all photos, kept on the device; 0: photos are read in each step
 
 
 @dataclass(frozen=True)
 class Optimizer:
-    """Linear warm-up; the learning rate is the one really used (already scaled to the batch)."""
+    """Optimizer and learning-rate schedule. The learning rate is used as given and not scaled by the batch size."""
 
     learning_rate: float  # peak
     betas: tuple[float, float]  # of AdamW's two running averages
-    weight_decay: float  # matrices only: never on norms, biases, embeddings or the flow head
-    warmup_steps: int  # linear rise of the learning rate
-    schedule: Literal["constant", "cosine"]  # after the warm-up; cosine falls to 2% of the peak, to 0 for LMs
+    weight_decay: float  # for matrices only, not for norms, biases, embeddings or the flow head
+    warmup_steps: int  # steps over which the learning rate rises linearly
+    schedule: Literal["constant", "cosine"]  # after the warm-up; cosine falls to 2% of the peak, for LMs to 0
     clip_norm: float  # largest gradient norm; larger ones are scaled down
-    kind: Literal["adamw", "muon"] = "adamw"  # muon: matrices by orthogonalised momentum, the rest by AdamW
+    kind: Literal["adamw", "muon"] = "adamw"  # muon: orthogonalised momentum for matrices, AdamW for the rest
 
 
 @dataclass(frozen=True)
@@ -52,25 +52,25 @@ class TrainLoop:
     accumulate: int  # micro-batches per step
     ema_decay: float  # of the exponential moving average of the weights, per step
     seed: int  # of initial weights, data order, crops and noise
-    precision: Literal["auto", "fp32", "bf16"]  # auto: bf16 where the hardware is fast at it
+    precision: Literal["auto", "fp32", "bf16"]  # auto: bf16 where the device is fast at it, else fp32
     max_minutes: float = 0.0  # stop (and save) after this wall time; 0 means no limit
-    log_every: int = 20  # steps
-    save_minutes: float = 5.0  # wall time between checkpoints; 0: none but by save_every
-    save_every: int = 0  # steps between checkpoints, beside those by save_minutes; 0: none
-    save_dtype: Literal["fp32", "bf16"] = "fp32"  # of the finished model on disk, but for what makes ids
-    keep_checkpoints: int = 2
+    log_every: int = 20  # steps between log lines
+    save_minutes: float = 5.0  # wall time between checkpoints; 0: only those of save_every
+    save_every: int = 0  # steps between checkpoints, in addition to save_minutes; 0: none
+    save_dtype: Literal["fp32", "bf16"] = "fp32"  # of the finished model; weights that determine ids stay fp32
+    keep_checkpoints: int = 2  # newest checkpoints that are kept
     skip_bad_steps: int = 0  # steps of non-finite loss or gradient to skip before the run stops
-    grid_every: int = 500  # steps between pictures of the same crops and what comes back, and one at the end; 0: none
-    tracker: Literal["auto", "none", "tensorboard", "wandb"] = "auto"  # beside metrics.jsonl; auto: what is installed
-    compile: bool = True  # on a GPU: one compiled graph a step, which takes minutes to make; CPUs run the plain one
+    grid_every: int = 500  # steps between sample reconstructions, always of the same crops; 0: none
+    tracker: Literal["auto", "none", "tensorboard", "wandb"] = "auto"  # besides metrics.jsonl; auto: if installed
+    compile: bool = True  # on a GPU: compile each step to one graph, which takes minutes; no effect on a CPU
     budgeted: bool = False  # set by `v2flow budget`: a resume may change steps and accumulate
 
 
 @dataclass(frozen=True)
 class Card:
-    """What the model card says that a training does not know."""
+    """Facts for the model card that the training cannot know."""
 
-    license: str = "unknown"  # of the trained model, as the hub spells it: apache-2.0, cc-by-4.0, ...
+    license: str = "unknown"  # of the trained model, in the hub's spelling: apache-2.0, cc-by-4.0, ...
     datasets: tuple[str, ...] = ()  # hub ids of the data sets it was trained on
 
 
@@ -96,7 +96,7 @@ class AutoencoderLoss:
 
 @dataclass(frozen=True)
 class AutoencoderRecipe:
-    """``v2flow train``: an autoencoder of our own, for the latents of a tokenizer."""
+    """``v2flow train``: a small autoencoder for the latents of a tokenizer."""
 
     kind: Literal["autoencoder"]
     data: ImageData
@@ -112,41 +112,41 @@ class AutoencoderRecipe:
 class LatentSource:
     """The frozen autoencoder whose latents are tokenized."""
 
-    autoencoder: str  # folder or hub id: ours, or a diffusers AutoencoderDC / AutoencoderKL / AutoencoderTiny
+    autoencoder: str  # folder or hub id: trained here, or a diffusers AutoencoderDC, AutoencoderKL or AutoencoderTiny
     patch_size: int  # latent positions per side of one decoded patch
-    cache: str = ""  # a folder, "memory" or "device" keeps latents of fixed crops; empty computes them at each step
-    cache_crops: int = 1  # crops of each photo that are kept
+    cache: str = ""  # a folder, "memory" or "device": where latents of fixed crops are kept; empty: no cache
+    cache_crops: int = 1  # crops of each photo in the cache
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The LLM vocabulary that visual tokens live in (section 2.2, Eq. 4)."""
+    """The LLM vocabulary that visual tokens are mixtures of (section 2.2, Eq. 4)."""
 
-    llm: str  # folder or hub id of a causal LM; "none" is the ablation without a vocabulary
+    llm: str  # folder or hub id of a causal LM; "none": no vocabulary
     generator: Literal["tied", "free"]  # tied: scaled cosine with each word; free: the paper's linear map
     logit_scale: float  # tied generator: factor on the cosine
     temperature: float  # of the softmax
     gumbel_noise: float  # factor on the Gumbel noise at the end of its ramp; 1 is Eq. 4
     gumbel_ramp_steps: int  # steps over which the noise rises from 0
     top_k: int  # words mixed per token; 0 mixes the whole vocabulary
-    whiten: bool = False  # give the frozen table unit covariance, so that no direction drowns the others
+    whiten: bool = False  # give the frozen table unit covariance, so that no direction dominates
 
 
 @dataclass(frozen=True)
 class Resampler:
-    """RegStage blocks, spatial downsampler, RegStage blocks, read-out (section 2.2)."""
+    """V2Flow's resampler: RegStage blocks, spatial downsampler, RegStage blocks, read-out (section 2.2)."""
 
     hidden_size: int  # channels, and the width d_v of a token
     depth: tuple[int, int]  # RegStage blocks before and after the downsampler
-    tokens_per_256px: int  # n for a 256 x 256 image: 64, 128 or 256; other sizes in proportion
-    other_tokens_per_256px: tuple[int, ...] = ()  # lengths that the same codebook and decoder offer beside n
-    other_shares: tuple[float, ...] = ()  # of the training steps, for each of them; the remaining steps train n
+    tokens_per_256px: int  # tokens of a 256 x 256 image: 64, 128 or 256; other sizes in proportion
+    other_tokens_per_256px: tuple[int, ...] = ()  # further lengths with the same codebook and decoder
+    other_shares: tuple[float, ...] = ()  # share of the training steps for each further length
     kind: Literal["grid"] = "grid"
 
 
 @dataclass(frozen=True)
 class Registers:
-    """The other resampler: registers in a transformer over latent patches, one ordered sequence (FlexTok)."""
+    """FlexTok's resampler: registers in a transformer over latent patches, which form one ordered sequence."""
 
     kind: Literal["registers"]
     hidden_size: int  # width of the transformer, and the width d_v of a token
@@ -155,10 +155,10 @@ class Registers:
     mlp_ratio: float  # hidden width of a block's MLP over hidden_size
     dropout: float  # of both branches of a block
     patch_size: int  # latent positions per side of one encoded patch
-    max_tokens: int  # registers; the longest sequence of an image of any size
-    places: Literal["centre", "spread"]  # of registers: all on the middle (FlexTok), or each its own, evenly spread
-    causal: bool  # a register sees the registers before it, not those behind
-    nested_dropout: Literal["uniform", "power_of_two", "none"]  # prefix lengths trained; none: the whole sequence
+    max_tokens: int  # number of registers: the longest sequence, for images of any size
+    places: Literal["centre", "spread"]  # positions of the registers: all at the centre (FlexTok), or evenly spread
+    causal: bool  # a register attends to the registers before it, not to later ones
+    nested_dropout: Literal["uniform", "power_of_two", "none"]  # prefix lengths in training; none: all tokens
 
 
 @dataclass(frozen=True)
@@ -166,28 +166,28 @@ class Quantizer:
     """Nearest-code quantiser with an EMA codebook (section 2.2)."""
 
     codebook_size: int  # K
-    code_size: int  # width of a code; ignored (the LLM's width) unless vocabulary.llm is "none"
-    distance: Literal["cosine", "euclidean"]  # by which a code is the nearest
+    code_size: int  # width of a code; used only with vocabulary.llm "none", otherwise it is the LLM's width
+    distance: Literal["cosine", "euclidean"]  # by which the nearest code is found
     ema_decay: float  # of a code's running count and mean, per step
-    start_step: int  # steps without quantisation; then the codebook is the newest real vectors
+    start_step: int  # steps without quantisation; then the codebook starts from the newest vectors
     revive_after: float  # a code whose running count per step falls below this share of the mean is redrawn
-    usage_floor: float  # training stops when usage stays under this share
-    # How the gradient passes the quantiser: copied, or turned and scaled as the vector is into its code.
+    usage_floor: float  # training stops when codebook usage stays under this share
+    # Gradient through the quantiser: copied, or rotated and scaled by the map that takes the vector to its code.
     gradient: Literal["straight_through", "rotation"] = "straight_through"
-    kmeans_steps: int = 0  # steps of k-means before start_step, from the newest real vectors; 0 takes these themselves
-    usage_decay: float = 0.0  # of the running count that finds dead codes, where it shall forget sooner; 0: ema_decay
+    kmeans_steps: int = 0  # steps of k-means on the newest vectors before start_step; 0: no k-means
+    usage_decay: float = 0.0  # decay of the count that finds dead codes; smaller finds them sooner; 0: ema_decay
     kind: Literal["ema"] = "ema"
 
 
 @dataclass(frozen=True)
 class FSQ:
-    """The other quantiser: each of a few numbers rounded to its own levels (arXiv 2309.15505); nothing is learned."""
+    """Finite scalar quantiser: rounds each of a few numbers to its levels (arXiv 2309.15505); nothing is learned."""
 
     kind: Literal["fsq"]
-    levels: tuple[int, ...]  # values each number can take; their product is K
-    usage_floor: float  # training stops when usage stays under this share
+    levels: tuple[int, ...]  # number of values of each number; their product is K
+    usage_floor: float  # training stops when codebook usage stays under this share
 
-    start_step = 0  # it quantises from the first step
+    start_step = 0  # quantises from the first step
 
     @property
     def codebook_size(self) -> int:
@@ -196,7 +196,7 @@ class FSQ:
 
     @property
     def code_size(self) -> int:
-        """Numbers in a code."""
+        """Number of dimensions of a code."""
         return len(self.levels)
 
 
@@ -205,8 +205,8 @@ class Context:
     """Masked transformer encoder-decoder (section 2.3); null where flow.kind is transformer."""
 
     hidden_size: int  # width of the transformer
-    encoder_depth: int  # blocks over tokens and visible patches
-    decoder_depth: int  # blocks that also answer the hidden patches
+    encoder_depth: int  # blocks over the tokens and the visible patches
+    decoder_depth: int  # blocks that also compute the masked patches
     num_heads: int  # attention heads
     mlp_ratio: float  # hidden width of a block's MLP over hidden_size
     dropout: float  # of both branches of a block
@@ -221,34 +221,34 @@ class Flow:
     formulation: Literal["rectified_flow", "ddim"]  # Eq. 2, or the diffusion path of Table 3
     hidden_size: int  # width of the MLP
     depth: int  # residual blocks
-    time_shift: float  # s in t' = s t / (1 + (s - 1) t); more weight on noisy times
+    time_shift: float  # s in t' = s t / (1 + (s - 1) t); above 1, noisy times are more frequent
     repeats: int  # noise draws per position and step
-    # Share of each batch's images on which the velocity network is trained; the context sees all. 0: regression alone.
+    # Share of each batch's images that train the velocity network; all images train the context. 0: only regression.
     share: float = 1.0
     kind: Literal["mlp"] = "mlp"
 
 
 @dataclass(frozen=True)
 class FlowTransformer:
-    """The other decoder: a transformer gives the velocity of all patches at once (FlexTok); needs context: null."""
+    """FlexTok's decoder: a transformer predicts the velocity of all patches together; needs ``context: null``."""
 
     kind: Literal["transformer"]
-    formulation: Literal["rectified_flow", "ddim"]  # as for the MLP
+    formulation: Literal["rectified_flow", "ddim"]  # Eq. 2, or the diffusion path of Table 3
     hidden_size: int  # width of the transformer
-    token_depth: int  # blocks over the tokens alone, computed once an image
-    depth: int  # blocks over the noised patches, which read the tokens, computed at every step
+    token_depth: int  # blocks over the tokens alone, computed once per image
+    depth: int  # blocks over the noised patches, which attend to the tokens; computed in every sampling step
     num_heads: int  # attention heads
     mlp_ratio: float  # hidden width of a block's MLP over hidden_size
     dropout: float  # of both branches of a block
-    time_shift: float  # as for the MLP
+    time_shift: float  # as in Flow
     repeats: int  # noise draws per image and step
-    share: float = 1.0  # of each batch's images that the flow loss sees; the regression loss sees all. 0: it alone
+    share: float = 1.0  # share of each batch's images in the flow loss; the regression loss has all. 0: only regression
 
 
 Solver = Literal["euler", "heun", "dpm++", "ddim"]
 GuidanceSchedule = Literal["constant", "linear"]
 Guidance = Literal["cfg", "apg"]
-#: What the command line calls the fields of ``Sampling``.
+#: Command-line option of each field of ``Sampling``.
 SAMPLING_OPTIONS = {
     "cfg": "guidance_scale",
     "rounds": "num_mask_steps",
@@ -262,21 +262,21 @@ SAMPLING_OPTIONS = {
 
 @dataclass(frozen=True)
 class Sampling:
-    """How ``decode`` samples unless told otherwise (Algorithm 1, Eq. 7).
+    """Default sampling settings of ``decode`` (Algorithm 1, Eq. 7).
 
-    Departs (D11): guidance may rise along the sampling. Silent (S9): the scale of the initial noise.
+    Departs (D11): guidance may rise during sampling. Silent (S9): the scale of the initial noise.
     """
 
     num_mask_steps: int  # rounds of unmasking
     num_flow_steps: int  # solver steps in each round
     solver: Solver  # of the ODE, Eq. 1
     guidance_scale: float  # 1 means no guidance
-    guidance_schedule: GuidanceSchedule  # linear rises from 1 as the sampling goes on
+    guidance_schedule: GuidanceSchedule  # linear: guidance rises from 1 during sampling
     noise_temperature: float  # factor on the initial noise
     guidance: Guidance = "cfg"  # Eq. 7, or adaptive projected guidance (arXiv 2410.02416)
-    apg_momentum: float = -0.5  # share of the earlier steps' guidance that is added; below 0 it is taken away
+    apg_momentum: float = -0.5  # factor on the guidance of earlier steps, which is added; negative values subtract it
     apg_threshold: float = 0.05  # largest root mean square of the guidance over an image's latents; 0: no limit
-    apg_parallel: float = 0.0  # share kept of the guidance along the prediction itself; 1 keeps all
+    apg_parallel: float = 0.0  # factor on the part of the guidance that is parallel to the prediction; 1 keeps it
 
 
 @dataclass(frozen=True)
@@ -284,20 +284,21 @@ class TokenizerLoss:
     """Weights of the loss terms, each logged under its own name."""
 
     flow: float  # Eq. 3
-    regression: float  # auxiliary: patches from the context by one linear layer
+    regression: float  # auxiliary loss: patches predicted from the context by one linear layer
     commit: float  # squared distance of a vector to its code
     batch_entropy: float  # bonus for the entropy of the batch's mean word distribution
-    guidance_dropout: float  # share of images whose tokens become the dummy D (Eq. 7); 0 where nothing is guided
-    pixels: float = 0.0  # natural log of an image's squared error in pixels, averaged: 1 is 4.34 dB of PSNR
+    guidance_dropout: float  # share of images with their tokens replaced by the dummy D (Eq. 7); 0: no guidance
+    pixels: float = 0.0  # natural log of each image's mean squared pixel error; a difference of 1 is 4.34 dB of PSNR
     ssim: float = 0.0  # 1 - SSIM
-    perceptual: float = 0.0  # distance to the photo in the features of a network, see ``features``
-    pixel_share: float = 1.0  # share of each batch's images that are drawn for pixels, ssim and perceptual
-    pictures: Literal["one_step", "sampling"] = "one_step"  # how: one step without noise, or by the sampling section
-    features: str = ""  # of perceptual: a safetensors file (SqueezeNet 1.1, VGG16 or AlexNet), or "lpips" (VGG)
+    perceptual: float = 0.0  # distance to the photo in the features of a network, set by ``features``
+    pixel_share: float = 1.0  # share of each batch's images that are decoded for pixels, ssim and perceptual
+    # How pictures are decoded for these losses: in one step without noise, or as the sampling section says.
+    pictures: Literal["one_step", "sampling"] = "one_step"
+    features: str = ""  # for perceptual: a safetensors file (SqueezeNet 1.1, VGG16 or AlexNet), or "lpips" (VGG)
 
     @property
     def draws(self) -> bool:
-        """Whether some of the losses are of pictures."""
+        """Whether any loss needs decoded pictures."""
         return bool(self.pixels or self.ssim or self.perceptual)
 
 
@@ -307,7 +308,7 @@ class TokenizerRecipe:
 
     kind: Literal["tokenizer"]
     data: ImageData
-    image_size: int  # pixels, default of ``encode``
+    image_size: int  # pixels; the default size of ``encode``
     latents: LatentSource
     vocabulary: Vocabulary
     resampler: Resampler | Registers
@@ -319,8 +320,8 @@ class TokenizerRecipe:
     optimizer: Optimizer
     train: TrainLoop
     output: str  # folder of the trained model
-    init_from: str = ""  # a tokenizer folder to start from, of the same shapes; the context may be deeper
-    freeze_tokens: bool = False  # train the decoder alone; every id keeps its meaning
+    init_from: str = ""  # a tokenizer folder to start from, with the same shapes; the context may be deeper
+    freeze_tokens: bool = False  # train only the decoder; ids stay the same
     card: Card = Card()  # licence and data sets, for the model card
 
 
@@ -331,16 +332,16 @@ class LMTrainLoop:
     steps: int  # optimizer steps
     batch_size: int  # sequences per step over all ranks
     accumulate: int  # micro-batches per step
-    seed: int
-    precision: Literal["auto", "fp32", "bf16"]  # auto: bf16 on GPUs that have it, float32 elsewhere
+    seed: int  # of new weights, data order and noise
+    precision: Literal["auto", "fp32", "bf16"]  # auto: bf16 where the device is fast at it, else fp32
     save_dtype: Literal["fp32", "bf16"]  # of the weights in the output folder
-    max_minutes: float = 0.0  # stop (and save) after this wall time, resumed parts included; 0 means no limit
+    max_minutes: float = 0.0  # stop (and save) after this wall time, all resumed parts together; 0 means no limit
     gradient_checkpointing: bool = False  # recompute activations: less memory, a third more time
-    log_every: int = 20  # steps
-    save_minutes: float = 5.0  # wall time between checkpoints; 0: none but by save_every
-    save_every: int = 0  # steps between checkpoints, beside those by save_minutes; 0: none
-    eval_every: int = 0  # steps between held-out losses on the way; 0: only at the end
-    keep_checkpoints: int = 1
+    log_every: int = 20  # steps between log lines
+    save_minutes: float = 5.0  # wall time between checkpoints; 0: only those of save_every
+    save_every: int = 0  # steps between checkpoints, in addition to save_minutes; 0: none
+    eval_every: int = 0  # steps between held-out losses; 0: only at the end
+    keep_checkpoints: int = 1  # newest checkpoints that are kept
     skip_bad_steps: int = 0  # steps of non-finite loss or gradient to skip before the run stops; they count as steps
     budgeted: bool = False  # set by `v2flow budget`: a resume may change steps and accumulate
 
@@ -349,12 +350,12 @@ class LMTrainLoop:
 class LMModel:
     """A Llama-architecture language model and its byte-level BPE tokenizer."""
 
-    vocab_size: int  # tokens, the three special ones included
-    hidden_size: int
+    vocab_size: int  # tokens, including three special ones
+    hidden_size: int  # width of the transformer
     intermediate_size: int  # of the gated MLP
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
+    num_layers: int  # transformer blocks
+    num_heads: int  # attention heads
+    num_kv_heads: int  # key and value heads (grouped-query attention)
     max_positions: int  # longest sequence, in tokens
     tie_embeddings: bool  # one table for input and output
 
@@ -364,7 +365,7 @@ class LMRecipe:
     """``v2flow finetune-llm``: a small Llama-architecture LM from plain text."""
 
     kind: Literal["lm"]
-    text: tuple[str, ...]  # .txt or .gz files, globs allowed; documents are lines, or paragraphs in prose
+    text: tuple[str, ...]  # .txt or .gz files, globs allowed; a document is a line, in prose a paragraph
     block_size: int  # tokens per training sequence; documents are packed
     model: LMModel
     optimizer: Optimizer
@@ -375,39 +376,39 @@ class LMRecipe:
 
 @dataclass(frozen=True)
 class TokenPairs:
-    """(caption, tokens) pairs and how they become samples."""
+    """(caption, tokens) pairs, and the training samples built from them."""
 
-    token_sets: tuple[str, ...]  # folders that `v2flow encode` wrote, or its Parquet files; tars give captions
-    caption_dropout: float  # share of samples whose caption is left empty, for --llm-cfg
-    max_caption_tokens: int  # longer captions are cut
-    train_on_prompt: bool  # False: labels on the answer alone
+    token_sets: tuple[str, ...]  # folders or Parquet files that `v2flow encode` wrote from images with captions
+    caption_dropout: float  # share of samples with an empty caption, for --llm-cfg
+    max_caption_tokens: int  # longer captions are truncated
+    train_on_prompt: bool  # False: only the answer has labels
     held_out_share: float  # of the images, chosen by a hash of their key, for the loss on the model card
-    photos: tuple[str, ...] = ()  # instead of token_sets: captioned tars or folders, encoded anew in every pass
-    image_to_text_share: float = 0.0  # of samples whose image is the prompt and whose caption is the answer
-    # Tokens an image: of a flexible tokenizer drawn from these, of one with several lengths the one to encode photos
-    # at. Empty: all, or the first length.
+    photos: tuple[str, ...] = ()  # instead of token_sets: captioned tars or folders, encoded again in every pass
+    image_to_text_share: float = 0.0  # share of samples with the image as prompt and the caption as answer
+    # Tokens per image. Flexible tokenizer: drawn from these (empty: from all lengths). Tokenizer with several lengths:
+    # the length at which photos are encoded (empty: its first).
     lengths: tuple[int, ...] = ()
-    token_noise: float = 0.0  # up to this share of a picture's ids is read as random ones; labels stay
-    label_share: float = 1.0  # of a picture's ids that are learned in a sample; the others are only read
-    shuffle_window: int = 16_384  # samples in memory that the next one is drawn from
+    token_noise: float = 0.0  # up to this share of a picture's input ids is replaced by random ids; labels are not
+    label_share: float = 1.0  # share of a picture's ids that have labels in a sample
+    shuffle_window: int = 16_384  # samples in the shuffle buffer
 
 
 @dataclass(frozen=True)
 class Lora:
-    """Low-rank adapters on every linear layer; the new rows are trained whole beside them."""
+    """Low-rank adapters on every linear layer; the new rows of the embedding table are trained in full."""
 
-    rank: int
-    alpha: float
-    dropout: float
+    rank: int  # of the two factors
+    alpha: float  # the adapter's output is scaled by alpha / rank
+    dropout: float  # of the adapter's input
 
 
 @dataclass(frozen=True)
 class DrawSampling:
-    """How ``generate`` draws by default; the trained folder keeps it in generation_config.json."""
+    """Default sampling settings of ``generate``, stored in the trained folder's generation_config.json."""
 
-    temperature: float = 1.0  # 0 takes the likeliest token
-    top_k: int = 0  # keep the k likeliest tokens; 0 keeps all
-    top_p: float = 1.0  # keep this probability mass
+    temperature: float = 1.0  # 0 takes the most probable token
+    top_k: int = 0  # sample from the k most probable tokens; 0: from all
+    top_p: float = 1.0  # sample from the most probable tokens with this total probability
     guidance_scale: float = 1.0  # of the LLM; 1 means none
 
 
@@ -417,19 +418,19 @@ class FinetuneRecipe:
 
     kind: Literal["finetune"]
     llm: str  # folder or hub id of any Hugging Face causal LM with a fast tokenizer
-    tokenizer: str  # folder or hub id of the image tokenizer that made the token sets
-    new_rows: Literal["codebook", "random", "kept"]  # the visual tokens' rows start from; kept: llm draws already
-    mode: Literal["full", "lora", "rows"]  # train all weights, adapters and the new rows, or the new rows alone
-    lora: Lora | None  # only for mode lora
+    tokenizer: str  # folder or hub id of the image tokenizer that wrote the token sets
+    new_rows: Literal["codebook", "random", "kept"]  # initial rows of the visual tokens; kept: llm already has them
+    mode: Literal["full", "lora", "rows"]  # what is trained: all weights; adapters and new rows; only the new rows
+    lora: Lora | None  # for mode lora, else null
     data: TokenPairs
-    z_loss: float  # weight of the squared log-normaliser; 0 means none
+    z_loss: float  # weight of the squared log-normaliser of the softmax; 0 means none
     optimizer: Optimizer
     train: LMTrainLoop
     output: str  # folder of the trained model
-    caption_contrast: float = 0.0  # weight of: from a middle layer, predict the histogram of the image's codes
+    caption_contrast: float = 0.0  # weight of a loss: from a middle layer, predict the histogram of the image's codes
     sampling: DrawSampling = DrawSampling()
-    sample_every: int = 0  # steps between sample pictures in OUTPUT/samples; 0 draws none
-    sample_prompts: tuple[str, ...] = ("a red fox", "a boat on the sea")  # what they show
+    sample_every: int = 0  # steps between sample pictures in OUTPUT/samples; 0: none
+    sample_prompts: tuple[str, ...] = ("a red fox", "a boat on the sea")  # prompts of the sample pictures
     card: Card = Card()  # licence and data sets, for the model card
 
 
