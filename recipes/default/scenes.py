@@ -8,6 +8,7 @@ three of them on a plain, graded or photographic ground. The same arguments give
 the seed, ``i`` and the drawings alone, so a longer set begins with the shorter one.
 
 ``--layout centred`` writes every drawing once, centred at one size on white; it is what the language model reads first.
+``--layout colours`` writes every drawing in some colours that it does not have, likewise centred, so that colour words bind.
 ``--held-out`` writes, in the same layout, the drawings that the other layouts leave out: one style of some titles.
 """
 
@@ -17,6 +18,7 @@ import argparse
 import colorsys
 import hashlib
 import io
+import itertools
 import json
 import random
 import re
@@ -85,6 +87,10 @@ PHRASES = ("{}", "a drawing of {}", "a picture of {}", "draw {}")
 #: Other names of what a title shows, beside the noun of "COLOUR NOUN" and of "ANIMAL face".
 ALIASES: dict[str, list[str]] = json.loads(Path(__file__).with_name("drawing_aliases.json").read_text("utf-8"))
 NUMBERS = {2: "two", 3: "three"}
+COLOURS_OF_A_DRAWING = 6  # of its ``--layout colours``, chosen by its key
+LEAST_PAINTED = 0.2  # of a drawing's area, that takes another hue, or it is not written in other colours
+#: Least and greatest value of what is painted in a colour without a hue.
+TONES = {"black": (0.04, 0.3), "grey": (0.35, 0.7)}
 #: Words before which a title takes no article.
 UNCOUNTED = (
     "spaghetti",
@@ -197,12 +203,28 @@ def common_things(drawings: list[Drawing]) -> list[Drawing]:
 
 def centred(drawing: Drawing) -> tuple[Image.Image, list[str]]:
     """The drawing in the middle of a white ground, and captions that name it."""
+    return _in_the_middle(drawing.open(), drawing.names())
+
+
+def in_colours(drawing: Drawing) -> list[tuple[str, Image.Image, list[str]]]:
+    """(colour, picture, captions) of the drawing in colours that it does not have, centred; none where it is grey."""
+    image, nouns = drawing.open(), list(dict.fromkeys(map(_without_colour, drawing.names())))
+    alpha = np.asarray(image.getchannel("A"), np.float32) / 255
+    if (_hued(image)[..., 0] * alpha).sum() < LEAST_PAINTED * alpha.sum():
+        return []
+    # White on the white ground would be nothing.
+    others = sorted((c for c in COLOURS if c not in (*drawing.colours, "white")), key=lambda c: _hash(f"{drawing.key}/{c}"))
+    return [
+        (colour, *_in_the_middle(_recolour(image, colour), [f"{colour} {noun}" for noun in nouns]))
+        for colour in others[:COLOURS_OF_A_DRAWING]
+    ]
+
+
+def _in_the_middle(image: Image.Image, names: list[str]) -> tuple[Image.Image, list[str]]:
     scene = Image.new("RGB", (SIZE, SIZE), "white")
-    image = _fit(drawing.open(), round(CENTRED_SHARE * SIZE))
+    image = _fit(image, round(CENTRED_SHARE * SIZE))
     scene.paste(image, ((SIZE - image.width) // 2, (SIZE - image.height) // 2), image)
-    return scene, [
-        phrase.format(with_article(name)) for name in drawing.names() for phrase in PHRASES
-    ] + drawing.names()
+    return scene, [phrase.format(with_article(name)) for name in names for phrase in PHRASES] + names
 
 
 def draw_scene(index: int, seed: int, drawings: list[Drawing], photos: list[Path]) -> tuple[Image.Image, list[str]]:
@@ -277,16 +299,26 @@ def _without_colour(name: str) -> str:
     return rest if rest and first in COLOURS else name
 
 
+def _hued(image: Image.Image) -> np.ndarray:
+    """How much of a hue each pixel has, (h, w, 1) from 0 to 1; greys, outlines and whites have none."""
+    rgb = np.asarray(image)[..., :3].astype(np.float32) / 255
+    light = rgb.max(-1, keepdims=True)
+    chroma = np.where(light > 0, (light - rgb.min(-1, keepdims=True)) / np.maximum(light, 1e-6), 0)
+    return np.clip(chroma * 3, 0, 1)
+
+
 def _recolour(image: Image.Image, colour: str) -> Image.Image:
     """Hue of ``colour`` for every pixel that has one, and part of its saturation; light and shade stay."""
     hue, saturation, value = COLOURS[colour]
     pixels = np.asarray(image).astype(np.float32) / 255
     rgb, alpha = pixels[..., :3], pixels[..., 3:]
     light = rgb.max(-1)
-    chroma = np.where(light > 0, (light - rgb.min(-1)) / np.maximum(light, 1e-6), 0)
-    weight = np.clip(chroma * 3, 0, 1)[..., None]  # greys, outlines and whites keep what they are
+    weight = _hued(image)
     target = np.asarray(colorsys.hsv_to_rgb(hue / 360, saturation, 1.0), np.float32)
     bright = (0.35 + 0.65 * light) * value / max(float((light * alpha[..., 0]).max()), 0.3)
+    if colour in TONES:
+        least, most = TONES[colour]
+        bright = least + (most - least) * light
     painted = np.clip(bright[..., None] * target, 0, 1)
     result = np.concatenate([weight * painted + (1 - weight) * rgb, alpha], -1)
     return Image.fromarray((result * 255).round().astype(np.uint8), "RGBA")
@@ -346,9 +378,9 @@ def main() -> None:
     parser.add_argument("--drawings", type=Path, required=True, help="tar of KEY.webp and KEY.json")
     parser.add_argument("--photos", type=Path, help="folder of photos, or of tars, whose blurred pictures are grounds")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--layout", choices=("scenes", "centred"), default="scenes")
-    parser.add_argument("--per-title", type=int, help="centred: at most so many drawings of a title")
-    parser.add_argument("--common", action="store_true", help="centred: the commonest 444 titles alone")
+    parser.add_argument("--layout", choices=("scenes", "centred", "colours"), default="scenes")
+    parser.add_argument("--per-title", type=int, help="centred, colours: at most so many drawings of a title")
+    parser.add_argument("--common", action="store_true", help="centred, colours: the commonest titles alone")
     parser.add_argument("--held-out", action="store_true", help="the drawings kept for judging, centred")
     parser.add_argument("--count", type=int, default=30_000, help="scenes to write")
     parser.add_argument("--seed", type=int, default=0)
@@ -358,22 +390,30 @@ def main() -> None:
     if options.common:
         learn = common_things(learn)
     chosen = judge if options.held_out else first_of_titles(learn, options.per_title or len(learn))
-    plain = options.held_out or options.layout == "centred"
-    photos = [] if plain or options.photos is None else _grounds(options.photos, options.out)
-    total = len(chosen) if plain else options.count
-    for first in range(0, total, SHARD_IMAGES):
-        path = options.out / f"scenes-{first // SHARD_IMAGES:03d}.tar"
+    if options.layout == "colours":
+        pictures = ((f"{d.key}-{c}", image, captions) for d in chosen for c, image, captions in in_colours(d))
+    elif options.layout == "centred" or options.held_out:
+        pictures = ((d.key, *centred(d)) for d in chosen)
+    else:
+        photos = [] if options.photos is None else _grounds(options.photos, options.out)
+        scenes = (draw_scene(index, options.seed, learn, photos) for index in range(options.count))
+        pictures = ((f"scene-{index:06d}", *scene) for index, scene in enumerate(scenes))
+    for number in itertools.count():
+        path = options.out / f"scenes-{number:03d}.tar"
         partial = path.with_suffix(".partial")
+        written = 0
         with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:
-            for index in range(first, min(total, first + SHARD_IMAGES)):
-                scene, captions = centred(chosen[index]) if plain else draw_scene(index, options.seed, learn, photos)
+            for key, image, captions in itertools.islice(pictures, SHARD_IMAGES):
                 content = io.BytesIO()
-                scene.save(content, "WEBP", quality=90, method=2)
-                key = chosen[index].key if plain else f"scene-{index:06d}"
+                image.save(content, "WEBP", quality=90, method=2)
                 _add(tar, f"{key}.webp", content.getvalue())
                 _add(tar, f"{key}.txt", "\n".join(captions).encode())
+                written += 1
+        if not written:
+            partial.unlink()
+            break
         partial.rename(path)
-        print(f"{path}: {min(total, first + SHARD_IMAGES) - first} pictures")
+        print(f"{path}: {written} pictures")
 
 
 def _grounds(photos: Path, out: Path, count: int = 400) -> list[Path]:
