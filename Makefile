@@ -10,8 +10,8 @@ DATA ?= ../shared/data
 demo: .venv/installed  ## Photos to tokens and back, a sentence to a picture, one page that shows it
 	$(PY) -m v2flow_cli.demo.page --out demo $(if $(IMAGES),--images "$(IMAGES)")
 
-test: .venv/installed  ## The everyday suite
-	$(PY) -m pytest
+test: .venv/installed  ## The everyday suite, a process on each core
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 test-slow: .venv/installed  ## The long tests too
 	$(PY) -m pytest -m "not gpu and not network"

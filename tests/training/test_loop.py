@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from v2flow_cli.errors import ModelError, RecipeError, V2FlowError
+from v2flow_cli.errors import DataError, ModelError, RecipeError, V2FlowError
 from v2flow_cli.recipe import dump_recipe, load_recipe
 from v2flow_cli.tokenizer import V2FlowTokenizer
 from v2flow_cli.training.checkpoint import Interrupted
@@ -102,6 +102,19 @@ def test_a_run_is_not_overwritten_and_not_resumed_with_another_recipe(world, tmp
         train(first, resume=False, log=quiet)
     with pytest.raises(ModelError, match="the recipe is not the one of this run"):
         train(recipe(world, "autoencoder", tmp_path / "a", "optimizer.learning_rate=0.5"), resume=True, log=quiet)
+
+
+def test_two_runs_in_one_folder_are_refused(world, tmp_path):
+    chosen = recipe(world, "autoencoder", tmp_path / "a", "train.steps=2")
+    seen = []
+
+    def start_another(step):
+        with pytest.raises(DataError, match="another run is writing here"):
+            train(chosen, resume=True, log=quiet)
+        seen.append(step)
+
+    train(chosen, resume=False, log=quiet, at_step=start_another)
+    assert seen
 
 
 def test_a_damaged_checkpoint_is_passed_over(world, tmp_path):

@@ -28,6 +28,7 @@ from v2flow_cli.recipe import AutoencoderRecipe, FinetuneRecipe, LMRecipe, Token
 from v2flow_cli.recipe.budget import Budget, Stage
 from v2flow_cli.runtime.device import cpu_cores
 from v2flow_cli.store.files import write_bytes
+from v2flow_cli.store.lock import locked
 from v2flow_cli.training.budget_stage import StageRun
 from v2flow_cli.training.resume import check_same_recipe
 from v2flow_cli.training.schedule import goes_on, whole, window
@@ -68,13 +69,13 @@ def run_budget(budget: Budget, minutes: float, log: Log) -> list[StageFigures]:
     to_do = stages_to_do(budget)
     check_inputs(budget, to_do)
     planned = planned_seconds(budget, minutes)
-    budget.folder.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + 60 * minutes
     done = {name for name in budget.stages if name not in to_do}
     for name in done:
         log(f"{name}: done by an earlier run")
     running: dict[str, _Running] = {}
-    with _stopping(running):
+    # The stages inherit the lock: one that outlives a killed budget keeps the next one from starting it twice.
+    with locked(budget.folder) as lock, _stopping(running):
         while len(done) < len(budget.stages):
             ready = [n for n in to_do if n not in done and n not in running and set(budget.stages[n].after) <= done]
             for name in ready:
@@ -82,7 +83,7 @@ def run_budget(budget: Budget, minutes: float, log: Log) -> list[StageFigures]:
                 seconds = window(budget.stages, left, name, max(0.0, end - time.monotonic()))
                 seconds = max(seconds, LEAST * planned[name])
                 threads = max(1, cpu_cores() // (len(running) + len(ready)))
-                running[name] = _start(budget, budget.stages[name], seconds, planned[name], threads, log)
+                running[name] = _start(budget, budget.stages[name], seconds, planned[name], threads, lock, log)
             time.sleep(0.05)
             for name, job in list(running.items()):
                 if job.process.poll() is None:
@@ -185,7 +186,9 @@ def _commands_done(budget: Budget) -> dict[str, float]:
         raise ModelError(f"{budget.folder / STATE}: not JSON ({error}). Remove it to run the commands again.") from None
 
 
-def _start(budget: Budget, stage: Stage, seconds: float, planned: float, threads: int, log: Log) -> _Running:
+def _start(
+    budget: Budget, stage: Stage, seconds: float, planned: float, threads: int, lock: int | None, log: Log
+) -> _Running:
     log(f"{stage.name}: starts, with {seconds / 60:.1f} minutes")
     if stage.recipe is None:
         names = {"v2flow": [sys.executable, "-m", "v2flow_cli"], "python": [sys.executable]}
@@ -208,6 +211,7 @@ def _start(budget: Budget, stage: Stage, seconds: float, planned: float, threads
             text=True,
             errors="replace",
             env=environment,
+            pass_fds=() if lock is None else (lock,),
             start_new_session=True,  # Ctrl-C is for this process, which ends the stages one by one
         )
     except OSError as error:

@@ -32,7 +32,7 @@ from v2flow_cli.training.meter import Meter
 from v2flow_cli.training.objectives.autoencoder import AutoencoderObjective
 from v2flow_cli.training.objectives.tokenizer import TokenizerObjective
 from v2flow_cli.training.optimizer import build_optimizer, learning_rate_at, set_learning_rate
-from v2flow_cli.training.output import check_output
+from v2flow_cli.training.output import alone_in_output, check_output
 from v2flow_cli.training.resident import resident_batches
 from v2flow_cli.training.resume import check_same_ranks, check_same_recipe
 from v2flow_cli.training.state import (
@@ -66,6 +66,7 @@ def build_objective(recipe: AutoencoderRecipe | TokenizerRecipe) -> AutoencoderO
     return TokenizerObjective(recipe)
 
 
+@alone_in_output
 def train(
     recipe: AutoencoderRecipe | TokenizerRecipe,
     *,
@@ -99,7 +100,8 @@ def train(
     set_seed(loop.seed)  # the same initial weights on every rank
     objective = build_objective(recipe).to(accelerator.device)
     objective.train()
-    optimizer, names = build_optimizer(objective, recipe.optimizer)
+    products = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
+    optimizer, names = build_optimizer(objective, recipe.optimizer, products)
     average = WeightAverage.of(objective, loop.ema_decay)
     state, saved_step = TrainState(), -1
     meter = Meter(folder / "metrics.jsonl", log, enabled=accelerator.is_main_process)

@@ -21,8 +21,13 @@ class Muon(torch.optim.AdamW):
     read as matrices (O, I h w), stacks (E, O, I) as E matrices. torch has an optimizer of this name, for matrices alone
     and always in bfloat16, nine times slower on CPUs without that type.
 
+    Args:    products, the type in which matrices are multiplied: that of the training, whose hardware is fast at it.
     Source: K. Jordan, kellerjordan.github.io/posts/muon; the step's length, arXiv 2502.16982, section 2.2.
     """
+
+    def __init__(self, params: Any, *, products: torch.dtype = torch.float32, **settings: Any) -> None:
+        super().__init__(params, **settings)
+        self.products = products
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -60,7 +65,7 @@ class Muon(torch.optim.AdamW):
         torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
         ahead = torch._foreach_lerp(gradients, momenta, MOMENTUM)  # Nesterov's
         stack = torch.stack([_as_matrices(x) for x in ahead])
-        directions = orthogonalize(stack) * (ADAMW_RMS * max(stack.shape[-2:]) ** 0.5)
+        directions = orthogonalize(stack, self.products) * (ADAMW_RMS * max(stack.shape[-2:]) ** 0.5)
         weights: list[Tensor] = [*parameters]
         torch._foreach_mul_(weights, 1 - rate * decay)
         torch._foreach_add_(weights, [d.reshape(p.shape) for d, p in zip(directions, parameters)], alpha=-rate)
@@ -77,12 +82,15 @@ def copies_kept(optimizer: torch.optim.AdamW, group: dict[str, Any]) -> int:
     return 1 if isinstance(optimizer, Muon) and group.get("orthogonal") else 2
 
 
-def orthogonalize(matrices: Tensor) -> Tensor:
-    """About U V^T of matrices U S V^T (..., O, I): singular values go to between 0.7 and 1.2, by products alone."""
+def orthogonalize(matrices: Tensor, products: torch.dtype = torch.float32) -> Tensor:
+    """About U V^T of matrices U S V^T (..., O, I): singular values go to between 0.7 and 1.2, by products alone.
+
+    ``products`` in bfloat16 leave them between 0.5 and 1.3.
+    """
     a, b, c = NEWTON_SCHULZ
     wide = matrices.shape[-2] <= matrices.shape[-1]
     x = matrices if wide else matrices.mT
-    x = x.to(torch.bfloat16) if x.is_cuda else x
+    x = x.to(products)
     x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
     for _ in range(5):
         square = x @ x.mT

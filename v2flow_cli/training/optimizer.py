@@ -15,11 +15,12 @@ from v2flow_cli.training.objectives.tokenizer import TokenizerObjective
 
 
 def build_optimizer(
-    objective: AutoencoderObjective | TokenizerObjective, settings: Optimizer
+    objective: AutoencoderObjective | TokenizerObjective, settings: Optimizer, products: torch.dtype = torch.float32
 ) -> tuple[torch.optim.AdamW, dict[int, str]]:
     """AdamW or Muon with weight decay on matrices only, and the name of each parameter by ``id``.
 
-    Muon takes what acts as one matrix: linear layers and ungrouped convolutions, but not the flow head.
+    Muon takes what acts as one matrix: linear layers and ungrouped convolutions, but not the flow head. It multiplies
+    them in ``products``, the type that the training computes in.
     """
     free = objective.no_decay()
     matrices: list[nn.Parameter] = []
@@ -44,9 +45,11 @@ def build_optimizer(
         {"params": others, "weight_decay": settings.weight_decay},
         {"params": plain, "weight_decay": 0.0},
     ]
-    kind = Muon if settings.kind == "muon" else torch.optim.AdamW
     fused = fuses(next(objective.parameters()).device)
-    return kind(groups, lr=settings.learning_rate, betas=settings.betas, fused=fused), names
+    common: dict[str, Any] = {"lr": settings.learning_rate, "betas": settings.betas, "fused": fused}
+    if settings.kind == "muon":
+        return Muon(groups, products=products, **common), names
+    return torch.optim.AdamW(groups, **common), names
 
 
 def fuses(device: torch.device) -> bool:

@@ -2,13 +2,39 @@
 
 from __future__ import annotations
 
+import functools
+import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from v2flow_cli.errors import ModelError, reason_of
+from v2flow_cli.store.lock import locked
 from v2flow_cli.store.paths import user_path
 
 OTHER = "choose another folder with --set output=FOLDER"
+Settings = ParamSpec("Settings")
+Result = TypeVar("Result")
+
+
+def alone_in_output(
+    training: Callable[Concatenate[Any, Settings], Result],
+) -> Callable[Concatenate[Any, Settings], Result]:
+    """``training(recipe, ...)``, which holds a lock on ``recipe.output`` as long as it runs; rank 0 holds it for all.
+
+    Raises:  DataError where another run holds it.
+    """
+
+    @functools.wraps(training)
+    def alone(recipe: Any, *args: Settings.args, **kwargs: Settings.kwargs) -> Result:
+        if int(os.environ.get("RANK", "0")):
+            return training(recipe, *args, **kwargs)
+        check_output(recipe.output, resume=True)  # a sentence where the folder cannot be made
+        with locked(user_path(recipe.output)):
+            return training(recipe, *args, **kwargs)
+
+    return alone
 
 
 def check_output(output: str | Path, resume: bool) -> None:

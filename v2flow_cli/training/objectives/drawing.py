@@ -57,7 +57,7 @@ from v2flow_cli.training.llm_trainer import (
     save_folder,
     training_arguments,
 )
-from v2flow_cli.training.output import check_output
+from v2flow_cli.training.output import alone_in_output, check_output
 from v2flow_cli.training.sample_pictures import SamplePictures
 
 HELD_OUT_MAX = 512  # images that the held-out loss is taken on
@@ -160,6 +160,7 @@ class DrawingTrainer(LMTrainer):
         super().log(logs, *args, **kwargs)
 
 
+@alone_in_output
 def finetune(recipe: FinetuneRecipe, *, log: Log, resume: bool = False, approximate: bool = False) -> TrainingReport:
     """Fine-tune ``recipe.llm`` on the recipe's token sets and save a model that draws to ``recipe.output``.
 
@@ -227,7 +228,7 @@ def finetune(recipe: FinetuneRecipe, *, log: Log, resume: bool = False, approxim
         data_collator=functools.partial(
             collate, pad_id=pad_id, multiple=WIDTHS if arguments.device.type == "cuda" else 1
         ),
-        optimizer_cls_and_kwargs=optimizer_class(recipe.optimizer),
+        optimizer_cls_and_kwargs=optimizer_class(recipe.optimizer, arguments.bf16),
         vocabulary=vocabulary,
         z_loss=recipe.z_loss,
         caption_contrast=recipe.caption_contrast,

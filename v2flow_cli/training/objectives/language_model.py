@@ -38,7 +38,7 @@ from v2flow_cli.training.llm_trainer import (
     save_folder,
     training_arguments,
 )
-from v2flow_cli.training.output import check_output
+from v2flow_cli.training.output import alone_in_output, check_output
 
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
 # A single turn: the instruction on a line of its own after one BOS, then the answer and EOS.
@@ -63,6 +63,7 @@ class Blocks(torch.utils.data.Dataset):
         return {"input_ids": ids, "labels": ids}
 
 
+@alone_in_output
 def pretrain(recipe: LMRecipe, *, log: Log, resume: bool = False, approximate: bool = False) -> TrainingReport:
     """Train the tokenizer and the LM of ``recipe`` and save them to ``recipe.output``.
 
@@ -88,12 +89,13 @@ def pretrain(recipe: LMRecipe, *, log: Log, resume: bool = False, approximate: b
     if recipe.train.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     clock = RunClock(recipe.train, dump_recipe(recipe), log)
+    arguments = training_arguments(recipe.optimizer, recipe.train, recipe.output)
     trainer = LMTrainer(
         model=model,
-        args=training_arguments(recipe.optimizer, recipe.train, recipe.output),
+        args=arguments,
         train_dataset=Blocks(table[order[held_out:]]),
         eval_dataset=Blocks(table[order[:held_out]]),
-        optimizer_cls_and_kwargs=optimizer_class(recipe.optimizer),
+        optimizer_cls_and_kwargs=optimizer_class(recipe.optimizer, arguments.bf16),
     )
     run(trainer, clock, recipe.output, resume, log, approximate)
     minutes = clock.seconds / 60
