@@ -7,9 +7,10 @@ Each drawing is an RGBA picture with a title (`docs/data/drawings.md` says where
 three of them on a plain, graded or photographic ground. The same arguments give the same bytes: scene ``i`` depends on
 the seed, ``i`` and the drawings alone, so a longer set begins with the shorter one.
 
-``--layout centred`` writes every drawing once, centred at one size on white; it is what the language model reads first.
-``--layout colours`` writes every drawing in some colours that it does not have, likewise centred, so that colour words bind.
-``--held-out`` writes, in the same layout, the drawings that the other layouts leave out: one style of some titles.
+``--layout centred`` writes every drawing once, centred at one size on white; the language model reads these first.
+``--layout colours`` writes every drawing in some colours that it does not have, also centred, so that the model learns
+colour words. ``--held-out`` writes, in the same layout, the drawings that the other layouts leave out: one style of
+some titles.
 """
 
 from __future__ import annotations
@@ -212,8 +213,8 @@ def in_colours(drawing: Drawing) -> list[tuple[str, Image.Image, list[str]]]:
     alpha = np.asarray(image.getchannel("A"), np.float32) / 255
     if (_hued(image)[..., 0] * alpha).sum() < LEAST_PAINTED * alpha.sum():
         return []
-    # White on the white ground would be nothing.
-    others = sorted((c for c in COLOURS if c not in (*drawing.colours, "white")), key=lambda c: _hash(f"{drawing.key}/{c}"))
+    others = [c for c in COLOURS if c not in (*drawing.colours, "white")]  # white is invisible on the white ground
+    others.sort(key=lambda colour: _hash(f"{drawing.key}/{colour}"))
     return [
         (colour, *_in_the_middle(_recolour(image, colour), [f"{colour} {noun}" for noun in nouns]))
         for colour in others[:COLOURS_OF_A_DRAWING]

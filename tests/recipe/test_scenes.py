@@ -107,6 +107,22 @@ def test_a_colour_word_is_that_of_the_pixels(scenes, drawings_tar):
     assert blue > green > red
 
 
+def test_drawings_in_colours_that_they_do_not_have(scenes, monkeypatch, drawings_tar, tmp_path):
+    out = tmp_path / "colours"
+    run(scenes, monkeypatch, "--drawings", drawings_tar, "--out", out, "--layout", "colours", "--per-title", 1)
+    pictures = members(out)
+    assert len(pictures) == 2 * 4 * scenes.COLOURS_OF_A_DRAWING
+    for name in (name for name in pictures if name.endswith(".txt")):
+        captions = pictures[name].decode().splitlines()
+        colour = name.removesuffix(".txt").rpartition("-")[2]
+        assert colour in scenes.COLOURS and colour not in ("red", "white")
+        assert all(f"{colour} " in caption for caption in captions)
+    grey = Image.new("RGBA", (64, 64), (90, 90, 90, 255))
+    content = io.BytesIO()
+    grey.save(content, "WEBP", lossless=True)
+    assert scenes.in_colours(scenes.Drawing("a", content.getvalue(), "stone", None, (), "objects", "emoji")) == []
+
+
 def test_articles_and_plurals(scenes):
     assert [scenes.with_article(t) for t in ("apple", "bus", "jeans", "two cats")] == [
         "an apple",
