@@ -52,6 +52,8 @@ def test_leaves_a_plain_folder_that_knows_its_tokens(recipe, llm_folder, family)
     assert vocabulary.tokens_per_image == 4 and vocabulary.prompt_prefix == (0,)
     assert tokenizer.decode([vocabulary.begin_image_id]) == "<|v2flow:boi|>"
     assert model.get_input_embeddings().weight.shape[0] == offset + 66 and model.config.use_cache
+    files = [path for path in Path(recipe.output).rglob("*") if path.is_file()]
+    assert {path.stat().st_mode for path in files} == {Path(recipe.output, "README.md").stat().st_mode}
     card = Path(recipe.output, "README.md").read_text()
     assert f"{report.eval_loss:.3f} nats" in card and "1 process(es) on " in card
     counts = np.load(Path(recipe.output, "token_counts.npy"), allow_pickle=False)

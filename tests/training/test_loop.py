@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import signal
+import stat
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -102,6 +103,17 @@ def test_a_run_is_not_overwritten_and_not_resumed_with_another_recipe(world, tmp
         train(first, resume=False, log=quiet)
     with pytest.raises(ModelError, match="the recipe is not the one of this run"):
         train(recipe(world, "autoencoder", tmp_path / "a", "optimizer.learning_rate=0.5"), resume=True, log=quiet)
+
+
+def test_others_can_read_model_and_checkpoints(world, tmp_path):
+    before = os.umask(0o022)
+    try:
+        done = train(recipe(world, "autoencoder", tmp_path / "a", "train.steps=2"), resume=False, log=quiet)
+    finally:
+        os.umask(before)
+    files = [path for path in done.folder.rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} >= {".safetensors", ".json"}
+    assert [path for path in files if not path.stat().st_mode & stat.S_IROTH] == []
 
 
 def test_two_runs_in_one_folder_are_refused(world, tmp_path):

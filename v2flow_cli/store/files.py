@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import BinaryIO, TypeVar
 
 from v2flow_cli.errors import DataError, UnwritableName
+from v2flow_cli.runtime.permissions import set_default_mode
 from v2flow_cli.store.names import temporary_name
 
 # Too long, not allowed on this file system, or a file and a folder under one name.
@@ -72,6 +73,8 @@ def publishing(target: Path, prefix: str) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(dir=target, prefix=prefix) as partial:
         yield Path(partial)
         for path in sorted(Path(partial).iterdir(), key=lambda p: p.name == "config.json"):
+            if path.is_file():
+                set_default_mode(path)
             os.replace(path, target / path.name)
 
 

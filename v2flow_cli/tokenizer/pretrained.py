@@ -18,6 +18,7 @@ from transformers.configuration_utils import PretrainedConfig
 from transformers.utils.hub import PushToHubMixin
 
 from v2flow_cli.errors import ModelError
+from v2flow_cli.runtime.permissions import set_default_mode
 
 WEIGHTS = "model.safetensors"
 AUTO_OPTIONS = ("adapter_kwargs", "code_revision", "force_download", "trust_remote_code", "_commit_hash", "_from_auto")
@@ -97,3 +98,4 @@ class PretrainedModule(nn.Module, PushToHubMixin):
         self.config.save_pretrained(folder)
         weights = {name: tensor.detach().contiguous() for name, tensor in self.state_dict().items()}
         save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+        set_default_mode(folder / WEIGHTS)

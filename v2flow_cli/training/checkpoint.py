@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from v2flow_cli.errors import ModelError
+from v2flow_cli.runtime.permissions import set_default_mode
 from v2flow_cli.store.files import flush, sha256_of
 
 FORMAT_VERSION = 1
@@ -53,6 +54,7 @@ def save_checkpoint(
         for name, tensors in groups.items():
             file = partial / f"{name}.safetensors"
             save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, file)
+            set_default_mode(file)
             hashes[file.name] = sha256_of(file)
         record = {"format_version": FORMAT_VERSION, "step": step, "sha256": hashes, "state": dict(state)}
         (partial / "state.json").write_text(json.dumps(record, indent=1), encoding="utf-8")

@@ -25,6 +25,7 @@ from torch import Tensor
 from transformers import Trainer
 
 from v2flow_cli.errors import ModelError
+from v2flow_cli.runtime.permissions import set_default_mode
 from v2flow_cli.store.files import flush, sha256_of
 
 HASHES = "sha256.json"
@@ -135,7 +136,10 @@ def seal(folder: Path, root: Path, keep: int) -> None:
 
     It has its name only when all of it is on the disk.
     """
-    hashes = {path.relative_to(folder).as_posix(): sha256_of(path) for path in folder.rglob("*") if path.is_file()}
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    for path in files:
+        set_default_mode(path)
+    hashes = {path.relative_to(folder).as_posix(): sha256_of(path) for path in files}
     (folder / HASHES).write_text(json.dumps(hashes, indent=1), encoding="utf-8")
     for path in (*folder.rglob("*"), folder):
         flush(path)
