@@ -32,6 +32,8 @@ else
 	$(SCENES) --photos $(DATA)/photos --out runs/default/scenes --count 8000
 	$(SCENES) --layout centred --per-title 3 --out runs/default/centred
 	$(SCENES) --layout centred --per-title 1 --common --out runs/default/common
+	$(SCENES) --layout centred --per-title 1 --out runs/default/titles
+	$(SCENES) --layout colours --per-title 1 --common --out runs/default/colours
 	$(V2FLOW) train recipes/default/autoencoder.yaml --resume
 	$(V2FLOW) finetune-llm recipes/default/lm.yaml --resume
 	$(V2FLOW) train recipes/default/tokenizer.yaml --resume
@@ -41,9 +43,12 @@ else
 	$(PY) -c 'from v2flow_cli.jobs.add_decoder import add_decoder as add; add("runs/default/tokenizer", "runs/default/tokenizer_sharp")'
 	$(ENCODE) runs/default/centred -o runs/default/tokens_centred
 	$(ENCODE) runs/default/common -o runs/default/tokens_common
+	$(ENCODE) runs/default/titles -o runs/default/tokens_titles
+	$(ENCODE) runs/default/colours -o runs/default/tokens_colours
 	$(V2FLOW) finetune-llm recipes/default/llm.yaml --resume
 	$(V2FLOW) finetune-llm recipes/default/llm_noise.yaml --resume
 	$(V2FLOW) finetune-llm recipes/default/llm_common.yaml --resume
+	$(V2FLOW) finetune-llm recipes/default/llm_colours.yaml --resume
 endif
 	mkdir -p v2flow_cli/assets/default/tokenizer v2flow_cli/assets/default/llm
 	cp runs/default/tokenizer/README.md runs/default/tokenizer/recipe.yaml runs/default/tokenizer/*.json runs/default/tokenizer/*.safetensors v2flow_cli/assets/default/tokenizer/
