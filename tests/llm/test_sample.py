@@ -138,7 +138,16 @@ def test_an_llm_that_cannot_draw_is_refused(llm_folder, tmp_path):
         VisualVocabulary.of(type("Config", (), {"v2flow": record}), "here")
 
 
-def test_samples_of_one_prompt_share_its_prefill(artist, monkeypatch):
+@pytest.fixture
+def one_thread():
+    """Rows are shared out over torch's threads; on one, they are computed in one batch."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_samples_of_one_prompt_share_its_prefill(artist, one_thread, monkeypatch):
     shapes, forward = [], artist.model.forward
 
     def recorded(**given):

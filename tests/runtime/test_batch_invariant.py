@@ -1,6 +1,10 @@
 """Images on single threads: the process's own number of torch threads stays what it was, however calls overlap."""
 
+import contextlib
+import gc
 import threading
+import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -58,6 +62,32 @@ def test_a_failing_image_leaves_the_number_too(images):
     with pytest.raises(ValueError, match="too much"):
         on_single_threads(fail, torch.ones(images, 1))
     assert torch.get_num_threads() == 3 and in_a_new_thread(torch.get_num_threads) == 3
+
+
+def test_a_failing_image_keeps_no_images_and_no_threads():
+    """Also where the garbage collector does not run: a server that waits for its next request creates no garbage."""
+
+    def fail(image):
+        raise ValueError("too much")
+
+    def failing_call():
+        images = torch.ones(3, 1)
+        with contextlib.suppress(ValueError):
+            on_single_threads(fail, images)
+        return weakref.ref(images)
+
+    on_single_threads(lambda image: image, torch.ones(2, 1))  # this thread's own pool stays
+    before = threading.active_count()
+    gc.disable()
+    try:
+        images = in_a_new_thread(failing_call)
+        for _ in range(6000):  # the pool's threads need a moment to end
+            if images() is None and threading.active_count() == before:
+                break
+            time.sleep(0.01)
+        assert images() is None and threading.active_count() == before
+    finally:
+        gc.enable()
 
 
 def test_one_thread_needs_no_other():

@@ -41,7 +41,9 @@ def on_single_threads(compute: Callable[[Tensor], Tensor], images: Tensor, size:
         return [alone(part) for part in parts]
     running = [pool.submit(alone, part) for part in parts]
     wait(running)  # all of them, also where one fails: none is left that uses the caller's images
-    return [future.result() for future in running]
+    # Taken out one by one: an error refers to the frames it has passed, and these must not refer to its future in turn.
+    # Such a circle would keep the images, the pool and its threads until the garbage collector happens to run.
+    return [running.pop(0).result() for _ in parts]
 
 
 def _single_threads() -> ThreadPoolExecutor | None:
