@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -102,8 +103,8 @@ def _tokenizer(recipe: TokenizerRecipe) -> Iterator[str]:
         yield f"latents.cache_crops is {recipe.latents.cache_crops}; expected at least 1"
     if ema and not 0 <= ema.usage_decay < 1:
         yield f"quantizer.usage_decay is {ema.usage_decay}; expected a number in [0, 1)"
-    if isinstance(recipe.resampler, Registers) and recipe.resampler.max_tokens < 1:
-        yield f"resampler.max_tokens is {recipe.resampler.max_tokens}; expected at least 1"
+    if isinstance(recipe.resampler, Registers):
+        yield from _register_problems(recipe.resampler)
     if isinstance(recipe.quantizer, FSQ) and (not recipe.quantizer.levels or min(recipe.quantizer.levels) < 2):
         yield f"quantizer.levels is {list(recipe.quantizer.levels)}; expected numbers of at least 2"
     if recipe.sampling.solver == "ddim" and recipe.flow.formulation != "ddim":
@@ -184,6 +185,15 @@ def _length_problems(resampler: Resampler, whole: bool) -> Iterator[str]:
             f"resampler.other_shares is {list(shares)}; expected one share of the steps for each of "
             f"other_tokens_per_256px ({list(others)}), together below 1"
         )
+
+
+def _register_problems(registers: Registers) -> Iterator[str]:
+    if registers.max_tokens < 1:
+        yield f"resampler.max_tokens is {registers.max_tokens}; expected at least 1"
+    elif registers.places == "grid" and math.isqrt(registers.max_tokens) ** 2 != registers.max_tokens:
+        yield f"resampler.max_tokens is {registers.max_tokens}; places: grid needs a square number, such as 256"
+    if len(registers.stem) not in (0, 2) or min(registers.stem, default=0) < 0:
+        yield f"resampler.stem is {list(registers.stem)}; expected two numbers of blocks, or nothing"
 
 
 def _sampling_problems(sampling: DrawSampling) -> Iterator[str]:

@@ -156,9 +156,10 @@ class Registers:
     dropout: float  # of both branches of a block
     patch_size: int  # latent positions per side of one encoded patch
     max_tokens: int  # number of registers: the longest sequence, for images of any size
-    places: Literal["centre", "spread"]  # positions of the registers: all at the centre (FlexTok), or evenly spread
+    places: Literal["centre", "spread", "grid"]  # positions: all at the centre (FlexTok), evenly spread, or cells of a grid
     causal: bool  # a register attends to the registers before it, not to later ones
     nested_dropout: Literal["uniform", "power_of_two", "none"]  # prefix lengths in training; none: all tokens
+    stem: tuple[int, ...] = ()  # depth of a grid resampler whose features everything starts from; empty: none
 
 
 @dataclass(frozen=True)
@@ -320,7 +321,7 @@ class TokenizerRecipe:
     optimizer: Optimizer
     train: TrainLoop
     output: str  # folder of the trained model
-    init_from: str = ""  # a tokenizer folder to start from, with the same shapes; the context may be deeper
+    init_from: str = ""  # a tokenizer with the same shapes to start from; or with a grid, for registers; context may be deeper
     freeze_tokens: bool = False  # train only the decoder; ids stay the same
     card: Card = Card()  # licence and data sets, for the model card
 

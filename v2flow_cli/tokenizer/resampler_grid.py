@@ -85,11 +85,14 @@ class GridResampler(nn.Module):
         return tokens, cells, grid_parts(*grid, rows, columns, device)
 
     def forward(self, latents: Tensor, rate: int = 0) -> Tensor:
+        return self.readout(self.features(latents, rate))
+
+    def features(self, latents: Tensor, rate: int = 0) -> Tensor:
+        """What the read-out reads (B, n, d_v), row by row."""
         x = self.stem(latents.contiguous(memory_format=torch.channels_last))
         downsample = self.other_downsample[rate - 1] if rate else self.downsample
         x = F.silu(downsample(self.before(x)))
-        x = self.after(x)
-        return self.readout(x.flatten(2).transpose(1, 2))
+        return self.after(x).flatten(2).transpose(1, 2)
 
 
 def _downsampler(width: int, tokens: int, side: int) -> nn.Module:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from v2flow_cli.errors import ModelError, V2FlowError
-from v2flow_cli.recipe.schema import TokenizerRecipe
+from v2flow_cli.recipe.schema import Registers, Resampler, TokenizerRecipe
 from v2flow_cli.runtime.device import DTYPES
 from v2flow_cli.store.llm_table import load_vocab_embeddings
 from v2flow_cli.tokenizer.decoder import Drawn, StepPlan
@@ -223,7 +223,7 @@ def _continue(recipe: TokenizerRecipe) -> V2FlowTokenizer:
     """The weights of ``init_from`` under the settings of the recipe: another stage, not the old one resumed.
 
     A deeper decoder starts as the given one: the blocks that it has more pass everything through unchanged at first
-    (arXiv 1511.05641).
+    (arXiv 1511.05641). Registers that start from a grid take all but its other lengths: ``_as_registers``.
     """
     start = load_start(recipe)
     vocab_size, code_size = start.config.vocab_shape
@@ -231,12 +231,30 @@ def _continue(recipe: TokenizerRecipe) -> V2FlowTokenizer:
     if recipe.freeze_tokens:
         _keep_encoder_settings(config, start.config, recipe.init_from)
     model = V2FlowTokenizer(config)
-    weights = start.state_dict() | _new_blocks(model, start.config)
+    weights = start.state_dict()
+    if start.config.section("resampler").kind != recipe.resampler.kind:
+        weights = _as_registers(weights, model)
+    weights |= _new_blocks(model, start.config)
     other = sorted(set(weights) ^ set(model.state_dict()))
     if other:
         raise ModelError(f"{recipe.init_from}: its weights are not those of the recipe; {other[0]} is in one alone.")
     model.load_state_dict(weights)
     return model
+
+
+def _as_registers(weights: Mapping[str, Tensor], model: V2FlowTokenizer) -> dict[str, Tensor]:
+    """Weights for ``model``, whose resampler has registers, from those of a tokenizer with a grid.
+
+    The grid's resampler becomes the stem, where the registers have one; what reads and makes other lengths is left
+    out. What only registers have, and the order and mask token of their decoder, keep the first values of ``model``.
+    """
+    own = model.state_dict()
+    carried = {name.replace("resampler.", "resampler.grid.", 1): value for name, value in weights.items()}
+    new = ("resampler.", "context.embed_token.order", "context.embed_token.mask_token")
+    first = {name: value for name, value in own.items() if name.startswith(new)}
+    other_lengths = ("resampler.grid.other_downsample.", "context.rate_embedding", "context.split.")
+    unread = other_lengths if "resampler.grid.stem.weight" in own else (*other_lengths, "resampler.grid.")
+    return first | {name: value for name, value in carried.items() if not name.startswith(unread)}
 
 
 def _new_blocks(model: V2FlowTokenizer, given: V2FlowConfig) -> dict[str, Tensor]:
@@ -275,8 +293,18 @@ def _keep_encoder_settings(config: V2FlowConfig, given: V2FlowConfig, where: str
 def _check_same_shapes(config: V2FlowConfig, recipe: TokenizerRecipe) -> None:
     for name in ("resampler", "quantizer", "context", "flow"):
         ours, theirs = getattr(recipe, name), config.section(name)
+        ordered = isinstance(ours, Registers) and isinstance(theirs, Resampler)
+        if ordered and recipe.freeze_tokens:
+            raise ModelError(
+                f"{recipe.init_from}: its tokens lie on a grid, and registers make other ones; freeze_tokens cannot "
+                "keep them. Use freeze_tokens: false."
+            )
         for key in SHAPES:
             found, wanted = getattr(theirs, key, None), getattr(ours, key, None)
+            if ordered and key not in ("hidden_size", "depth"):
+                continue
+            if ordered and key == "depth":  # the grid's blocks are the stem's
+                key, wanted = "stem", ours.stem or found
             deeper = name == "context" and key in DEPTHS and (wanted or 0) > (found or 0) > 0
             if found != wanted and not deeper:
                 raise ModelError(
