@@ -8,6 +8,7 @@ from PIL import Image
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
+from tests.tokenizer.test_seams import build
 from v2flow_cli.cli.app import app
 from v2flow_cli.jobs.generate import plan_pictures
 from v2flow_cli.llm.sequences import prompt_frame
@@ -19,21 +20,41 @@ from v2flow_cli.training.objectives.language_model import train_tokenizer
 @pytest.fixture(scope="module")
 def artist(tiny_tokenizer_folder, tmp_path_factory):
     """Arguments for an untrained LLM that draws tokens of the tiny tokenizer."""
-    image_tokenizer = V2FlowTokenizer.from_pretrained(tiny_tokenizer_folder)
+    return untrained_llm(tiny_tokenizer_folder, tmp_path_factory.mktemp("llm"))
+
+
+@pytest.fixture(scope="module")
+def flexible_artist(tmp_path_factory):
+    """The same for a tokenizer of 1 to 6 tokens."""
+    folder = tmp_path_factory.mktemp("flexible")
+    build().save_pretrained(folder / "tokenizer")
+    return untrained_llm(folder / "tokenizer", folder / "llm")
+
+
+def untrained_llm(tokenizer_folder, folder):
+    image_tokenizer = V2FlowTokenizer.from_pretrained(tokenizer_folder)
+    codes, length = image_tokenizer.config.codebook_size, image_tokenizer.max_tokens
     text_tokenizer = train_tokenizer(["a red fox", "two dogs on a beach"], 300)
     words = len(text_tokenizer)
     sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(vocab_size=words, max_position_embeddings=256, **sizes))
-    extend_tables(model, words, 64, None, seed=0)
+    extend_tables(model, words, codes, None, seed=0)
     vocabulary = VisualVocabulary(
-        words, 64, words + 64, words + 65, 4, image_tokenizer.token_digest, *prompt_frame(text_tokenizer), 1
+        words,
+        codes,
+        words + codes,
+        words + codes + 1,
+        length,
+        image_tokenizer.token_digest,
+        *prompt_frame(text_tokenizer),
+        1,
+        flexible=image_tokenizer.flexible,
     )
     model.config.v2flow = vocabulary.record() | {"weights_digest": "feedfeedfeedfeed"}
-    folder = tmp_path_factory.mktemp("llm")
     model.save_pretrained(folder)
-    add_visual_tokens(text_tokenizer, words, 64).save_pretrained(folder)
-    return ["--model", str(folder), "--tokenizer", str(tiny_tokenizer_folder)]
+    add_visual_tokens(text_tokenizer, words, codes).save_pretrained(folder)
+    return ["--model", str(folder), "--tokenizer", str(tokenizer_folder)]
 
 
 def invoke(*arguments):
@@ -105,6 +126,30 @@ def test_decoder_options_act(artist, tmp_path):
 def test_bad_input(artist, tmp_path, arguments, message):
     ran = invoke(*arguments, *artist, "-o", tmp_path / "o")
     assert ran.exit_code == 1 and message in ran.stderr and not (tmp_path / "o").exists()
+
+
+def test_a_picture_of_as_many_tokens_as_asked_for(flexible_artist, artist, tmp_path):
+    ids, pictures = {}, []
+    for count in (1, 3, 6):
+        out = tmp_path / str(count)
+        ran = invoke("a red fox", *flexible_artist, "-o", out, "--tokens", count, "--save-tokens", "--temp", 0)
+        assert ran.exit_code == 0, ran.output
+        (file,), (picture,) = out.glob("*.npy"), out.glob("*.png")
+        ids[count] = np.load(file).tolist()
+        pictures.append(np.asarray(Image.open(picture)).tobytes())
+        assert Image.open(picture).text["v2flow:num_tokens"] == str(count)
+        decoded = ["decode", str(out), "-o", str(out / "decoded"), "--model", flexible_artist[-1]]
+        assert CliRunner().invoke(app, decoded).exit_code == 0
+    assert len(ids[1]) == 1 and ids[3] == ids[6][:3] and len(set(pictures)) == 3
+    refused = (
+        (flexible_artist, 7, 1, "draws 1 to 6"),
+        (flexible_artist, 0, 2, "Input should be greater than or equal to 1"),
+        (artist, 2, 1, "always draws 4; shorter pictures need an LLM that was taught tokens of flexible length"),
+    )
+    for llm, count, code, message in refused:
+        ran = invoke("a red fox", *llm, "-o", tmp_path / "no", "--tokens", count)
+        assert ran.exit_code == code and message in ran.stderr and not (tmp_path / "no").exists()
+    assert invoke("a red fox", *artist, "-o", tmp_path / "whole", "--tokens", 4).exit_code == 0
 
 
 def test_an_empty_argument_is_a_wrong_call(artist, tmp_path):

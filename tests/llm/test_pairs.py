@@ -131,6 +131,28 @@ def test_image_to_text_and_lengths_by_share(text_tokenizer, vocabulary, tmp_path
     assert all(s[1:3] == [9, 364] for s in first(Samples(data, text_tokenizer, vocabulary, seed=0), 20))
 
 
+def test_prefixes_of_random_length_end_only_where_the_picture_does(text_tokenizer, vocabulary, tmp_path, token_set):
+    token_set(tmp_path)
+    flexible = replace(vocabulary, flexible=True)
+    for kind, lengths in (("uniform", {1, 2, 3, 4}), ("power_of_two", {1, 2, 4})):
+        made = first(Samples(pairs(tmp_path, prefix_lengths=kind), text_tokenizer, flexible, seed=0), 400)
+        counts = [sum(300 <= i < 364 for i in s) for s in made]
+        assert set(counts) == lengths
+        assert all(counts.count(length) > 0.7 * 400 / len(lengths) for length in lengths)
+        assert all((365 in s) == (count == 4) for s, count in zip(made, counts))
+    held = pairs(tmp_path, prefix_lengths="uniform", held_out_share=0.9)
+    whole = first(Samples(held, text_tokenizer, flexible, seed=0, held_out=True), 100)
+    assert {sum(300 <= i < 364 for i in s) for s in whole} == {4}
+
+
+def test_prefixes_need_a_tokenizer_that_has_them(tmp_path, token_set):
+    token_set(tmp_path)
+    data = pairs(tmp_path, prefix_lengths="uniform")
+    assert check_data(data, ImageTokenizer(flexible=True)) == (4, 12)
+    with pytest.raises(DataError, match="prefix_lengths is uniform, but the image tokenizer has exactly 4 tokens"):
+        check_data(data, ImageTokenizer())
+
+
 def test_noise_and_labels_by_share(text_tokenizer, vocabulary, tmp_path, token_set):
     token_set(tmp_path, length=16)
     data = pairs(tmp_path, token_noise=0.8, label_share=0.25, image_to_text_share=0.2)

@@ -204,6 +204,25 @@ def test_pictures_of_flexible_length_have_1_to_the_maximum_of_ids(flexible):
     assert len(counts) > 1
 
 
+def test_a_shorter_picture_is_the_beginning_of_the_long_one(flexible):
+    _, artist, _ = flexible
+    rows = [(0, seed) for seed in range(20)]
+    whole = draw(artist, rows)
+    for count in (1, 5, 12):
+        short = draw(artist, rows, num_tokens=count)
+        assert short.shape == (20, count) and torch.equal(short, whole[:, :count])
+    assert (whole[:, 4] == STOPPED).any()  # those that end by themselves still do
+    for count in (0, 13):
+        with pytest.raises(DataError, match=rf"{count} tokens, but .* draws 1 to 12"):
+            draw(artist, rows, num_tokens=count)
+
+
+def test_an_llm_of_one_length_draws_no_other(artist):
+    assert draw(artist, [(0, 1)], num_tokens=12).shape == (1, 12)
+    with pytest.raises(DataError, match=r"5 tokens, but .* always draws 12"):
+        draw(artist, [(0, 1)], num_tokens=5)
+
+
 def test_captions_hold_no_visual_id(artist, drawing):
     with pytest.raises(ModelError, match="was not taught to caption"):
         artist.caption(torch.zeros(12, dtype=torch.long))

@@ -19,6 +19,14 @@ def test_labels_by_hand(text_tokenizer, vocabulary):
     assert sample(vocabulary, words, ids, train_on_prompt=True)["labels"].tolist() == prompt + answer
 
 
+def test_a_picture_that_has_not_ended_has_no_end_mark(text_tokenizer, vocabulary):
+    words, ids = caption_ids(text_tokenizer, "fox"), np.array([7, 0])
+    whole, cut = (sample(vocabulary, words, ids, ended=ended) for ended in (True, False))
+    assert whole["labels"].tolist()[-4:] == [307, 300, 365, 1]
+    assert cut["labels"].tolist() == whole["labels"].tolist()[:-2]
+    assert cut["input_ids"].tolist() == whole["input_ids"].tolist()[:-2]
+
+
 def test_noise_is_read_and_never_learned(text_tokenizer, vocabulary):
     words, ids = caption_ids(text_tokenizer, "fox"), np.array([7, 0, 63, 7])
     plain = sample(vocabulary, words, ids)

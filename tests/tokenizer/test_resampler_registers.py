@@ -1,5 +1,6 @@
 import dataclasses
 
+import pytest
 import torch
 
 from v2flow_cli.recipe.schema import Registers
@@ -60,3 +61,35 @@ def test_places_on_paper():
     nearest = (torch.tensor([[0.0, 0.0]]) - tokens).norm(dim=-1).argmin().item()
     assert cells[0].item() == nearest
     assert tokens.amin() >= -0.5 and (tokens < torch.tensor([1.5, 3.5])).all()
+
+
+def test_places_on_a_grid_take_every_cell_once_from_the_middle_outwards():
+    device = torch.device("cpu")
+    tokens, cells, _ = resampler(places="grid", max_tokens=16).places(64, 64, 4, 4, device)
+    assert sorted(tokens.tolist()) == [[float(y), float(x)] for y in range(4) for x in range(4)]
+    assert sorted(cells.tolist()) == list(range(16))
+    assert tokens[0].tolist() == [1, 1]  # of the four cells around the middle the first
+    # The second point of the spread sequence lies at shares 0.2549 and 0.0698: row 1, column 0.
+    assert tokens[1].tolist() == [1, 0]
+    quarters = {(y > 1.5, x > 1.5) for y, x in tokens[:5].tolist()}
+    assert len(quarters) == 4  # so few cover the image
+
+
+def test_a_grid_of_registers_is_square():
+    with pytest.raises(ValueError, match="a square number of registers, not 6"):
+        resampler(places="grid")
+
+
+def test_a_stem_starts_as_its_grid_in_another_order():
+    made = resampler(places="grid", max_tokens=256, stem=(1, 1))
+    latents = torch.randn(2, 4, 32, 32)
+    tokens = made(latents)
+    cells = made.places(256, 256, 16, 16, torch.device("cpu"))[1]  # the token of each patch
+    assert torch.allclose(tokens[:, cells], made.grid(latents), atol=1e-5)
+    torch.nn.init.normal_(made.blocks[0].out.weight)
+    assert not torch.allclose(tokens, made(latents), atol=1e-2)
+
+
+def test_a_stem_needs_a_grid_of_patches():
+    with pytest.raises(ValueError, match="8 x 8 or 16 x 16 patches at 256 px, not 32 x 32"):
+        resampler(stem=(1, 1), patch_size=1)

@@ -96,6 +96,44 @@ def test_a_frozen_encoder_keeps_its_settings(world, tmp_path):
     TokenizerObjective(replace(other, freeze_tokens=False))  # trained on, it may change
 
 
+REGISTERS = (
+    "{kind: registers, hidden_size: 32, depth: 1, num_heads: 2, mlp_ratio: 2.0, dropout: 0.0, patch_size: 2, "
+    "max_tokens: 16, places: grid, causal: true, nested_dropout: power_of_two"
+)
+
+
+def test_registers_start_as_a_trained_grid(world, tmp_path):
+    first = train(recipe(world, "tokenizer", tmp_path / "first", "train.steps=3"), resume=False, log=quiet).folder
+    grid, images = V2FlowTokenizer.from_pretrained(first), torch.rand(2, 3, 64, 64) * 2 - 1
+    start = (f"init_from={first}", f"resampler={REGISTERS}, stem: [1, 1]}}")
+    made = objective(world, tmp_path, *start).eval().model
+    cells = made.resampler.places(64, 64, 4, 4, torch.device("cpu"))[1]
+    assert torch.equal(made.encode(images)[:, cells], grid.encode(images))  # the grid's tokens, in another order
+    weights = made.state_dict()
+    decoder = {name: weight for name, weight in grid.state_dict().items() if name.startswith(("context.", "flow."))}
+    assert decoder and all(torch.equal(weight, weights[name]) for name, weight in decoder.items())
+    assert made.flexible and made.decode(made.encode(images, 3)).shape[0] == 2
+    plain = objective(world, tmp_path, f"init_from={first}", f"resampler={REGISTERS}}}").model
+    assert torch.equal(plain.context.embed_patch.weight, grid.context.embed_patch.weight)
+    assert "resampler.grid.stem.weight" not in plain.state_dict()
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        (", stem: [1, 2]}", ModelError, r"resampler.stem is \(1, 1\), but the recipe says \(1, 2\)"),
+        (", stem: [1, 1]} freeze_tokens=true", ModelError, "freeze_tokens cannot keep them"),
+        (", stem: [1]}", RecipeError, r"resampler.stem is \[1\]; expected two numbers"),
+        (", places: grid, max_tokens: 12}", RecipeError, "needs a square number"),
+    ],
+)
+def test_registers_that_cannot_start_from_a_grid(world, tmp_path, settings, error, message):
+    first = train(recipe(world, "tokenizer", tmp_path / "first", "train.steps=1"), resume=False, log=quiet).folder
+    resampler, *more = (f"resampler={REGISTERS}{settings}").split(" freeze")
+    with pytest.raises(error, match=message):
+        objective(world, tmp_path, f"init_from={first}", resampler, *(f"freeze{part}" for part in more))
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

@@ -41,6 +41,10 @@ def generate(
     llm_cfg: Annotated[
         float | None, typer.Option(min=0.0, help="Guidance scale of the LLM; 1 means none. Default: the LLM's.")
     ] = None,
+    tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Draw at most so many tokens a picture (LLMs of flexible length). Default: all."),
+    ] = None,
     decoder: options.Decoder = None,
     cfg: options.Cfg = None,
     rounds: options.Rounds = None,
@@ -73,13 +77,17 @@ def generate(
 
         v2flow generate --prompts prompts.txt -n 4 --top-k 500 -o many/
 
+        v2flow generate "a red fox" --tokens 32 --model runs/flextok/llm --tokenizer runs/flextok/vocabulary
+
         v2flow generate --from-image photo.jpg --model runs/my-llm
     """
     if sum(map(bool, (prompt, prompts, from_image))) != 1:
         raise typer.BadParameter("give prompts, or --prompts FILE, or --from-image IMAGE: exactly one of them.")
     seeds = _numbers("--seed", seed, int)
     if from_image:
-        _caption(from_image, _numbers("--temp", temp or "0", float), seeds, model, tokenizer, device, dtype, json_)
+        _caption(
+            from_image, _numbers("--temp", temp or "0", float), seeds, tokens, model, tokenizer, device, dtype, json_
+        )
         return
 
     from v2flow_cli.llm.sampling import DEFAULT_LLM, stored_sampling
@@ -118,10 +126,11 @@ def generate(
         names = [p.name for p in pictures]
         check_absent([out / f"{n}{s}" for n in names for s in suffixes] + [out / f"{g}-grid.png" for g in grids], force)
     image_tokenizer, llm, number_format = _models(model, tokenizer, decoder, device, dtype)
+    length = llm.length(tokens)
     for text in dict.fromkeys(p.prompt for p in pictures):
         llm.prompt(text)  # a prompt that is too long is told before anything is drawn
     if save_tokens and not force:
-        check_tokens_folder(out, image_tokenizer, llm.vocabulary.tokens_per_image)
+        check_tokens_folder(out, image_tokenizer, length)
 
     settings = Settings(
         default.top_k if top_k is None else top_k,
@@ -130,6 +139,7 @@ def generate(
         **options.sampling(
             cfg=cfg, rounds=rounds, steps=steps, solver=solver, schedule=schedule, guidance=guidance, noise=noise
         ),
+        num_tokens=tokens,
     )
     models = model_digests(llm, image_tokenizer)
     records = {p.name: about(p, settings, models) for p in pictures}
@@ -183,6 +193,7 @@ def _caption(
     paths: Sequence[Path],
     temperatures: Sequence[float],
     seeds: Sequence[int],
+    tokens: int | None,
     model: str | None,
     tokenizer: str | None,
     device: str,
@@ -198,7 +209,7 @@ def _caption(
     said = []
     for path, photo in photos:
         pixels = image_to_tensor(photo, image_tokenizer.config.image_size)[None].to(image_tokenizer.device)
-        (token_ids,) = image_tokenizer.encode(pixels, llm.vocabulary.tokens_per_image)
+        (token_ids,) = image_tokenizer.encode(pixels, llm.length(tokens))
         for seed in seeds:
             for temperature in temperatures:
                 caption = llm.caption(token_ids, seed=seed, temperature=temperature)

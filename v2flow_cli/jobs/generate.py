@@ -51,6 +51,7 @@ class Settings:
     guidance_schedule: str | None = None
     guidance: str | None = None
     noise_temperature: float | None = None
+    num_tokens: int | None = None  # at most so many a picture
 
 
 def plan_pictures(prompts: Sequence[str], seeds: Sequence[int], temperatures: Sequence[float]) -> list[Picture]:
@@ -109,6 +110,7 @@ def draw_images(
         top_k=settings.top_k,
         top_p=settings.top_p,
         guidance_scale=settings.llm_guidance_scale,
+        num_tokens=settings.num_tokens,
         tick=tick,
     )
     kind = image_tokenizer.device.type
@@ -152,7 +154,7 @@ def draw_pictures(
         drawn = draw_images(llm, image_tokenizer, batch, settings, dtype)
         if save_tokens:
             rows_of = {p.name: ids.numpy() for p, (ids, _) in zip(batch, drawn)}
-            _save_tokens(out, rows_of, image_tokenizer, llm.vocabulary.tokens_per_image)
+            _save_tokens(out, rows_of, image_tokenizer, llm.length(settings.num_tokens))
         for picture, (_, image) in zip(batch, drawn):
             write_png(out / f"{picture.name}.png", image, about(picture, settings, models))
             yield picture, image

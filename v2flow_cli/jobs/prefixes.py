@@ -10,6 +10,7 @@ from torch import Tensor
 from v2flow_cli.errors import DataError
 from v2flow_cli.jobs.decode import image_seed
 from v2flow_cli.tokenizer import V2FlowTokenizer
+from v2flow_cli.tokenizer.prefix import doublings
 from v2flow_cli.tokenizer.preprocess import psnr, to_uint8
 
 
@@ -68,7 +69,7 @@ def shortest_prefixes(
 
     bad_at, good_at = [0] * len(keys), [0] * len(keys)  # the longest that failed, the shortest that did
     open_ = list(range(len(keys)))
-    for length in sorted({*(2**k for k in range(longest.bit_length())), longest}):
+    for length in doublings(longest):
         results = good(open_, [length] * len(open_)) if open_ else []
         for i, reached in zip(open_, results):
             (good_at if reached else bad_at)[i] = length

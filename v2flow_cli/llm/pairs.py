@@ -21,6 +21,7 @@ from v2flow_cli.store.stream import Sample, SampleStream
 from v2flow_cli.store.token_file import TokenSample
 from v2flow_cli.store.token_sets import token_samples, token_set_manifest
 from v2flow_cli.tokenizer import V2FlowTokenizer
+from v2flow_cli.tokenizer.prefix import doublings
 from v2flow_cli.tokenizer.preprocess import image_to_tensor
 
 
@@ -40,6 +41,7 @@ class Pair(NamedTuple):
     caption: str
     image: TokenSample | Sample
     length: int | None  # tokens kept, where the vocabulary is flexible
+    ended: bool  # whether the picture ends after them
     to_text: bool
     seed: int | None  # of noise and labels; None where nothing is drawn
 
@@ -81,7 +83,9 @@ class Samples(torch.utils.data.IterableDataset):
             for pair, token_ids in zip(batch, self._token_ids(batch)):
                 words = self._words(pair.caption)
                 token_ids = token_ids[: pair.length]
-                kind: dict[str, Any] = dict(to_text=pair.to_text, train_on_prompt=self.data.train_on_prompt)
+                kind: dict[str, Any] = dict(
+                    to_text=pair.to_text, train_on_prompt=self.data.train_on_prompt, ended=pair.ended
+                )
                 made = sample(self.vocabulary, words, token_ids, **kind, **self._disturbed(token_ids, pair.seed))
                 yield {**made, "key": pair.image.key}
 
@@ -110,7 +114,7 @@ class Samples(torch.utils.data.IterableDataset):
 
     def _once(self) -> Iterator[Pair]:
         for image in self._images():
-            yield Pair(image.captions[0] if image.captions else "", image, None, False, None)
+            yield Pair(image.captions[0] if image.captions else "", image, None, True, False, None)
 
     def _endless(self) -> Iterator[Pair]:
         for number in itertools.count():
@@ -121,13 +125,20 @@ class Samples(torch.utils.data.IterableDataset):
                 count, lengths = len(image.captions), self.data.lengths
                 caption = image.captions[rng.integers(count)] if count else ""
                 dropped, turned = rng.random() < self.data.caption_dropout, rng.random() < self.data.image_to_text_share
-                length = int(rng.choice(lengths)) if lengths else None
+                length, whole = int(rng.choice(lengths)) if lengths else None, self._length(image)
+                if self.data.prefix_lengths != "none":
+                    length = _prefix_length(self.data.prefix_lengths, whole, rng)
+                ended = self.data.prefix_lengths == "none" or length == whole
                 to_text = bool(turned and caption)
                 seed = int(rng.integers(2**63)) if self.data.token_noise or self.data.label_share < 1 else None
-                yield Pair("" if dropped and not to_text else caption, image, length, to_text, seed)
+                yield Pair("" if dropped and not to_text else caption, image, length, ended, to_text, seed)
             if empty:
                 sources = ", ".join(self.data.token_sets or self.data.photos)
                 raise DataError(f"data: no image to train on in {sources}.")
+
+    def _length(self, image: TokenSample | Sample) -> int:
+        """Tokens of an image, before any are cut off."""
+        return len(image.token_ids) if isinstance(image, TokenSample) else self.vocabulary.tokens_per_image
 
     def _images(self, photos: Iterator[Sample] | None = None) -> Iterator[TokenSample | Sample]:
         if self.photos is not None:
@@ -167,6 +178,11 @@ class Samples(torch.utils.data.IterableDataset):
         return encode_photos(self.image_tokenizer, photos, self.vocabulary.tokens_per_image)
 
 
+def _prefix_length(kind: str, whole: int, rng: np.random.Generator) -> int:
+    """How many of ``whole`` tokens a sample keeps, by ``data.prefix_lengths``."""
+    return int(rng.integers(1, whole + 1) if kind == "uniform" else rng.choice(doublings(whole)))
+
+
 @torch.no_grad()
 def encode_photos(tokenizer: V2FlowTokenizer, photos: Sequence[Sample], length: int) -> list[np.ndarray]:
     """``length`` ids of each photo at the tokenizer's own size.  Raises: DataError for one that cannot be read."""
@@ -195,6 +211,11 @@ def check_data(data: TokenPairs, tokenizer: V2FlowTokenizer, output: str | None 
             said = ", ".join(f"{folder}: {length}" for folder, length in found.items())
             raise DataError(f"data.token_sets: expected sets of one number of tokens an image, found {said}.")
         length = max(found.values())
+    if data.prefix_lengths != "none" and not tokenizer.flexible:
+        raise DataError(
+            f"data.prefix_lengths is {data.prefix_lengths}, but the image tokenizer has exactly {length} tokens an "
+            "image and no prefixes; use none, or a tokenizer of flexible length (recipes/flextok/vocabulary.yaml)."
+        )
     fits = max(data.lengths, default=0) <= length if tokenizer.flexible else set(data.lengths) <= {length}
     if not fits:
         fixed = " or ".join(map(str, sorted(possible))) if data.photos else str(length)

@@ -89,6 +89,23 @@ class DrawingLM:
             )
         return prompt_ids(self.vocabulary, words)
 
+    def length(self, num_tokens: int | None) -> int:
+        """The most tokens that a picture gets: ``num_tokens``, or as many as it can have.
+
+        Raises:  DataError for a number that the LLM cannot draw.
+        """
+        whole = self.vocabulary.tokens_per_image
+        if num_tokens is None or num_tokens == whole:
+            return whole
+        if not self.vocabulary.flexible:
+            raise DataError(
+                f"{num_tokens} tokens, but {self.name} always draws {whole}; shorter pictures need an LLM that was "
+                "taught tokens of flexible length."
+            )
+        if not 1 <= num_tokens <= whole:
+            raise DataError(f"{num_tokens} tokens, but {self.name} draws 1 to {whole}.")
+        return num_tokens
+
     @torch.inference_mode()
     @tf32(False)
     def generate(
@@ -100,6 +117,7 @@ class DrawingLM:
         top_k: int | None = None,
         top_p: float | None = None,
         guidance_scale: float | None = None,
+        num_tokens: int | None = None,
         kept: Tensor | None = None,
         tick: Callable[[], None] = lambda: None,
     ) -> Tensor:
@@ -110,10 +128,12 @@ class DrawingLM:
         Args:    seeds, one for each prompt, or the first, from which the others count up; temperature, one for each
                  or one for all, 0 takes the likeliest token; top_k 0 and top_p 1 cut nothing; guidance follows
                  uncond + scale (cond - uncond) on logits, the empty prompt being unconditional; what is None is the
-                 LLM's own (``sampling``); ``kept`` (B, L), tokens that stay as they are, and STOPPED where one is
-                 drawn; ``tick`` is called after every position of the first row. A row depends on its own prompt,
+                 LLM's own (``sampling``); num_tokens, L, the most that a picture gets where the vocabulary is flexible
+                 (default: as many as it can have); ``kept`` (B, L), tokens that stay as they are, and STOPPED where one
+                 is drawn; ``tick`` is called after every position of the first row. A row depends on its own prompt,
                  seed and settings; on a CPU it is bit-equal alone and in any batch.
-        Raises:  DataError for no prompt, one that is too long, and another number of seeds or temperatures.
+        Raises:  DataError for no prompt, one that is too long, another number of seeds or temperatures, and a number
+                 of tokens that the LLM cannot draw.
         """
         own = self.sampling
         temperature = own.temperature if temperature is None else temperature
@@ -130,10 +150,11 @@ class DrawingLM:
         if not all(0 <= t < math.inf for t in temperatures):
             raise DataError(f"temperature is {temperature}; expected numbers from 0 up.")
         device = self.model.device
-        length = self.vocabulary.tokens_per_image
+        length, whole = self.length(num_tokens), self.vocabulary.tokens_per_image
+        # Those of all tokens, so that a short picture begins as a long one does.
         uniforms = torch.stack(
-            [torch.rand(length, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in seeds]
-        ).to(device)  # (B, L)
+            [torch.rand(whole, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in seeds]
+        )[:, :length].to(device)  # (B, L)
         row_temperatures = torch.tensor(temperatures, device=device, dtype=torch.float32)  # (B,)
         encoded = [self.prompt(prompt) for prompt in prompts]
         widths = [-(-len(ids) // PROMPT_MULTIPLE) * PROMPT_MULTIPLE for ids in encoded]
@@ -150,7 +171,7 @@ class DrawingLM:
 
             report = tick if 0 in rows else lambda: None
             of_rows = [encoded[row] for row in rows.tolist()]
-            return self._draw_rows(of_rows, empty, widths[rows[0]], choose, guidance_scale, report)
+            return self._draw_rows(of_rows, empty, widths[rows[0]], length, choose, guidance_scale, report)
 
         drawn = torch.full(uniforms.shape, STOPPED, device=device)
         with each_row_alone(self.model):
@@ -168,19 +189,22 @@ class DrawingLM:
         prompts: Sequence[list[int]],
         empty: list[int] | None,
         width: int,
+        length: int,
         choose: Callable[[Tensor, int], Tensor],
         guidance_scale: float,
         tick: Callable[[], None],
     ) -> Tensor:
         """Image tokens (B, L) of prompt ids that are all padded to ``width``; guided where ``empty`` ids are given."""
         v, device = self.vocabulary, self.model.device
-        length, start, end = v.tokens_per_image, v.visual_token_offset, v.end_image_id - v.visual_token_offset
+        start, end = v.visual_token_offset, v.end_image_id - v.visual_token_offset
         unique = list(dict.fromkeys(map(tuple, prompts)))
         rows = [unique.index(tuple(prompt)) for prompt in prompts]
         if empty is not None:
             rows += [len(unique)] * len(prompts)
             unique.append(tuple(empty))
-        cache, logits, mask, positions = self._prefill(unique, width, width + length)
+        # A compiled step is of one size of the cache, that of a whole picture.
+        room = length if self._static_step is None else v.tokens_per_image
+        cache, logits, mask, positions = self._prefill(unique, width, width + room)
         # Samples of one prompt share its prefill: the cache is computed once for each and then spread over the rows.
         select = torch.tensor(rows, device=device)
         static, looks = self._static_step, 1 if device.type == "cpu" else LOOKS
@@ -191,7 +215,7 @@ class DrawingLM:
                 cache = static.spread(cast(StaticCache, cache), select)
             logits, mask, positions = logits[select], mask[select], positions[select]
             if isinstance(cache, StaticCache):  # over the whole cache: what comes later is hidden from what came before
-                mask = F.pad(mask, (0, length), value=1)
+                mask = F.pad(mask, (0, room), value=1)
             drawn = torch.full((len(prompts), length), STOPPED, device=device)
             going = torch.ones(len(prompts), dtype=torch.bool, device=device)
             for step in range(length):

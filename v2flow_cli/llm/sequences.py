@@ -73,9 +73,10 @@ def caption_prompt_ids(vocabulary: VisualVocabulary, token_ids: np.ndarray) -> l
     return [*vocabulary.prompt_prefix, *image, *vocabulary.prompt_suffix]
 
 
-def answer_ids(vocabulary: VisualVocabulary, token_ids: np.ndarray) -> list[int]:
-    """The answer that draws ``token_ids`` (L,): visual tokens, the end mark, EOS."""
-    return [*_visual(vocabulary, token_ids), vocabulary.end_image_id, *_stop(vocabulary)]
+def answer_ids(vocabulary: VisualVocabulary, token_ids: np.ndarray, ended: bool = True) -> list[int]:
+    """The answer that draws ``token_ids`` (L,): visual tokens, and where the picture has ``ended`` its mark and EOS."""
+    visual = _visual(vocabulary, token_ids)
+    return [*visual, vocabulary.end_image_id, *_stop(vocabulary)] if ended else visual
 
 
 def sample(
@@ -85,6 +86,7 @@ def sample(
     *,
     to_text: bool = False,
     train_on_prompt: bool = False,
+    ended: bool = True,
     read_ids: np.ndarray | None = None,
     learned: np.ndarray | None = None,
 ) -> dict[str, Any]:
@@ -92,13 +94,13 @@ def sample(
 
     And ``picture`` (L,), the image's ids where a caption asks for it, else (0,); ``asked_at``, where it begins.
 
-    Args:  to draw it, the LLM may be given other ``read_ids`` (L,) than those it has to predict, and may have to
-           predict only those where ``learned`` (L,) is True.
+    Args:  ended, whether the picture ends after these ids. To draw it, the LLM may be given other ``read_ids`` (L,)
+           than those it has to predict, and may have to predict only those where ``learned`` (L,) is True.
     """
     if to_text:
         prompt, answer = caption_prompt_ids(vocabulary, token_ids), [*words, *_stop(vocabulary)]
     else:
-        prompt, answer = prompt_ids(vocabulary, words), answer_ids(vocabulary, token_ids)
+        prompt, answer = prompt_ids(vocabulary, words), answer_ids(vocabulary, token_ids, ended)
     input_ids = np.array(prompt + answer, dtype=np.int64)
     labels = input_ids.copy()
     if not train_on_prompt:

@@ -161,6 +161,11 @@ def _drawing(recipe: FinetuneRecipe) -> Iterator[str]:
         yield "data.token_noise must be a share in [0, 1], and data.label_share one in (0, 1]"
     if data.max_caption_tokens < 1 or data.shuffle_window < 1 or min(data.lengths, default=1) < 1:
         yield "data.max_caption_tokens, data.shuffle_window and data.lengths must be at least 1"
+    if data.lengths and data.prefix_lengths != "none":
+        yield (
+            f"data.lengths is {list(data.lengths)} and data.prefix_lengths {data.prefix_lengths}; both choose how many "
+            "tokens a sample keeps, so leave one of them out"
+        )
     if recipe.sample_every < 0 or (recipe.sample_every and not any(p.strip() for p in recipe.sample_prompts)):
         yield "sample_every must be 0 or more, and sample_prompts not empty where pictures are drawn"
     yield from _sampling_problems(recipe.sampling)

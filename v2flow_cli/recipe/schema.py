@@ -156,7 +156,7 @@ class Registers:
     dropout: float  # of both branches of a block
     patch_size: int  # latent positions per side of one encoded patch
     max_tokens: int  # number of registers: the longest sequence, for images of any size
-    places: Literal["centre", "spread", "grid"]  # positions: all at the centre (FlexTok), evenly spread, or cells of a grid
+    places: Literal["centre", "spread", "grid"]  # positions: the centre (FlexTok), evenly spread, or cells of a grid
     causal: bool  # a register attends to the registers before it, not to later ones
     nested_dropout: Literal["uniform", "power_of_two", "none"]  # prefix lengths in training; none: all tokens
     stem: tuple[int, ...] = ()  # depth of a grid resampler whose features everything starts from; empty: none
@@ -321,7 +321,8 @@ class TokenizerRecipe:
     optimizer: Optimizer
     train: TrainLoop
     output: str  # folder of the trained model
-    init_from: str = ""  # a tokenizer with the same shapes to start from; or with a grid, for registers; context may be deeper
+    # A tokenizer folder to start from, with the same shapes. The context may be deeper; registers can start from a grid.
+    init_from: str = ""
     freeze_tokens: bool = False  # train only the decoder; ids stay the same
     card: Card = Card()  # licence and data sets, for the model card
 
@@ -389,6 +390,9 @@ class TokenPairs:
     # Tokens per image. Flexible tokenizer: drawn from these (empty: from all lengths). Tokenizer with several lengths:
     # the length at which photos are encoded (empty: its first).
     lengths: tuple[int, ...] = ()
+    # Prefixes of random length, for a flexible tokenizer. A prefix has no end mark, so that the LLM still learns where a
+    # picture ends.
+    prefix_lengths: Literal["none", "uniform", "power_of_two"] = "none"
     token_noise: float = 0.0  # up to this share of a picture's input ids is replaced by random ids; labels are not
     label_share: float = 1.0  # share of a picture's ids that have labels in a sample
     shuffle_window: int = 16_384  # samples in the shuffle buffer

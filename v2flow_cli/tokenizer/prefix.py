@@ -16,8 +16,13 @@ def sample_lengths(kind: str, batch: int, max_tokens: int, device: torch.device)
         return torch.randint(1, max_tokens + 1, (batch,), device=device)
     if kind == "none":
         return torch.full((batch,), max_tokens, device=device)
-    lengths = sorted({*(2**k for k in range(max_tokens.bit_length())), max_tokens})
+    lengths = doublings(max_tokens)
     return torch.tensor(lengths, device=device)[torch.randint(len(lengths), (batch,), device=device)]
+
+
+def doublings(count: int) -> list[int]:
+    """1, 2, 4, ... below ``count``, and ``count``."""
+    return sorted({*(2**k for k in range(count.bit_length())), count})
 
 
 class TokenEmbedding(nn.Linear):

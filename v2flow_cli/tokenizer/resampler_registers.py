@@ -23,8 +23,8 @@ class RegisterResampler(nn.Module):
     Patches attend to patches, registers to patches and registers (with ``causal`` to those before them). Their
     order is in their learned start. ``places: centre`` sets all of them on the middle of the image, as good as
     nowhere (FlexTok); ``spread`` gives each a place of its own, so that every prefix covers the image evenly, and
-    starts it from what lies there, which a small model learns from much sooner. ``grid`` moves these places to the cells
-    of a square grid, one register each. Scaled latents (B, C, h, w) become tokens (B, max_tokens, d_v).
+    starts it from what lies there, which a small model learns from much sooner. ``grid`` moves these places to the
+    cells of a square grid, one register each. Scaled latents (B, C, h, w) become tokens (B, max_tokens, d_v).
 
     With a ``stem`` the patches, and the registers with a place, start from the features of a grid resampler, whose
     read-out makes the tokens. The blocks between the two add nothing at first: tokens then are those of that grid, in

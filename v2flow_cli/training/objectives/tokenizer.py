@@ -301,10 +301,10 @@ def _check_same_shapes(config: V2FlowConfig, recipe: TokenizerRecipe) -> None:
             )
         for key in SHAPES:
             found, wanted = getattr(theirs, key, None), getattr(ours, key, None)
-            if ordered and key not in ("hidden_size", "depth"):
-                continue
-            if ordered and key == "depth":  # the grid's blocks are the stem's
+            if ordered and key == "depth":  # the grid's blocks become the stem's
                 key, wanted = "stem", ours.stem or found
+            elif ordered and key != "hidden_size":
+                continue
             deeper = name == "context" and key in DEPTHS and (wanted or 0) > (found or 0) > 0
             if found != wanted and not deeper:
                 raise ModelError(
