@@ -19,19 +19,17 @@ from .conftest import quiet, recipe
 MUON = "optimizer.kind=muon"
 
 
-@pytest.mark.parametrize("products", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(48, 48), (32, 96), (96, 32)])
-def test_orthogonal_means_that_singular_values_come_near_one(shape, products):
+def test_orthogonal_means_that_singular_values_come_near_one(shape):
     torch.manual_seed(0)
     left, _, right = torch.linalg.svd(torch.randn(shape), full_matrices=False)
     given = torch.linspace(0.02, 1, min(shape))  # fifty times apart
-    result = orthogonalize(left * given @ right, products)
-    assert result.dtype is torch.float32
+    result = orthogonalize(left * given @ right)
     values = torch.linalg.svdvals(result)
     assert 0.5 < values.min() and values.max() < 1.3
     # directions stay: in the basis of the given matrix the result is nearly diagonal
     inside = left.T @ result @ right.T
-    assert (inside - inside.diag().diag()).abs().max() < (1e-3 if products is torch.float32 else 0.1)
+    assert (inside - inside.diag().diag()).abs().max() < 1e-3
 
 
 def test_a_stack_of_matrices_is_made_orthogonal_one_by_one():

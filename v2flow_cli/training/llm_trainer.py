@@ -240,13 +240,11 @@ class RunClock(TrainerCallback, ExportableState):
         )
 
 
-def optimizer_class(settings: Optimizer, bf16: bool) -> tuple[type[Muon], dict[str, Any]] | None:
-    """What Trainer takes as ``optimizer_cls_and_kwargs`` for a training in ``bf16`` or not; None for its own AdamW."""
+def optimizer_class(settings: Optimizer) -> tuple[type[Muon], dict[str, Any]] | None:
+    """What Trainer takes as ``optimizer_cls_and_kwargs``; None for its own AdamW."""
     if settings.kind != "muon":
         return None
-    products = torch.bfloat16 if bf16 else torch.float32
-    fused = fuses(pick_device())
-    return Muon, {"lr": settings.learning_rate, "betas": settings.betas, "fused": fused, "products": products}
+    return Muon, {"lr": settings.learning_rate, "betas": settings.betas, "fused": fuses(pick_device())}
 
 
 def training_arguments(

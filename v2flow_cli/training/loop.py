@@ -100,8 +100,7 @@ def train(
     set_seed(loop.seed)  # the same initial weights on every rank
     objective = build_objective(recipe).to(accelerator.device)
     objective.train()
-    products = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
-    optimizer, names = build_optimizer(objective, recipe.optimizer, products)
+    optimizer, names = build_optimizer(objective, recipe.optimizer)
     average = WeightAverage.of(objective, loop.ema_decay)
     state, saved_step = TrainState(), -1
     meter = Meter(folder / "metrics.jsonl", log, enabled=accelerator.is_main_process)

@@ -15,12 +15,11 @@ from v2flow_cli.training.objectives.tokenizer import TokenizerObjective
 
 
 def build_optimizer(
-    objective: AutoencoderObjective | TokenizerObjective, settings: Optimizer, products: torch.dtype = torch.float32
+    objective: AutoencoderObjective | TokenizerObjective, settings: Optimizer
 ) -> tuple[torch.optim.AdamW, dict[int, str]]:
     """AdamW or Muon with weight decay on matrices only, and the name of each parameter by ``id``.
 
-    Muon takes what acts as one matrix: linear layers and ungrouped convolutions, but not the flow head. It multiplies
-    them in ``products``, the type that the training computes in.
+    Muon takes what acts as one matrix: linear layers and ungrouped convolutions, but not the flow head.
     """
     free = objective.no_decay()
     matrices: list[nn.Parameter] = []
@@ -48,7 +47,7 @@ def build_optimizer(
     fused = fuses(next(objective.parameters()).device)
     common: dict[str, Any] = {"lr": settings.learning_rate, "betas": settings.betas, "fused": fused}
     if settings.kind == "muon":
-        return Muon(groups, products=products, **common), names
+        return Muon(groups, **common), names
     return torch.optim.AdamW(groups, **common), names
 
 

@@ -228,7 +228,7 @@ def finetune(recipe: FinetuneRecipe, *, log: Log, resume: bool = False, approxim
         data_collator=functools.partial(
             collate, pad_id=pad_id, multiple=WIDTHS if arguments.device.type == "cuda" else 1
         ),
-        optimizer_cls_and_kwargs=optimizer_class(recipe.optimizer, arguments.bf16),
+        optimizer_cls_and_kwargs=optimizer_class(recipe.optimizer),
         vocabulary=vocabulary,
         z_loss=recipe.z_loss,
         caption_contrast=recipe.caption_contrast,

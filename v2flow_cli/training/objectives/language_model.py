@@ -95,7 +95,7 @@ def pretrain(recipe: LMRecipe, *, log: Log, resume: bool = False, approximate: b
         args=arguments,
         train_dataset=Blocks(table[order[held_out:]]),
         eval_dataset=Blocks(table[order[:held_out]]),
-        optimizer_cls_and_kwargs=optimizer_class(recipe.optimizer, arguments.bf16),
+        optimizer_cls_and_kwargs=optimizer_class(recipe.optimizer),
     )
     run(trainer, clock, recipe.output, resume, log, approximate)
     minutes = clock.seconds / 60
