@@ -1,5 +1,6 @@
 """``v2flow bench`` through Typer's runner."""
 
+import itertools
 import json
 import re
 import shutil
@@ -9,6 +10,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from tests.tokenizer.test_seams import build
 from v2flow_cli.cli.app import app
 
 
@@ -230,6 +232,27 @@ def test_modes_by_name_and_as_options(tmp_path: Path) -> None:
     ):
         done = CliRunner().invoke(app, ["bench", *map(str, arguments)])
         assert done.exit_code in (1, 2) and message in done.stderr, (arguments, done.stderr)
+
+
+def test_a_curve_over_lengths_with_intervals(imgs: Path, tmp_path: Path) -> None:
+    build().save_pretrained(tmp_path / "flexible")
+    page = tmp_path / "page.html"
+    common = ["bench", str(imgs), "--model", str(tmp_path / "flexible"), "--device", "cpu", "--no-codecs", "--no-speed"]
+    done = CliRunner().invoke(app, [*common, "--sweep", "tokens=1,2,6", "--report", str(page)])
+    assert done.exit_code == 0, done.output
+    curve = done.stdout[done.stdout.index("PSNR by length") :].splitlines()[2:6]
+    rows = [re.fullmatch(r" *(\d) +([\d.]+) ± ([\d.]+) +([+-][\d.]+)? +(-*o-*)", line) for line in curve[1:]]
+    assert curve[0].split()[:4] == ["tokens", "PSNR", "dB", "gain"] and all(rows), curve
+    assert [row[1] for row in rows] == ["1", "2", "6"]
+    gains = [float(after[2]) - float(before[2]) for before, after in itertools.pairwise(rows)]
+    assert [float(row[4]) for row in rows[1:]] == pytest.approx(gains, abs=0.011)
+    text = page.read_text()
+    drawing = text[text.index("Length and quality: PSNR over tokens an image") :].split("</svg>")[0]
+    assert drawing.count('class="interval') == drawing.count("<circle") == 3
+    assert [f">{count}</text>" in drawing for count in (1, 2, 6)] == [True] * 3 and "<polyline" in drawing
+    one = CliRunner().invoke(app, [*common, "--report", str(page), "--sweep", "cfg=1,2"])
+    assert one.exit_code == 0 and "PSNR by length" not in one.stdout  # two settings of one length are no curve
+    assert "Length and quality" not in page.read_text()
 
 
 NOT_FIGURES = r"^(v2flow, cfg \d|system.*|-+)"

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from tests.tokenizer.test_seams import build
 from v2flow_cli.cli.app import app
 from v2flow_cli.jobs.decode import image_seed
+from v2flow_cli.jobs.lengths import length_histograms
 from v2flow_cli.jobs.prefixes import shortest_prefixes
 from v2flow_cli.store.token_file import TokenManifest, read_token_set
 from v2flow_cli.tokenizer import V2FlowTokenizer
@@ -87,6 +88,41 @@ def test_max_error_keeps_the_shortest_prefix_that_will_do(model, photos, tmp_pat
         picture = torch.from_numpy(np.asarray(Image.open(tmp_path / "out" / f"{key}.png")).copy())
         found = psnr(reference[None], picture[None]).item()
         assert found == pytest.approx(curve[lengths[key] - 1], abs=0.05)  # decode shows what encode measured
+
+
+def test_a_histogram_of_the_tokens_that_each_input_needed(model, photos, tmp_path):
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    for grey in (0, 128):
+        Image.new("RGB", (40, 40), (grey, grey, grey)).save(plain / f"{grey}.png")
+    tokenizer, keys, images, whole = encoded(model, photos)
+    target = psnr_at(tokenizer, images, whole, keys, 3).median().item()
+    done = v2flow("encode", photos, plain, "-o", tmp_path / "t", "--max-error", target, "--json", model=model)
+    found = json.loads(done.stdout)["token_histograms"]
+    assert [(part["input"], part["images"]) for part in found] == [(str(photos), 5), (str(plain), 2)]
+    lengths = {s.key: len(s.token_ids) for s in read_token_set(tmp_path / "t")}
+    for part, folder, count in zip(found, ("imgs", "plain"), (5, 2)):
+        own = [length for key, length in lengths.items() if key.startswith(f"{folder}/")]
+        assert len(own) == count == sum(part["counts"].values())
+        assert part["mean_tokens"] == pytest.approx(np.mean(own))
+        assert part["counts"] == {
+            str(end): sum(low < length <= end for length in own) for low, end in ((0, 1), (1, 2), (2, 4), (4, 6))
+        }
+    assert f"{photos}: 5 images" in done.stderr and "      3-4  " in done.stderr and "#" in done.stderr
+    alone = v2flow("encode", photos, "-o", tmp_path / "all", "--json", model=model)
+    assert json.loads(alone.stdout)["token_histograms"] == []
+
+
+def test_bins_by_hand(tmp_path):
+    for name, row in (("a", [1]), ("b", [1, 2]), ("c", [1, 2, 3]), ("d", range(8)), ("e", range(5))):
+        np.save(tmp_path / f"{name}.npy", np.array(row, dtype=np.uint16))
+    files = {name: 1 for name in "abcde"}
+    manifest = TokenManifest("0" * 16, (32, 32), 64, 8, files, variable_length=True)
+    origins = {"a": "x", "b": "x", "c": "x", "d": "y", "e": "y"}
+    x, y = length_histograms(tmp_path, manifest, origins)
+    assert (x.images, x.mean_tokens, x.counts) == (3, 2.0, {1: 1, 2: 1, 4: 1, 8: 0})
+    assert (y.images, y.mean_tokens, y.counts) == (2, 6.5, {1: 0, 2: 0, 4: 0, 8: 2})
+    assert list(y.lines())[-1].split() == ["5-8", "2", "#" * 40]
 
 
 def test_the_search_finds_the_first_good_length():

@@ -100,6 +100,22 @@ def columns(table: Table) -> list[Metric]:
     ]
 
 
+def length_curves(table: Table) -> dict[str, list[Record]]:
+    """By family the rows of those that were measured at several lengths, shortest first.
+
+    A family that was measured more than once at a length, as by two sweeps, has no curve.
+    """
+    curves: dict[str, list[Record]] = {}
+    for row in table.rows:
+        if row["tokens_per_image"]:
+            curves.setdefault(row["family"], []).append(row)
+    return {
+        family: sorted(rows, key=lambda row: row["tokens_per_image"])
+        for family, rows in curves.items()
+        if len({row["tokens_per_image"] for row in rows}) == len(rows) > 1
+    }
+
+
 def as_csv(found: Sequence[Table]) -> str:
     """One line a system, under a heading; an empty field was not measured."""
     rows = [_flat(row) for table in found for row in table.rows]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from enum import Enum
 from pathlib import Path
@@ -148,6 +149,11 @@ def encode(
         from v2flow_cli.store.token_parquet import write_parquet
 
         tables = write_parquet(out)
+    histograms = []
+    if max_error is not None:
+        from v2flow_cli.jobs.lengths import inputs_of, length_histograms
+
+        histograms = length_histograms(out, report.manifest, inputs_of(inputs, files))
     seconds = time.perf_counter() - start
 
     manifest = report.manifest
@@ -165,6 +171,7 @@ def encode(
                 "variable_length": manifest.variable_length,
                 "mean_tokens_per_image": mean_tokens,
                 "short_of_max_error": report.short,
+                "token_histograms": [dataclasses.asdict(histogram) for histogram in histograms],
                 "codebook_size": manifest.codebook_size,
                 "tokenizer_digest": manifest.tokenizer_digest,
                 "parquet": [str(path) for path in tables],
@@ -187,6 +194,8 @@ def encode(
             result(str(path))
     if report.later:
         log(f"time limit: {report.later} tars are left; the same command goes on with them")
+    for line in (line for histogram in histograms for line in histogram.lines()):
+        log(line)
     if report.short:
         log(f"{report.short} images have less than {max_error:g} dB even with all their tokens, which were kept")
     for failure in report.failures:

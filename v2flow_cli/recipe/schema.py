@@ -321,7 +321,7 @@ class TokenizerRecipe:
     optimizer: Optimizer
     train: TrainLoop
     output: str  # folder of the trained model
-    # A tokenizer folder to start from, with the same shapes. The context may be deeper; registers can start from a grid.
+    # A tokenizer to start from, with the same shapes. The context may be deeper; registers may start from a grid.
     init_from: str = ""
     freeze_tokens: bool = False  # train only the decoder; ids stay the same
     card: Card = Card()  # licence and data sets, for the model card
@@ -390,8 +390,8 @@ class TokenPairs:
     # Tokens per image. Flexible tokenizer: drawn from these (empty: from all lengths). Tokenizer with several lengths:
     # the length at which photos are encoded (empty: its first).
     lengths: tuple[int, ...] = ()
-    # Prefixes of random length, for a flexible tokenizer. A prefix has no end mark, so that the LLM still learns where a
-    # picture ends.
+    # Prefixes of random length, for a flexible tokenizer. A prefix has no end mark, so that the LLM still learns where
+    # a picture ends.
     prefix_lengths: Literal["none", "uniform", "power_of_two"] = "none"
     token_noise: float = 0.0  # up to this share of a picture's input ids is replaced by random ids; labels are not
     label_share: float = 1.0  # share of a picture's ids that have labels in a sample

@@ -1,4 +1,6 @@
-"""The report's plots as inline SVG: quality over bits a pixel and over decoding speed, and perception over distortion.
+"""The report's plots as inline SVG: quality over tokens, bits a pixel and decoding speed, perception over distortion.
+
+Means have their 95% intervals.
 
 Published figures are not drawn: they were measured in another way, on other pictures.
 """
@@ -11,11 +13,12 @@ from dataclasses import dataclass
 from html import escape
 
 from v2flow_cli.bench.metrics import METRICS, Metric
-from v2flow_cli.bench.results import Record, Table
+from v2flow_cli.bench.results import Record, Table, length_curves
 
 WIDTH, HEIGHT = 560, 380
 LEFT, RIGHT, TOP, BOTTOM = 56, 16, 16, 46  # pixels around the axes
 HUES = 8  # series colours in report.html
+TOKENS = "tokens_per_image"
 AUTOENCODER = "autoencoder"  # rows of this kind bound a plot, and are no point of it
 PERCEPTION = tuple(m for m in METRICS if m.key in ("feature_distance", "lpips", "feature_frechet", "rfid"))
 
@@ -61,6 +64,7 @@ class Axis:
 def plots(table: Table) -> str:
     """The plots of a table, each with a choice of metrics; one without two points is left out."""
     charts = [
+        _chart(table, TOKENS, "tokens an image", "Length and quality") if length_curves(table) else "",
         _chart(table, "bits_per_pixel", "bits a pixel", "Rate and distortion"),
         _chart(table, "decode_images_per_s", "images decoded a second", "Speed and quality"),
         _chart(table, "psnr_db", "PSNR in dB", "Perception and distortion", log=False, metrics=PERCEPTION),
@@ -109,7 +113,9 @@ def _drawing(table: Table, rows: Sequence[Record], x: str, x_label: str, metric:
     label = metric.heading + (", less is better" if metric.better == "lower" else "")
     ceilings = [row for row in _ceilings(table, x) if row[key] is not None]
     across = Axis.around([row[x] for row in rows], log=log)
-    up = Axis.around([row[key] for row in (*rows, *ceilings)], log=False)
+    shown = (*rows, *ceilings)
+    ends = [row[key] + sign * (row.get(f"{key}_ci95") or 0) for row in shown for sign in (-1, 1)]
+    up = Axis.around(ends, log=False)
 
     def point(row: Record) -> tuple[float, float]:
         return (
@@ -122,7 +128,8 @@ def _drawing(table: Table, rows: Sequence[Record], x: str, x_label: str, metric:
         y = HEIGHT - BOTTOM - up.at(tick) * (HEIGHT - TOP - BOTTOM)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{tick:.{digits}f}</text>')
-    for tick in across.ticks():
+    # Lengths are few, and nobody asks for those between them.
+    for tick in sorted({row[x] for row in rows}) if x == TOKENS else across.ticks():
         place = LEFT + across.at(tick) * (WIDTH - LEFT - RIGHT)
         parts.append(f'<line class="grid" x1="{place:.1f}" x2="{place:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
         parts.append(f'<text x="{place:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{tick:g}</text>')
@@ -140,6 +147,10 @@ def _drawing(table: Table, rows: Sequence[Record], x: str, x_label: str, metric:
             parts.append(f'<polyline class="hue{_hue(table, family)}" points="{line}"/>')
         for row in curve:
             a, b = point(row)
+            if interval := row.get(f"{key}_ci95"):
+                reach = interval / (up.high - up.low) * (HEIGHT - TOP - BOTTOM)
+                line_ends = f'x1="{a:.1f}" x2="{a:.1f}" y1="{b - reach:.1f}" y2="{b + reach:.1f}"'
+                parts.append(f'<line class="interval hue{_hue(table, family)}" {line_ends}/>')
             tip = f"{row['system']}: {row[key]:.{digits + 1}f} at {row[x]:.4g} {x_label}"
             shape = (
                 f'<rect x="{a - 5:.1f}" y="{b - 5:.1f}" width="10" height="10"'
