@@ -1,8 +1,8 @@
-"""Write what each command says of itself (``v2flow COMMAND --help``) into its page.
+"""Write the help of each command (``v2flow COMMAND --help``) into its page.
 
     python docs/make_command_reference.py
 
-Each page (``docs/COMMAND.md``) is prose written by hand around one block between two marks, which this fills.
+Each page (``docs/COMMAND.md``) is written by hand, except one block between two marks, which this script writes.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ def block(name: str) -> str:
 
 
 def help_of(line: str, command: Any) -> str:
-    """What ``line --help`` prints."""
+    """The output of ``line --help``."""
     context = command.context_class(command, info_name=line, terminal_width=WIDTH, max_content_width=WIDTH)
     return "\n".join(part.rstrip() for part in command.get_help(context).splitlines())
 
 
 def page_with_block(text: str, name: str) -> str:
-    """``text`` of a page with its block renewed; put at its end where it has none."""
+    """``text`` of a page with its block updated; a page without a block gets one at its end."""
     if BLOCK.search(text):
         return BLOCK.sub(lambda _: block(name), text)
     return text.rstrip("\n") + "\n\n" + block(name)

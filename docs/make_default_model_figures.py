@@ -3,7 +3,7 @@
     python docs/make_default_model_figures.py
     python docs/make_default_model_figures.py drawings   # one of curves, reconstructions, tradeoff, drawings
 
-The curves need what `make default-model` leaves in runs/default/. The photos are those of the package;
+The curves need the logs that `make default-model` writes to runs/default/. The photos are those of the package;
 everything else comes from the embedded model.
 """
 
@@ -65,7 +65,7 @@ SETTINGS = {  # of decode, for one photo
 
 
 def reconstructions() -> None:
-    """Five whole photos and the middle of each: above the photo, below what comes back from 256 tokens."""
+    """Five whole photos and their centres: above the photo, below its reconstruction from 256 tokens."""
     tokenizer = V2FlowTokenizer.from_pretrained()
     photos = []
     for _, photo in sample_photos():
