@@ -10,11 +10,26 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.cli.test_generate import untrained_llm
 from tests.test_demo_page import llm_folder  # noqa: F401  a fixture
+from tests.tokenizer.test_seams import build
 
 
 @pytest.fixture(scope="module")
 def client(tiny_tokenizer_folder: Path, llm_folder: Path):  # noqa: F811
+    yield from serve(tiny_tokenizer_folder, llm_folder)
+
+
+@pytest.fixture(scope="module")
+def flexible(tmp_path_factory):
+    """A page of a tokenizer of 1 to 6 tokens, and an LLM that draws them."""
+    folder = tmp_path_factory.mktemp("flexible")
+    build().save_pretrained(folder / "tokenizer")
+    untrained_llm(folder / "tokenizer", folder / "llm")
+    yield from serve(folder / "tokenizer", folder / "llm")
+
+
+def serve(tokenizer: Path, llm: Path):
     pytest.importorskip("gradio")
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     from gradio_client import Client
@@ -22,7 +37,7 @@ def client(tiny_tokenizer_folder: Path, llm_folder: Path):  # noqa: F811
     from v2flow_cli.demo.app import build_app
     from v2flow_cli.demo.studio import Studio
 
-    app = build_app(Studio(str(tiny_tokenizer_folder), str(llm_folder), "cpu"))
+    app = build_app(Studio(str(tokenizer), str(llm), "cpu"))
     _, url, _ = app.launch(server_name="127.0.0.1", quiet=True, prevent_thread_lock=True)
     assert url.startswith("http://127.0.0.1:")
     yield Client(url, verbose=False)
@@ -49,6 +64,34 @@ def test_a_photo_goes_in_and_comes_back(client, sample_images, tmp_path: Path) -
     assert np.array_equal(pixels(ask()[1]), pixels(back))
     for other in (ask(guidance=4.0), ask(seed=1), ask(steps=5), ask(rounds=4)):
         assert not np.array_equal(pixels(other[1]), pixels(back))
+
+
+def test_a_picture_grows_with_its_tokens(flexible, sample_images, tmp_path: Path) -> None:
+    from gradio_client import handle_file
+
+    sample_images[1].save(tmp_path / "cat.png")
+    back = []
+    for count in (1, 3, 6):
+        _, picture, _, figures = flexible.predict(
+            handle_file(str(tmp_path / "cat.png")), count, 1, 2, 1.0, 0, api_name="/reconstruct"
+        )
+        assert figures.startswith(f"{count} tokens of ")
+        back.append(pixels(picture).tobytes())
+    assert len(set(back)) == 3
+    with pytest.raises(Exception, match="Nothing is drawn yet"):
+        flexible.predict(1, 1, 2, 1.0, 0, api_name="/shorten")
+    drawn, _ = flexible.predict("a red fox", 0.0, 1, 2, 1.0, 0, api_name="/draw")
+    short = [pixels(flexible.predict(count, 1, 2, 1.0, 0, api_name="/shorten")[0]) for count in (1, 6)]
+    assert not np.array_equal(short[0], short[1]) and np.array_equal(short[1], pixels(drawn))
+
+
+def test_sliders_are_there_for_flexible_lengths_alone(flexible, client) -> None:
+    def sliders(page):
+        parts = page.config["components"]
+        return [p["props"]["label"] for p in parts if p["type"] == "slider" and p["props"].get("visible", True)]
+
+    assert {"Tokens", "Tokens of the drawing"} <= set(sliders(flexible))
+    assert not {"Tokens", "Tokens of the drawing"} & set(sliders(client))
 
 
 DECODER = (1, 2, 1.0, 0)  # rounds, steps, guidance, seed

@@ -166,6 +166,27 @@ def test_a_bare_file_of_any_length_decodes(model, tmp_path):
     assert "7 tokens; this tokenizer takes 1 to 6" in done.stderr
 
 
+@pytest.mark.parametrize("option", [("--tokens", 2), ("--max-error", 99)])
+def test_a_file_of_another_length_than_its_manifest_is_one_sentence_and_the_others_come_back(
+    model, photos, tmp_path, option
+):
+    tokens = tmp_path / "t"
+    v2flow("encode", photos, "-o", tokens, *option, model=model)
+    np.save(tokens / "0.npy", np.arange(7, dtype=np.uint16))
+    np.save(tokens / "1.npy", np.zeros(0, dtype=np.uint16))
+    done = v2flow("decode", tokens, "-o", tmp_path / "out", model=model, code=1)
+    expected = "expected 2" if option[0] == "--tokens" else "expected at most 6"
+    assert f"{tokens / '0.npy'}: 7 tokens an image; {expected}." in done.stderr
+    assert f"{tokens / '1.npy'}: shape is (0,); expected (L,) for one image" in done.stderr
+    assert len(list((tmp_path / "out").glob("*.png"))) == 3
+
+
+def test_no_tokens_at_all_is_a_wrong_call(model, photos, tmp_path):
+    for command in (("encode", photos, "-o", tmp_path / "t"), ("generate", "a fox", "-o", tmp_path / "t")):
+        done = v2flow(*command, "--tokens", 0, model=model, code=2)
+        assert "'--tokens': Input should be greater than or equal to 1" in done.stderr and not (tmp_path / "t").exists()
+
+
 def test_what_cannot_be_is_said(model, photos, tmp_path, tiny_tokenizer_folder):
     out = tmp_path / "t"
     for option, named in (("--tokens", "--tokens 2"), ("--max-error", "--max-error")):

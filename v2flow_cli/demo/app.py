@@ -58,26 +58,43 @@ def _photo_tab(studio: Studio) -> None:
             grid = gr.Image(label="Its tokens; near codes have near colours", format="png")
             figures = gr.Markdown()
     outputs = [cropped, back, grid, figures]
-    go.click(_shown(reconstruct), [photo, tokens, *settings], outputs, api_name="reconstruct")
+    inputs = [photo, tokens, *settings]
+    go.click(_shown(reconstruct), inputs, outputs, api_name="reconstruct")
+    if studio.tokenizer.flexible:  # the picture grows with the slider
+        tokens.release(_shown(reconstruct), inputs, outputs, api_visibility="private")
 
 
 def _drawing_tab(studio: Studio) -> None:
-    def draw(prompt: str, temperature: float, *settings: Any) -> tuple[Image.Image, Image.Image]:
+    def draw(prompt: str, temperature: float, *settings: Any) -> tuple[Image.Image, Image.Image, list[int]]:
         decoder = DecoderSettings(*settings)
         ids = studio.draw(prompt, temperature, decoder.seed)
-        return studio.picture(studio.decode(ids, decoder)), studio.grid(ids)
+        return studio.picture(studio.decode(ids, decoder)), studio.grid(ids), ids
+
+    def shorten(ids: list[int] | None, count: float, *settings: Any) -> tuple[Image.Image, Image.Image]:
+        """The first so many tokens of what was drawn."""
+        if not ids:
+            raise V2FlowError("Nothing is drawn yet: press Draw first.")
+        kept = ids[: int(count)]
+        return studio.picture(studio.decode(kept, DecoderSettings(*settings))), studio.grid(kept)
 
     with gr.Row():
         with gr.Column():
             prompt, temperature = _prompt(studio)
             settings = _decoder_settings(studio)
             go = gr.Button("Draw", variant="primary")
+            most = studio.llm.vocabulary.tokens_per_image
+            count = gr.Slider(
+                1, most, most, step=1, label="Tokens of the drawing", visible=studio.llm.vocabulary.flexible
+            )
             gr.Examples([[text] for text in PROMPTS], [prompt], label="Prompts to start with")
         with gr.Column():
             drawn = gr.Image(label="Drawn", format="png")
             grid = gr.Image(label="The tokens that the language model wrote", format="png")
     inputs = [prompt, temperature, *settings]
-    gr.on([go.click, prompt.submit], _shown(draw), inputs, [drawn, grid], api_name="draw")
+    ids = gr.State(None)
+    gr.on([go.click, prompt.submit], _shown(draw), inputs, [drawn, grid, ids], api_name="draw")
+    if studio.llm.vocabulary.flexible:
+        count.release(_shown(shorten), [ids, count, *settings], [drawn, grid], api_name="shorten")
 
 
 def _editing_tab(studio: Studio) -> None:

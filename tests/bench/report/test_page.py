@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.tokenizer.test_seams import build
 from v2flow_cli.bench.report.page import DrawnPicture, Page, render, write_report
 from v2flow_cli.bench.report.token_view import token_views
 from v2flow_cli.bench.results import tables
@@ -166,6 +167,49 @@ addEventListener("load", () => setTimeout(() => {
 """
 
 
+LENGTHS_PROBE = """
+<script>
+addEventListener("load", () => setTimeout(() => {
+  const slider = document.querySelector(".lengths input"), seen = [];
+  const after = document.querySelector(".compare .after"), tag = document.querySelector(".tag.right");
+  for (const value of [0, 1, 2]) {
+    slider.value = value;
+    slider.dispatchEvent(new Event("input"));
+    seen.push([document.querySelector(".lengths b").textContent, tag.textContent, after.src]);
+  }
+  const pre = document.createElement("pre");
+  pre.id = "probe";
+  pre.textContent = JSON.stringify({seen, width: slider.getBoundingClientRect().width});
+  document.body.append(pre);
+}, 50));
+</script>
+"""
+
+
+def test_a_slider_over_lengths_in_a_browser(sample_images, tmp_path: Path) -> None:
+    photos = [("a", sample_images[0]), ("b", sample_images[1])]
+    settings = parse_sweeps(["tokens=1,2,6"])
+    bench = run_bench({"flex": build()}, photos, settings=settings, batch_size=2, keep=2, with_codecs=False)
+    text = render(Page("Lengths", "lead", tables([bench]), "v2flow bench", benches=[bench]))
+    assert text.count('<label class="lengths">') == 2 and "flex: <b>1 to 6</b> tokens" in text
+    file = tmp_path / "page.html"
+    file.write_text(text.replace("</body>", LENGTHS_PROBE + "</body>"), encoding="utf-8")
+    found = ask_browser(file, tmp_path)
+    assert [row[:2] for row in found["seen"]] == [[str(n), f"flex, tokens {n}"] for n in (1, 2, 6)]
+    assert len({row[2] for row in found["seen"]}) == 3 and found["width"] > 100
+
+
+def ask_browser(file: Path, folder: Path, *options: str) -> dict:
+    """What a probe found in a page that a headless browser opened; nothing may be written to its console."""
+    command = [find_browser(), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}"]
+    command += ["--enable-logging=stderr", "--virtual-time-budget=3000", "--dump-dom", *options, file.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180)
+    assert "CONSOLE" not in done.stderr, done.stderr
+    match = re.search(r'<pre id="probe">(.*?)</pre>', done.stdout, re.DOTALL)
+    assert match, done.stdout[-2000:] + done.stderr
+    return json.loads(html.unescape(match[1]))
+
+
 def find_browser() -> str:
     for name in ("chromium", "chromium-browser", "google-chrome"):
         if browser := shutil.which(name):
@@ -177,15 +221,8 @@ def find_browser() -> str:
 def test_in_a_browser(page: Page, tmp_path: Path, width: int, dark: bool) -> None:
     file = tmp_path / "page.html"
     file.write_text(render(page).replace("</body>", PROBE + "</body>"), encoding="utf-8")
-    command = [find_browser(), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
-    command += ["--enable-logging=stderr", f"--window-size={width},900", "--virtual-time-budget=3000", "--dump-dom"]
-    if dark:
-        command.append("--blink-settings=preferredColorScheme=0")
-    done = subprocess.run([*command, file.as_uri()], capture_output=True, text=True, timeout=180)
-    assert "CONSOLE" not in done.stderr, done.stderr
-    match = re.search(r'<pre id="probe">(.*?)</pre>', done.stdout, re.DOTALL)
-    assert match, done.stdout[-2000:] + done.stderr
-    found = json.loads(html.unescape(match[1]))
+    options = ["--blink-settings=preferredColorScheme=0"] if dark else []
+    found = ask_browser(file, tmp_path, f"--window-size={width},900", *options)
     assert found["undecoded"] == found["unseen"] == found["unnamed"] == 0 and found["images"] > 20
     assert found["hidden"] == [] and found["focusable"]
     assert found["overflow"] <= 0

@@ -43,9 +43,31 @@ def photo_article(bench: Bench, image: KeptImage, views: Mapping[str, TokenView]
 <span class="tag left">original</span><span class="tag right"></span>
 <input type="range" min="0" max="1000" value="500" aria-label="Share of the original shown, {name}">
 </div></div>
+{_lengths(bench, name)}
 <fieldset class="picks"><legend class="hide">Compare {name} with</legend>{choices}</fieldset>
 {words}
 </article>"""
+
+
+def _lengths(bench: Bench, name: str) -> str:
+    """A slider over the lengths of each tokenizer that was measured at several: the picture grows with its tokens."""
+    families: dict[str, dict[float, str]] = {}
+    for row in bench.result.coders:
+        if row.tokens_per_image:
+            families.setdefault(row.family, {})[row.tokens_per_image] = row.system
+    sliders = []
+    for family, systems in families.items():
+        lengths = sorted(systems)
+        if len(lengths) < 2:
+            continue
+        steps = escape(json.dumps([[f"{length:,.0f}", systems[length]] for length in lengths]))
+        label = escape(f"Tokens of {name}, {family}")
+        sliders.append(
+            f'<label class="lengths"><span>{escape(family)}: <b>1 to {lengths[-1]:,.0f}</b> tokens</span>'
+            f'<input type="range" min="0" max="{len(lengths) - 1}" value="0" data-steps="{steps}" aria-label="{label}">'
+            "</label>"
+        )
+    return "".join(sliders)
 
 
 def _choice(group: str, i: int, name: str, label: str, note: str, pixels: np.ndarray, sharp: bool) -> str:
