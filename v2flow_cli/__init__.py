@@ -1,8 +1,8 @@
-"""v2flow: pictures as words of a language model.
+"""v2flow: images as tokens of a language model.
 
     image -> latents -> soft vocabulary -> token ids -> LLM -> token ids -> context -> velocity -> latents -> image
 
-The rooms, in reading order (an import never turns back):
+The packages, in reading order (a package imports only those to its left):
 errors <- runtime, recipe <- tokenizer, store <- llm <- jobs <- training <- bench <- cli. Start with
 ``tokenizer/v2flow.py``.
 

@@ -1,4 +1,4 @@
-"""``v2flow`` and ``python -m v2flow_cli``: the command line, quiet under Ctrl-C while it is still being imported."""
+"""``v2flow`` and ``python -m v2flow_cli``: the command line; Ctrl-C during its imports prints no traceback."""
 
 from v2flow_cli.cli import endings
 

@@ -1,7 +1,7 @@
-"""transformers' Auto classes know v2flow once ``v2flow_cli`` is imported, without importing torch for it.
+"""Registers v2flow with transformers' Auto classes when ``v2flow_cli`` is imported, without importing torch.
 
-``AutoModel.register`` needs our classes, and those need torch: seconds that ``v2flow --help`` must not take. So an
-import hook registers them after each module of an Auto class, when a program asks for that.
+``AutoModel.register`` needs our classes, and those need torch, whose import takes seconds.
+An import hook therefore registers them when a program imports the module of an Auto class.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 
 def _register_config(module: Any) -> None:
-    # transformers reads this module early, in the middle of modeling_utils: the model cannot be imported yet.
+    # transformers imports this module in the middle of modeling_utils: the model cannot be imported yet.
     from v2flow_cli.tokenizer import V2FlowConfig
 
     module.AutoConfig.register(V2FlowConfig.model_type, V2FlowConfig, exist_ok=True)
@@ -58,8 +58,8 @@ class _Hook:
 
 
 def install() -> None:
-    """Register with the Auto classes that are imported already, and from now on with those that will be."""
-    sys.meta_path.insert(0, _Hook())  # type: ignore[arg-type]  # typeshed asks for a subclass; Python does not
+    """Register with the Auto classes that are imported already, and with others when they are imported."""
+    sys.meta_path.insert(0, _Hook())  # type: ignore[arg-type]  # typeshed requires a subclass; Python does not
     for name, register in _REGISTER.items():
         if name in sys.modules:
             register(sys.modules[name])

@@ -25,11 +25,11 @@ class DataError(V2FlowError):
 
 
 class UnwritableName(DataError):
-    """A file whose name the file system does not take; others can be written beside it."""
+    """A file name that the file system does not accept; other files can be written beside it."""
 
 
 class TokenFileError(V2FlowError):
-    """A token file or manifest that cannot be read, or does not belong to the tokenizer at hand."""
+    """A token file or manifest that cannot be read, or was written by another tokenizer."""
 
 
 class ModelError(V2FlowError):
@@ -37,32 +37,32 @@ class ModelError(V2FlowError):
 
 
 class SharedError(V2FlowError):
-    """What one process of a launch met with and told all others, who stop with the same message."""
+    """An error of one process of a launch, which all others raise too, with the same message."""
 
 
 @contextmanager
 def foreign_errors(message: str, advice: str = "", kind: type[V2FlowError] = ModelError) -> Iterator[None]:
-    """Turns whatever other code raises in the block into ``kind``: "MESSAGE (REASON). ADVICE".
+    """Turn any exception of the block into ``kind``: "MESSAGE (REASON). ADVICE".
 
-    For code that we do not control, on input that we did not write: chat templates, models, tokenizers, csv, tar,
-    Pillow, the hub, safetensors, YAML. Such code raises exceptions of any class, so none is listed. Our own errors pass
-    unchanged, and so do interrupts.
+    It wraps calls of other libraries on input from outside: chat templates, models, tokenizers, csv, tar, Pillow, the
+    hub, safetensors, YAML. They raise exceptions of any class, so none is listed. A V2FlowError and an interrupt pass
+    unchanged.
     """
     try:
         yield
     except V2FlowError:
         raise
     except BaseException as error:
-        # What a Rust library calls a panic derives from BaseException (PyO3), as an interrupt does.
+        # A panic of a Rust library derives from BaseException (PyO3), as an interrupt does.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise kind(f"{message} ({reason_of(error)}).{advice and f' {advice}'}") from error
 
 
 def reason_of(error: BaseException) -> str:
-    """What ``error`` says, on one printable line of at most ``REASON_CHARS`` characters, without a full stop.
+    """The message of ``error`` on one printable line of at most ``REASON_CHARS`` characters, without a full stop.
 
-    Its class is named where the text alone says nothing: an empty one, or a KeyError, whose text is the key alone.
+    Its class is added if the text is empty, and for a KeyError, whose text is only the key.
     """
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     if isinstance(error, KeyError) or not text.strip():

@@ -1,7 +1,7 @@
 import torch
 
 from v2flow_cli.recipe.schema import Context
-from v2flow_cli.tokenizer.context import MaskedTransformer, RotaryPositions, grid_cells, grid_coordinates, rotate
+from v2flow_cli.tokenizer.context import MaskedTransformer, RotaryPositions, grid_coordinates, grid_token_index, rotate
 
 
 def transformer():
@@ -12,7 +12,7 @@ def transformer():
 def inputs(seen=3):
     tokens, patches = torch.randn(2, 16, 8), torch.randn(2, 16, 12)
     at = grid_coordinates(4, 4, 4, 4, torch.device("cpu")).expand(2, -1, -1)
-    cells = grid_cells(4, 4, 4, 4, torch.device("cpu")).expand(2, -1)
+    cells = grid_token_index(4, 4, 4, 4, torch.device("cpu")).expand(2, -1)
     return tokens, at, patches[:, :seen], at[:, :seen], at[:, seen:], cells[:, seen:]
 
 
@@ -54,5 +54,5 @@ def test_coarser_token_grids_sit_at_the_centres_of_their_cells():
 
 def test_each_patch_lies_in_the_cell_of_its_token():
     # Four by four patches over 2 x 4 tokens: rows 0 and 1 share the first row of tokens.
-    cells = grid_cells(2, 4, 4, 4, torch.device("cpu")).view(4, 4)
+    cells = grid_token_index(2, 4, 4, 4, torch.device("cpu")).view(4, 4)
     assert cells.tolist() == [[0, 1, 2, 3], [0, 1, 2, 3], [4, 5, 6, 7], [4, 5, 6, 7]]

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from v2flow_cli.recipe.schema import Quantizer
-from v2flow_cli.tokenizer.quantizer_ema import EMAQuantizer, turn_onto
+from v2flow_cli.tokenizer.quantizer_ema import EMAQuantizer, rotated_onto
 
 
 def quantizer(distance="euclidean", size=4, start_step=0, revive_after=0.0, decay=0.5, **more):
@@ -45,7 +45,7 @@ def test_straight_through_gradient_is_the_identity():
 def test_rotation_gives_the_codes_and_turns_the_gradient_back():
     vectors = torch.tensor([[[2.0, 0.0]]], requires_grad=True)
     codes = torch.tensor([[[0.0, 1.0]]])  # a quarter turn, and half as long
-    out = turn_onto(vectors, codes)
+    out = rotated_onto(vectors, codes)
     assert torch.allclose(out, codes, atol=1e-6)
     out[..., 1].sum().backward()  # moving the output along the code is moving the vector along itself, by twice as much
     assert torch.allclose(vectors.grad, torch.tensor([[[0.5, 0.0]]]), atol=1e-6)

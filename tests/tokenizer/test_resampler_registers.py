@@ -33,8 +33,8 @@ def test_causal_registers_do_not_see_those_behind_them():
 
 def test_patches_do_not_see_registers():
     made = resampler()
-    assert not made._seen(4, torch.device("cpu"))[:4, 4:].any()
-    assert made._seen(4, torch.device("cpu"))[:, :4].all()
+    assert not made._attention_mask(4, torch.device("cpu"))[:4, 4:].any()
+    assert made._attention_mask(4, torch.device("cpu"))[:, :4].all()
 
 
 def test_every_patch_matters_to_the_first_token():
@@ -53,9 +53,9 @@ def test_where_a_patch_lies_matters():
 
 def test_places_on_paper():
     device = torch.device("cpu")
-    tokens, cells, _ = resampler(places="centre").places(32, 64, 2, 4, device)
+    tokens, cells, _ = resampler(places="centre").layout(32, 64, 2, 4, device)
     assert tokens.tolist() == [[0.5, 1.5]] * 6 and cells.tolist() == [0] * 8
-    tokens, cells, _ = resampler().places(32, 64, 2, 4, device)
+    tokens, cells, _ = resampler().layout(32, 64, 2, 4, device)
     # The first in the middle, the second 0.7549 and 0.5698 of the sides on: at shares 0.2549 and 0.0698.
     assert torch.allclose(tokens[:2], torch.tensor([[0.5, 1.5], [2 * 0.25488 - 0.5, 4 * 0.06984 - 0.5]]), atol=1e-4)
     nearest = (torch.tensor([[0.0, 0.0]]) - tokens).norm(dim=-1).argmin().item()

@@ -5,7 +5,7 @@ import torch
 
 from tests.tokenizer.test_seams import EMA, GRID, LOSS, MASKED
 from v2flow_cli.tokenizer import V2FlowConfig, V2FlowTokenizer
-from v2flow_cli.tokenizer.context import grid_cells, grid_parts
+from v2flow_cli.tokenizer.context import grid_part_index, grid_token_index
 
 LENGTHS = (256, 64, 128)
 SHARES = (0.4, 0.3)  # of the steps, of the second and the third
@@ -97,8 +97,8 @@ def test_the_first_length_is_that_of_a_tokenizer_without_others():
 
 
 def test_the_patches_of_a_token_are_numbered_within_it():
-    cells = grid_cells(2, 2, 4, 4, torch.device("cpu"))
-    parts = grid_parts(2, 2, 4, 4, torch.device("cpu"))
+    cells = grid_token_index(2, 2, 4, 4, torch.device("cpu"))
+    parts = grid_part_index(2, 2, 4, 4, torch.device("cpu"))
     assert len({*zip(cells.tolist(), parts.tolist())}) == 16
     assert parts.view(4, 4)[0].tolist() == [0, 1, 0, 1]
-    assert grid_parts(2, 4, 4, 4, torch.device("cpu")).unique().tolist() == [0, 1]
+    assert grid_part_index(2, 4, 4, 4, torch.device("cpu")).unique().tolist() == [0, 1]

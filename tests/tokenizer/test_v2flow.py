@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import pytest
@@ -117,7 +118,8 @@ def test_a_dropped_image_sees_no_token(tiny_tokenizer):
 
 def test_losses_in_pixels_see_what_one_step_without_noise_decodes(tiny_tokenizer):
     model, x = tiny_tokenizer, images(1)
-    model.config.context |= {"mask_ratio_min": 1.0}  # every patch is hidden, as in one round
+    settings = dataclasses.replace(model.decoder.context_settings, mask_ratio_min=1.0)
+    model.decoder.context_settings = settings  # every patch is hidden, as in one round
     loss = TokenizerLoss(1.0, 1.0, commit=0.0, batch_entropy=0.0, guidance_dropout=0.0, ssim=1.0)
     trained = model(model.latents.encode(x), step=10, noise_scale=0.0, loss=loss).latents
     decoded = []

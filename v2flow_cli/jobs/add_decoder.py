@@ -13,7 +13,7 @@ from safetensors.torch import save
 from v2flow_cli.errors import ModelError
 from v2flow_cli.store.files import write_bytes
 from v2flow_cli.tokenizer import V2FlowTokenizer
-from v2flow_cli.tokenizer.other_decoders import DECODER, FAITHFUL, KEPT, SHA256, decoder_file
+from v2flow_cli.tokenizer.other_decoders import DECODER, DECODER_SECTIONS, FAITHFUL, SHA256, decoder_file
 
 NAME = re.compile(r"[a-z][a-z0-9-]*")
 
@@ -45,7 +45,7 @@ def add_decoder(folder: str | Path, trained: str | Path, name: str = "sharp", *,
             content = save({key: file.get_tensor(key) for key in names})
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{weights}: the decoder cannot be read ({error}).") from None
-    settings = {section: getattr(other.config, section) for section in KEPT}
+    settings = {section: getattr(other.config, section) for section in DECODER_SECTIONS}
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config["decoders"] = {
         **(config.get("decoders") or {}),

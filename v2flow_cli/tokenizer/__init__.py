@@ -1,11 +1,11 @@
 """The tokenizer of the paper in pure torch: reads no data set, prints nothing.
 
-Read ``v2flow.py`` first: it assembles, in this order, ``preprocess``, ``latents`` (with ``autoencoder``),
-``resampler_grid``, ``quantizer_ema``, ``masking``, ``context``, ``flow``, ``guidance``, ``decoder_masked`` and
-``decoder``. FlexTok's parts replace three of them: ``resampler_registers`` with ``prefix``, ``quantizer_fsq`` and
-``decoder_transformer``.
+Read ``v2flow.py`` first. ``assembly.py`` builds its parts. Their order: ``preprocess``, ``latents``
+(with ``autoencoder``), ``resampler_grid``, ``quantizer_ema``, ``masking``, ``context``, ``flow``, ``guidance``,
+``decoder_masked`` and ``decoder``. FlexTok's parts replace three of them: ``resampler_registers`` with ``prefix``,
+``quantizer_fsq`` and ``decoder_transformer``.
 
-The names below are imported at their first use (PEP 562): transformers asks for the config alone, and early.
+The names below are imported at their first use (PEP 562): transformers imports the config early and alone.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A small convolutional autoencoder, f8: fast enough for a CPU, with latents that forgive small errors."""
+"""A small convolutional autoencoder, f8: fast enough for a CPU, with latents in which small errors stay small."""
 
 from __future__ import annotations
 
@@ -103,9 +103,9 @@ class V2FlowAutoencoder(PretrainedModule):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Training pass: (reconstruction, raw latents), with noise on the latents in training mode.
 
-        The noise has the standard deviation ``latent_noise`` relative to the latents' own RMS. It makes every
-        latent direction worth about the same in pixels, so that the flow's squared error in latents is a fair
-        proxy of the squared error in the image.
+        The noise has the standard deviation ``latent_noise`` relative to the latents' own RMS. With it
+        every latent direction has about the same effect in pixels, so that the flow's squared error in latents
+        approximates the squared error in the image.
         """
         latents = self.encode(images)
         noisy = latents

@@ -15,7 +15,8 @@ from v2flow_cli.tokenizer.other_decoders import FAITHFUL
 class V2FlowConfig(PretrainedConfig):
     """The recipe's model sections, the autoencoder's own config, and the shape of the frozen vocabulary.
 
-    ``decoders`` names others for the same ids (see ``other_decoders``); ``default_decoder`` is used unless asked.
+    ``decoders`` are further decoders of the same ids (see ``other_decoders``); ``default_decoder`` is the one that
+    is used unless the caller names another.
     """
 
     model_type = "v2flow"
@@ -55,7 +56,7 @@ class V2FlowConfig(PretrainedConfig):
         return int(self.section("quantizer").codebook_size)
 
     def section(self, name: str) -> Any:
-        """The dataclass of one section. Raises ModelError when its keys are not the schema's."""
+        """The dataclass of one section. Raises: ModelError if its keys are not the schema's."""
         try:
             return parse_section(name, getattr(self, name), "config.json")
         except RecipeError as error:

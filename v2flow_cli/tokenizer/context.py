@@ -38,15 +38,15 @@ def rotate(x: Tensor, angles: Tensor) -> Tensor:
 
 
 def sines(angles: Tensor) -> Tensor:
-    """Cosines and sines (B, L, head_size) of ``RotaryPositions`` (B, 1, L, head_size / 2): a place as features."""
+    """Cosines and sines (B, L, head_size) of ``RotaryPositions`` (B, 1, L, head_size / 2): a position's features."""
     return torch.cat([angles.cos(), angles.sin()], dim=-1)[:, 0]
 
 
 class Block(nn.Module):
     """Pre-norm attention and MLP in which every position may attend to the first ``known`` positions.
 
-    Hidden positions (those after ``known``) carry no information, only a question, so nothing attends to
-    them. Departs (D8). Leaving some of them out changes nothing for the others, in training and in sampling.
+    Departs (D8): nothing attends to the hidden positions (those after ``known``), because they hold mask tokens and no
+    data. The result at a position therefore does not depend on which other hidden positions are computed.
     """
 
     def __init__(self, settings: Context | Registers | FlowTransformer) -> None:
@@ -59,21 +59,21 @@ class Block(nn.Module):
         inner = int(width * settings.mlp_ratio)
         self.mlp = nn.Sequential(nn.Linear(width, inner), nn.GELU(approximate="tanh"), nn.Linear(inner, width))
 
-    def forward(self, x: Tensor, angles: Tensor, known: int, skip: int = 0, seen: Tensor | None = None) -> Tensor:
-        """(B, L, W) -> (B, L - skip, W): the first ``skip`` positions are read but not computed further.
+    def forward(self, x: Tensor, angles: Tensor, known: int, skip: int = 0, mask: Tensor | None = None) -> Tensor:
+        """(B, L, W) -> (B, L - skip, W): the first ``skip`` positions are only keys and values.
 
-        ``seen`` (L, L), True where one position attends to another, narrows what ``known`` allows.
+        ``mask`` (L, L): True where one position attends to another, among the ``known`` ones.
         """
-        y = self.attend(self.norm_attention(x), angles, known, skip, seen)
+        y = self.attend(self.norm_attention(x), angles, known, skip, mask)
         x = x[:, skip:] + self.drop(y)
         return x + self.drop(self.mlp(self.norm_mlp(x)))
 
-    def attend(self, h: Tensor, angles: Tensor, known: int, skip: int = 0, seen: Tensor | None = None) -> Tensor:
-        """What the normed positions (B, L, W) after ``skip`` read from the first ``known``, (B, L - skip, W)."""
+    def attend(self, h: Tensor, angles: Tensor, known: int, skip: int = 0, mask: Tensor | None = None) -> Tensor:
+        """Attention (B, L - skip, W) of the normed positions (B, L, W) after ``skip`` to the first ``known``."""
         query = rotate(self._split(self.query(h[:, skip:])), angles[:, :, skip:])
         key, value = self.key_value(h[:, :known]).chunk(2, dim=-1)
         key, value = rotate(self._split(key), angles[:, :, :known]), self._split(value)
-        mask = None if seen is None else seen[skip:, :known]
+        mask = None if mask is None else mask[skip:, :known]
         y = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         return self.out(y.transpose(1, 2).flatten(2))
 
@@ -85,7 +85,7 @@ class Block(nn.Module):
 
 
 class MaskedTransformer(nn.Module):
-    """Encoder over quantised tokens and visible patches; decoder that also answers the mask tokens.
+    """Encoder over quantised tokens and visible patches; decoder over these and the mask tokens.
 
     Args:    token_size, width of a codebook vector; patch_size, numbers in a latent patch; max_tokens, of an
              ordered sequence, 0 for a grid; other_parts, patches a token at each rate of the resampler but the first.
@@ -124,18 +124,18 @@ class MaskedTransformer(nn.Module):
         patches: Tensor,
         patch_coordinates: Tensor,
         hidden_coordinates: Tensor,
-        hidden_cells: Tensor,
+        token_index: Tensor,
         lengths: Tensor | None = None,
-        hidden_parts: Tensor | None = None,
+        part_index: Tensor | None = None,
         rate: int = 0,
     ) -> Tensor:
         """Context (B, M, W) of M hidden positions.
 
         Args:    tokens (B, n, D), or None for the dummy D; token_coordinates (B, n, 2), in patches;
                  patches (B, v, P), the visible ones; their coordinates (B, v, 2); hidden_coordinates (B, M, 2);
-                 hidden_cells (B, M), the index of the token in whose cell each hidden position lies;
+                 token_index (B, M), the token in whose cell each hidden position lies;
                  lengths (B,), how many tokens of an ordered sequence each image keeps (default: all n);
-                 hidden_parts (B, M), which of its token's patches each hidden one is; rate, the resampler's.
+                 part_index (B, M), of each hidden position among the patches of its token; rate, the resampler's.
         """
         batch = len(hidden_coordinates)
         if tokens is None or token_coordinates is None:
@@ -152,16 +152,16 @@ class MaskedTransformer(nn.Module):
             known = block(known, angles, known.shape[1])
         count = known.shape[1]
         known = self.norm_encoder(known)
-        # Departs (D9): a mask token starts from the encoded token of its own cell, so that the decoder does not have to
-        # learn first to look where it stands. Under the dummy D that is D itself.
-        cells = hidden_cells if tokens is not None else torch.zeros_like(hidden_cells)
+        # Departs (D9): a mask token starts from the encoded token of its own cell, so that the decoder does not first
+        # have to learn to attend to that token. Under the dummy D it starts from D.
+        cells = token_index if tokens is not None else torch.zeros_like(token_index)
         own = known.gather(1, cells[..., None].expand(-1, -1, known.shape[-1]))
-        if rate and tokens is not None and hidden_parts is not None:
+        if rate and tokens is not None and part_index is not None:
             # A token that covers several patches needs a different projection for each of them.
-            shares = self.split[rate - 1](known[:, : tokens.shape[1]])  # (B, n, parts * W)
-            parts = shares.shape[-1] // known.shape[-1]
-            index = cells * parts + hidden_parts
-            own = own + shares.unflatten(-1, (parts, -1)).flatten(1, 2).gather(1, index[..., None].expand_as(own))
+            projections = self.split[rate - 1](known[:, : tokens.shape[1]])  # (B, n, parts * W)
+            parts = projections.shape[-1] // known.shape[-1]
+            index = cells * parts + part_index
+            own = own + projections.unflatten(-1, (parts, -1)).flatten(1, 2).gather(1, index[..., None].expand_as(own))
         x = torch.cat([known, own + self.mask_token.to(known.dtype)], dim=1)
         angles = torch.cat([angles, self.positions(hidden_coordinates)], dim=2)
         for block in self.decoder[:-1]:
@@ -170,26 +170,27 @@ class MaskedTransformer(nn.Module):
         return self.norm_out(x)
 
 
-def nearby(values: Tensor, at: Tensor, asked: Tensor, area: Tensor, known: Tensor | None = None) -> Tensor:
-    """Means (B, M, W) of ``values`` (B, n, W), which lie ``at`` (B, n, 2), by closeness to ``asked`` (B, M, 2).
+def nearby(values: Tensor, sources: Tensor, targets: Tensor, area: Tensor, known: Tensor | None = None) -> Tensor:
+    """Means (B, M, W) of ``values`` (B, n, W) at ``sources`` (B, n, 2), weighted by their distance to ``targets``.
 
-    ``area`` (B,), in squared patches, is how far closeness reaches; ``known`` (B, n), True where a value counts.
+    Args:    targets (B, M, 2), coordinates; area (B,), in squared patches, the width of the Gaussian weights;
+             known (B, n), True for values that count.
     """
-    logits = -torch.cdist(asked.float(), at.float()).square() / area[:, None, None]
+    logits = -torch.cdist(targets.float(), sources.float()).square() / area[:, None, None]
     if known is not None:
         logits = logits.masked_fill(~known[:, None], float("-inf"))
     return logits.softmax(-1).to(values.dtype) @ values
 
 
-def grid_cells(rows: int, columns: int, height: int, width: int, device: torch.device) -> Tensor:
+def grid_token_index(rows: int, columns: int, height: int, width: int, device: torch.device) -> Tensor:
     """For each of ``height`` x ``width`` patches the index (height * width,) of the grid cell it lies in."""
     y = torch.arange(height, device=device) * rows // height
     x = torch.arange(width, device=device) * columns // width
     return (y[:, None] * columns + x).flatten()
 
 
-def grid_parts(rows: int, columns: int, height: int, width: int, device: torch.device) -> Tensor:
-    """For each of ``height`` x ``width`` patches its number (height * width,) among those of its grid cell."""
+def grid_part_index(rows: int, columns: int, height: int, width: int, device: torch.device) -> Tensor:
+    """For each of ``height`` x ``width`` patches its index (height * width,) among the patches of its grid cell."""
     tall, wide = height // rows, width // columns
     y = torch.arange(height, device=device) % max(1, tall)
     x = torch.arange(width, device=device) % max(1, wide)

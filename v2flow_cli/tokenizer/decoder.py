@@ -1,4 +1,4 @@
-"""What every decoder offers: losses in training, sampling in ``decode``."""
+"""The interface of every decoder: its losses in training, its sampling in ``decode``."""
 
 from __future__ import annotations
 
@@ -13,22 +13,34 @@ from v2flow_cli.recipe.schema import Sampling, TokenizerLoss
 
 
 @dataclass(frozen=True)
-class Places:
-    """Where everything is: coordinates of tokens (B, n, 2) and patches (B, N, 2), and each patch's token (B, N).
+class Layout:
+    """Coordinates of tokens (B, n, 2) and patches (B, N, 2), and the index of each patch's token (B, N).
 
-    ``parts`` (B, N) numbers the patches of one token; ``rate`` is the resampler's.
+    ``part_index`` (B, N) numbers the patches of one token; ``rate`` is the resampler's.
     """
 
     tokens: Tensor
     patches: Tensor
-    cells: Tensor
-    parts: Tensor
+    token_index: Tensor
+    part_index: Tensor
     rate: int = 0
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """How many images of a training batch, its last ones, are drawn for the losses of pictures, and how.
+class TokenInput:
+    """The code vectors (B, n, D) of a batch and their layout.
+
+    ``lengths`` (B,) is the number of tokens of an ordered sequence that each image keeps; None: all of them.
+    """
+
+    vectors: Tensor
+    lengths: Tensor | None
+    layout: Layout
+
+
+@dataclass(frozen=True)
+class ImageLossPlan:
+    """How many images of a training batch, its last ones, are sampled for the losses in pixels, and how.
 
     The default is one step without noise: the conditional mean.
     """
@@ -39,8 +51,8 @@ class Drawn:
     solver: str = "euler"
 
     @classmethod
-    def of(cls, loss: TokenizerLoss, sampling: Sampling, batch: int) -> Drawn:
-        """What ``loss`` asks of ``batch`` images; images that saw the dummy D come first, so few never have them."""
+    def of(cls, loss: TokenizerLoss, sampling: Sampling, batch: int) -> ImageLossPlan:
+        """The plan of ``batch`` images under ``loss``. Images with the dummy D come first, so few are among them."""
         if not loss.draws:
             return cls()
         count = max(1, round(loss.pixel_share * batch))
@@ -55,18 +67,18 @@ class Drawn:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """What sets the shapes of a training step, and what changes with the step.
+    """The sizes of a training step's tensors, and what changes from step to step.
 
-    Drawn on the host before the step: inside it a number read back from a tensor would make the host wait for the GPU
-    and cut the compiled graph.
+    Drawn on the host before the step: reading a number back from a tensor inside it would make the host wait for the
+    GPU and break the compiled graph.
     """
 
-    hidden: int = 0  # patches of each image that are hidden; only for the masked decoder
+    hidden: int = 0  # hidden patches of each image; only for the masked decoder
     dropped: int = 0  # images that see the dummy D, the first ones of the batch
     rate: int = 0  # of the resampler
-    quantizer_step: int = 0  # a step in which the quantizer does the same
-    noise_scale: float | Tensor = 0.0  # factor on the Gumbel noise; a tensor () where it changes from step to step
-    drawn: Drawn = field(default_factory=Drawn)
+    quantizer_step: int = 0  # the first step at which the quantizer does the same as at this one
+    noise_scale: float | Tensor = 0.0  # factor on the Gumbel noise; a tensor () if it changes from step to step
+    image_losses: ImageLossPlan = field(default_factory=ImageLossPlan)
 
 
 class DecoderLosses(NamedTuple):
@@ -74,40 +86,30 @@ class DecoderLosses(NamedTuple):
 
     flow: Tensor
     regression: Tensor
-    patches: Tensor  # a visible one is given back as it came
+    patches: Tensor  # visible patches are returned unchanged
 
 
 class Decoder(Protocol):
-    """What turns code vectors (B, n, D) into latent patches (B, N, P).
+    """Code vectors (B, n, D) to latent patches (B, N, P)."""
 
-    ``lengths`` (B,) says how many tokens of an ordered sequence each image keeps; None: all of them.
-    """
+    def plan(
+        self, u: float, v: float, batch: int, positions: int, loss: TokenizerLoss, sampling: Sampling, coarse: bool
+    ) -> tuple[int, int]:
+        """(hidden patches of each image, images that see D) of a step, from two numbers drawn from [0, 1).
 
-    def losses(
-        self,
-        patches: Tensor,
-        tokens: Tensor,
-        lengths: Tensor | None,
-        places: Places,
-        loss: TokenizerLoss,
-        plan: StepPlan,
-    ) -> DecoderLosses:
-        """Of one pass; the first ``plan.dropped`` images see D (Eq. 7)."""
+        ``coarse`` allows only few numbers of hidden patches, so that a compiled step is reused.
+        """
         ...
 
-    def sample(
-        self,
-        tokens: Tensor,
-        lengths: Tensor | None,
-        places: Places,
-        noise: Tensor,
-        seeds: Sequence[int],
-        settings: Sampling,
-    ) -> Tensor:
-        """Patches from ``noise`` (B, N, P); whatever else is random comes from each image's own seed."""
+    def losses(self, patches: Tensor, inputs: TokenInput, loss: TokenizerLoss, plan: StepPlan) -> DecoderLosses:
+        """Losses of one pass; the first ``plan.dropped`` images see D (Eq. 7)."""
+        ...
+
+    def sample(self, inputs: TokenInput, noise: Tensor, seeds: Sequence[int], settings: Sampling) -> Tensor:
+        """Patches from ``noise`` (B, N, P); all other randomness comes from each image's own seed."""
         ...
 
 
 def count_dropped(share: float, batch: int, u: float) -> int:
-    """How many images of a batch see D, ``share`` of them on average over ``u``, uniform in [0, 1)."""
+    """How many images of a batch see D: ``share`` of them on average over ``u``, uniform in [0, 1)."""
     return min(batch, int(share * batch + u))

@@ -1,4 +1,4 @@
-"""ProbabilityPath, velocity network and ODE sampler (Eq. 1 to 3, 5, 7). t = 0 is data, t = 1 is noise."""
+"""Probability path, velocity network and ODE sampler (Eq. 1 to 3, 5, 7). t = 0 is data, t = 1 is noise."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from v2flow_cli.recipe.schema import Flow
-from v2flow_cli.tokenizer.decoder import Drawn
+from v2flow_cli.tokenizer.decoder import ImageLossPlan
 
-T_MIN = 0.05  # times below this are trained as if they were this: 1 / t weights the loss
+T_MIN = 0.05  # the loss weight 1 / t^2 is that of T_MIN below it
 
 
 class ProbabilityPath:
@@ -57,7 +57,7 @@ def sample_times(count: int, shift: float, device: torch.device) -> Tensor:
 
 @dataclass(frozen=True)
 class Condition:
-    """What the velocity network keeps per position over all steps: see ``VelocityNetwork.condition``."""
+    """What all steps share at each position: see ``VelocityNetwork.condition``."""
 
     data_mean: Tensor  # (B, M, P): regression of the data from the context alone
     modulation: Tensor  # (B, M, depth * 3 * W + 2 * W)
@@ -71,9 +71,9 @@ class VelocityNetwork(nn.Module):
     """A light AdaLN MLP on each position, conditioned on its context and on the time (section 2.3).
 
     It predicts the data as a linear regression of the context plus a residual that sees z_t; the velocity is
-    (z_t - data) / t. Departs (D2): predicting the data spares a narrow network from passing the noise through,
-    and makes one step from pure noise the conditional mean. Modulation is the sum of a part of the context and
-    a part of the time, so that sampling computes the first once per position and the second once per step.
+    (z_t - data) / t. Departs (D2): a network that predicts the data need not reproduce the noise, so it can be
+    narrow, and one step from pure noise is the conditional mean. The modulation is a function of the context plus one
+    of the time, so that sampling computes the first once per position and the second once per step.
     """
 
     def __init__(self, settings: Flow, context_size: int, patch_size: int) -> None:
@@ -111,22 +111,24 @@ class VelocityNetwork(nn.Module):
         shift, scale = parts[-2:]
         return condition.data_mean + self.out(F.layer_norm(x, (self.width,)) * (1 + scale) + shift)
 
-    def loss(self, data: Tensor, context: Tensor, settings: Flow, drawn: Drawn) -> tuple[Tensor, Tensor, Tensor]:
+    def loss(
+        self, data: Tensor, context: Tensor, settings: Flow, sampled: ImageLossPlan
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """(flow loss of Eq. 3, regression loss, predicted data) on patches (B, M, P); a time per image and repeat.
 
         The regression loss is the squared error of the context's linear prediction alone. The flow loss is that of
         a random ``share`` of the images (0 when there are none): this network costs as much as the context.
-        The predicted data is that regression and, of the last ``drawn.count`` images, what sampling makes of it: the
-        losses of pictures then judge what ``decode`` shows, and train the whole way to it.
+        The predicted data is that regression and, for the last ``sampled.count`` images, the result of sampling: the
+        losses in pixels then apply to what ``decode`` returns, with gradients through all steps.
         """
         mean = self.regress(context).float()
         regression = F.mse_loss(mean, data.float())
         if not settings.share:  # a warm start by regression alone
             return regression.new_zeros(()), regression, mean
         predicted_data = mean
-        if drawn.count:
-            last = slice(len(data) - drawn.count, len(data))
-            predicted_data = torch.cat([mean[: last.start], self._draw(data[last], context[last], drawn)])
+        if sampled.count:
+            last = slice(len(data) - sampled.count, len(data))
+            predicted_data = torch.cat([mean[: last.start], self._sample_data(data[last], context[last], sampled)])
         if settings.share < 1:
             chosen = torch.randperm(len(data), device=data.device)[: max(1, round(settings.share * len(data)))]
             data, context = data[chosen], context[chosen]
@@ -143,14 +145,14 @@ class VelocityNetwork(nn.Module):
             losses.append((self.path.loss_weight(t) * error).mean())
         return torch.stack(losses).mean(), regression, predicted_data
 
-    def _draw(self, data: Tensor, context: Tensor, drawn: Drawn) -> Tensor:
-        """Data like ``data`` (B, M, P), float32, as sampling finds it from noise, with gradients."""
+    def _sample_data(self, data: Tensor, context: Tensor, plan: ImageLossPlan) -> Tensor:
+        """Data of the shape of ``data`` (B, M, P), float32, sampled from noise, with gradients."""
         condition = self.condition(context)
 
         def predict(z: Tensor, t: float) -> Tensor:
             return self(z.to(context.dtype), torch.full((len(z),), t, device=z.device), condition).float()
 
-        return solve(predict, drawn.noise_like(data), self.path, drawn.num_flow_steps, drawn.solver)
+        return solve(predict, plan.noise_like(data), self.path, plan.num_flow_steps, plan.solver)
 
 
 TIME_FEATURES = 128
@@ -178,7 +180,7 @@ def solve(predict: Predict, noise: Tensor, path: ProbabilityPath, steps: int, so
 
     ``euler`` and ``heun`` follow the velocity; ``ddim`` is its deterministic step on any path (on the straight
     path the same as Euler's); ``dpm++`` is DPM-Solver++(2M), arXiv 2211.01095, second order at one prediction a
-    step. The last step of each goes straight to the predicted data, because log-SNR and 1 / t end there.
+    step. The last step of each is the predicted data, because log-SNR and 1 / t diverge at t = 0.
     Silent (S7): the solver, and the times between its steps.
     """
     times = flow_times(steps)
@@ -223,6 +225,6 @@ def _dpm_step(
 
 
 def _log_snr(path: ProbabilityPath, t: float) -> float:
-    # At t = 1 alpha is 0; a time just below it stands for the start, as in DPM-Solver's own clamp.
+    # At t = 1 alpha is 0, so the start is a time just below it, as in DPM-Solver's own clamp.
     alpha, sigma = path.alpha_sigma(torch.tensor(min(t, 1 - 1e-3), dtype=torch.float64))
     return math.log(alpha / sigma)

@@ -1,6 +1,6 @@
-"""The tokenizer's preprocessing as transformers knows it; the work is done in ``preprocess.py``.
+"""The tokenizer's preprocessing as a transformers image processor, around ``preprocess.py``.
 
-Apart from it, because importing ``BaseImageProcessor`` imports most of transformers and torchvision: seconds.
+It has its own file because importing ``BaseImageProcessor`` imports most of transformers and torchvision: seconds.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ Channels: TypeAlias = Literal["channels_first", "channels_last"]
 
 
 def as_images(images: ImageLike | Iterable[ImageLike], channels: Channels | None = None) -> list[Image.Image]:
-    """Pictures as ``to_rgb`` makes them: of one PIL image, array or tensor, of a batch, or of a list of these.
+    """RGB images from one PIL image, array or tensor, from a batch, or from a list of these.
 
-    Args:    arrays and tensors (H, W), (H, W, C), (C, H, W), or a batch (B, ...) of them, with C 1, 3 or 4 (RGBA):
-             uint8 in [0, 255] or floats in [0, 1]; channels, where both ends of a shape could be C (default: last
-             in an array, first in a tensor).
-    Raises:  DataError for whatever is not that.
+    Args:    images, arrays and tensors (H, W), (H, W, C), (C, H, W), or a batch (B, ...) of them, with C 1, 3 or 4
+             (RGBA): uint8 in [0, 255] or floats in [0, 1]; channels, for a shape with C possible at both ends
+             (default: last in an array, first in a tensor).
+    Raises:  DataError for any other input.
     """
     if isinstance(images, Image.Image):
         return [to_rgb(images)]
@@ -40,21 +40,21 @@ def as_images(images: ImageLike | Iterable[ImageLike], channels: Channels | None
             f"an image of type {type(images).__name__}; expected PIL images, arrays or tensors. Open a file with "
             "PIL.Image.open first."
         )
-    return [picture for image in images for picture in as_images(image, channels)]
+    return [rgb for image in images for rgb in as_images(image, channels)]
 
 
 def _from_pixels(pixels: np.ndarray | Tensor, channels: Channels | None) -> Image.Image:
     shape = tuple(pixels.shape)
-    array = (
-        pixels.detach().cpu().float().numpy()
-        if isinstance(pixels, Tensor) and _is_float_tensor(pixels)
-        else np.asarray(pixels)
-    )
+    if isinstance(pixels, Tensor):  # in float32, because NumPy has no bf16
+        pixels = pixels.detach().cpu()
+        array = (pixels.float() if pixels.is_floating_point() else pixels).numpy()
+    else:
+        array = pixels
     if array.ndim == 3:
         first, last = shape[0] in (1, 3, 4), shape[2] in (1, 3, 4)
         if first and last:
-            wanted = channels or ("channels_first" if isinstance(pixels, Tensor) else "channels_last")
-            first = wanted == "channels_first"
+            order = channels or ("channels_first" if isinstance(pixels, Tensor) else "channels_last")
+            first = order == "channels_first"
         if first and channels != "channels_last":
             array = array.transpose(1, 2, 0)
         elif not last or channels == "channels_first":
@@ -77,12 +77,8 @@ def _from_pixels(pixels: np.ndarray | Tensor, channels: Channels | None) -> Imag
     return to_rgb(Image.fromarray(np.ascontiguousarray(array, dtype=np.uint8)))
 
 
-def _is_float_tensor(pixels: np.ndarray | Tensor) -> bool:
-    return isinstance(pixels, Tensor) and pixels.is_floating_point()  # bf16, which NumPy does not know, among them
-
-
 class V2FlowImageProcessor(BaseImageProcessor):
-    """The largest centred square, or part of another shape that is asked for, resized (bicubic), pixels to [-1, 1]."""
+    """The largest centred square, or crop of another aspect, resized (bicubic), with pixels in [-1, 1]."""
 
     model_input_names: ClassVar = ["pixel_values"]
 
@@ -117,10 +113,10 @@ class V2FlowImageProcessor(BaseImageProcessor):
             raise DataError(f"{', '.join(kwargs)}: not an option of the v2flow image processor.")
         if return_tensors not in ("pt", "np"):
             raise DataError(f"return_tensors is {return_tensors!r}; expected 'pt' or 'np'.")
-        pictures = as_images(images, input_data_format)
-        if not pictures:
+        rgb_images = as_images(images, input_data_format)
+        if not rgb_images:
             raise DataError("no image: the list is empty.")
-        pixels = torch.stack([self.preprocess_one(picture, size) for picture in pictures])
+        pixels = torch.stack([self.preprocess_one(image, size) for image in rgb_images])
         return BatchFeature({"pixel_values": pixels if return_tensors == "pt" else pixels.numpy()})
 
     def to_pil(self, images: Tensor) -> list[Image.Image]:

@@ -1,4 +1,4 @@
-"""Images <-> scaled autoencoder latents. The latent scale is applied here, and nowhere else."""
+"""Images <-> scaled autoencoder latents. The latent scale is applied only here."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PIXELS = "pixels"  # no autoencoder: the "latents" are the image itself
 class Latents(nn.Module):
     """A frozen autoencoder behind one interface: latents have zero mean and about unit variance.
 
-    Departs (D3): what is tokenized and decoded are latents, as in the official code; ``pixels`` is the paper's text.
+    Departs (D3): the tokenizer works on latents, as in the official code; ``pixels`` is the paper's text.
 
     Args:    spec, the autoencoder's own config with its ``class`` name: ``V2FlowAutoencoder``, one of
              ``DIFFUSERS_CLASSES``, or ``pixels``.
@@ -60,9 +60,9 @@ class Latents(nn.Module):
 def load_autoencoder_spec(path_or_id: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(spec, weights) of an autoencoder folder or hub id, for ``Latents(spec)`` and its ``autoencoder``.
 
-    A v2flow tokenizer's folder gives the autoencoder inside it.
+    From the folder of a v2flow tokenizer it is the tokenizer's autoencoder.
 
-    Raises:  ModelError for a folder that is no autoencoder of a known class.
+    Raises:  ModelError for a folder that holds no autoencoder of a known class.
     """
     if path_or_id == PIXELS:
         return {"class": PIXELS}, {}
@@ -110,11 +110,13 @@ def _build(kind: str | None, spec: dict[str, Any]) -> nn.Module:
         return V2FlowAutoencoder(V2FlowAutoencoderConfig(**spec))
     if kind in DIFFUSERS_CLASSES:
         return _diffusers_class(kind).from_config(spec)
-    raise ModelError(f"An autoencoder of class {kind!r} is not known; expected {', '.join(DIFFUSERS_CLASSES)} or ours.")
+    raise ModelError(
+        f"An autoencoder of class {kind!r} is not known; expected V2FlowAutoencoder or {', '.join(DIFFUSERS_CLASSES)}."
+    )
 
 
 def _diffusers_class(name: str) -> Any:
-    """Imported only for an autoencoder of diffusers: our own needs no such package."""
+    """Imported only for an autoencoder of diffusers; V2FlowAutoencoder does not need the package."""
     with extra("diffusers", "diffusers", f"an autoencoder of class {name}"):
         import diffusers
 
@@ -128,12 +130,8 @@ def _geometry(kind: str | None, model: Any) -> tuple[int, int, float, float]:
     config = model.config
     if kind == "V2FlowAutoencoder":
         return config.latent_channels, model.downsampling, config.scaling_factor, config.shift_factor
-    if kind == "AutoencoderDC":
-        downsampling = 2 ** (len(config.encoder_block_out_channels) - 1)
-    elif kind == "AutoencoderTiny":
-        downsampling = 2 ** (len(config.encoder_block_out_channels) - 1)
-    else:
-        downsampling = 2 ** (len(config.block_out_channels) - 1)
+    blocks = config.block_out_channels if kind == "AutoencoderKL" else config.encoder_block_out_channels
+    downsampling = 2 ** (len(blocks) - 1)
     scale, shift = config.get("scaling_factor", 1.0), config.get("shift_factor", None)
     return config.latent_channels, downsampling, float(scale or 1.0), float(shift or 0.0)
 

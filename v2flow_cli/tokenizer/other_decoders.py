@@ -1,6 +1,6 @@
 """Decoders of the same token ids beside the one in ``model.safetensors``: ``decoder-NAME.safetensors`` in the folder.
 
-``config.json`` lists them under ``decoders``: for each name the sections of ``KEPT`` and the SHA-256 of its file.
+``config.json`` lists them under ``decoders``: for each name the ``DECODER_SECTIONS`` and the SHA-256 of its file.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from v2flow_cli.errors import ModelError
 
 FAITHFUL = "faithful"  # the decoder in model.safetensors, and the only one of most models
-DECODER = ("context", "flow")  # sections, and parts of the model, that only decode
-KEPT = (*DECODER, "sampling")  # sections that a decoder brings along
+DECODER = ("context", "flow")  # sections and parts of the model that only decoding uses
+DECODER_SECTIONS = (*DECODER, "sampling")  # that each decoder has of its own
 SHA256 = "sha256"
 
 
@@ -28,16 +28,18 @@ def decoder_file(name: str) -> str:
     return f"decoder-{name}.safetensors"
 
 
-def settings_of(decoders: Mapping[str, Any] | None, name: str, place: str) -> dict[str, Any]:
-    """What ``config.json`` says of the decoder ``name``.  Raises: ModelError where that is not what it should be."""
+def settings_of(decoders: Mapping[str, Any] | None, name: str, source: str) -> dict[str, Any]:
+    """The entry of the decoder ``name`` in ``config.json``.  Raises: ModelError if keys are missing."""
     settings = (decoders or {}).get(name)
-    if not isinstance(settings, dict) or not {*KEPT, SHA256} <= settings.keys():
-        raise ModelError(f"{place}: config.json: decoders.{name} needs the keys {', '.join((*KEPT, SHA256))}.")
+    if not isinstance(settings, dict) or not {*DECODER_SECTIONS, SHA256} <= settings.keys():
+        raise ModelError(
+            f"{source}: config.json: decoders.{name} needs the keys {', '.join((*DECODER_SECTIONS, SHA256))}."
+        )
     return settings
 
 
-def load_decoder(parts: Mapping[str, nn.Module], file: Path | None, sha256: str, name: str, place: str) -> None:
-    """Fill ``parts``, modules by their names, from ``file``; ``sha256`` is what the config says it has.
+def load_decoder(parts: Mapping[str, nn.Module], file: Path | None, sha256: str, name: str, source: str) -> None:
+    """Fill ``parts``, modules by their names, from ``file``; ``sha256`` is the config's.
 
     Raises:  ModelError for a file that is missing, damaged, of another model or of other shapes.
     """
@@ -46,11 +48,11 @@ def load_decoder(parts: Mapping[str, nn.Module], file: Path | None, sha256: str,
     except OSError as error:
         raise ModelError(f"{file}: the decoder {name} cannot be read ({error.strerror}).") from None
     if not content:
-        raise ModelError(f"{place}: {decoder_file(name)} is missing, so the decoder {name} cannot be used.")
-    found = hashlib.sha256(content).hexdigest()
-    if found != sha256:
+        raise ModelError(f"{source}: {decoder_file(name)} is missing, so the decoder {name} cannot be used.")
+    digest = hashlib.sha256(content).hexdigest()
+    if digest != sha256:
         raise ModelError(
-            f"{file}: SHA-256 {found[:12]}, but config.json expects {sha256[:12]}: damaged, or of another model. "
+            f"{file}: SHA-256 {digest[:12]}, but config.json expects {sha256[:12]}: damaged, or of another model. "
             "Copy the whole model folder again."
         )
     try:
@@ -60,9 +62,9 @@ def load_decoder(parts: Mapping[str, nn.Module], file: Path | None, sha256: str,
     except (SafetensorError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ModelError(f"{file}: the weights do not fit decoders.{name} of config.json ({reason}).") from None
-    left = sorted(key for key in weights if key.split(".")[0] not in parts)
-    if left:
-        raise ModelError(f"{file}: unexpected weights of decoder {name}: {', '.join(left[:3])}.")
+    unexpected = sorted(key for key in weights if key.split(".")[0] not in parts)
+    if unexpected:
+        raise ModelError(f"{file}: unexpected weights of decoder {name}: {', '.join(unexpected[:3])}.")
 
 
 def _of_part(weights: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
@@ -70,7 +72,7 @@ def _of_part(weights: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
 
 
 def copy_decoders(files: Mapping[str, Path | None], folder: Path) -> None:
-    """The decoders' ``files`` to the model folder ``folder``; one that is missing was already missing before."""
+    """Copy the decoders' ``files`` to the model folder ``folder``; None: a file that was missing on loading."""
     for name, file in files.items():
         target = folder / decoder_file(name)
         if file is not None and not (target.exists() and target.samefile(file)):

@@ -1,4 +1,4 @@
-"""Prefixes of an ordered token sequence: which are trained, and what a decoder sees in place of the rest (FlexTok)."""
+"""Prefixes of an ordered token sequence: the lengths in training, and the mask tokens after a prefix (FlexTok)."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch import Tensor, nn
 def sample_lengths(kind: str, batch: int, max_tokens: int, device: torch.device) -> Tensor:
     """Nested dropout: how many tokens (B,) each image keeps, in [1, max_tokens].
 
-    ``uniform`` draws every length alike; ``power_of_two`` draws from 1, 2, 4, ... and ``max_tokens``, so that
-    short prefixes are seen often and long ones not rarely; ``none`` keeps all.
+    ``uniform`` gives every length the same probability; ``power_of_two`` draws from 1, 2, 4, ... and ``max_tokens``,
+    so that short and long prefixes are both frequent; ``none`` keeps all.
     """
     if kind == "uniform":
         return torch.randint(1, max_tokens + 1, (batch,), device=device)
@@ -28,7 +28,7 @@ def doublings(count: int) -> list[int]:
 class TokenEmbedding(nn.Linear):
     """Code vectors (B, n, D) to a decoder's width (B, n, W).
 
-    With an ordered sequence of ``max_tokens`` the place in the order is added, and every token behind an image's
+    For an ordered sequence of ``max_tokens`` an embedding of the index is added, and every token past an image's
     length becomes one learnable mask token, so that the decoder always reads ``max_tokens`` positions.
     """
 
@@ -40,7 +40,7 @@ class TokenEmbedding(nn.Linear):
             self.mask_token = nn.Parameter(0.02 * torch.randn(width))
 
     def forward(self, codes: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Codes (B, n, D), of which the first ``lengths`` (B,) count; None: all n, up to ``max_tokens``."""
+        """Codes (B, n, D), of which each image keeps the first ``lengths`` (B,); None: all n."""
         x = super().forward(codes)
         if not self.max_tokens:
             return x

@@ -1,4 +1,4 @@
-"""Image -> pixels and back: the one resize and crop that train, encode and bench share."""
+"""Image -> pixels and back: the resize and crop of train, encode and bench."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from v2flow_cli.runtime.rgb import to_rgb
 
 
 def fitted_size(width: int, height: int, side: int, multiple: int) -> tuple[int, int]:
-    """(height, width) of the picture that stands for one of ``width`` x ``height`` pixels, uncropped but for a few.
+    """(height, width) for an image of ``width`` x ``height`` pixels, with almost the same aspect.
 
-    Both are multiples of ``multiple`` pixels; among those the one is taken whose area is nearest to ``side`` squared
-    and whose aspect is nearest to the image's, which counts up to MAX_ASPECT.
+    Both are multiples of ``multiple`` pixels, with the area nearest to ``side`` squared and the aspect nearest to the
+    image's, which is limited to MAX_ASPECT.
     """
-    if height > width:  # so that ties fall the same way in a picture and in the same one turned
+    if height > width:  # so that an image and its transpose resolve ties in the same way
         wide, high = fitted_size(height, width, side, multiple)
         return high, wide
     aspect = min(MAX_ASPECT, width / height)

@@ -1,7 +1,7 @@
 """Model folders as transformers lays them out, without its ``PreTrainedModel``.
 
-Importing that class takes as long as importing torch twice more (torch._dynamo, torch.distributed.tensor, torchvision,
-scipy), of which a tokenizer uses nothing. ``AutoModel`` asks of a model no more than ``config_class`` and
+Importing that class takes twice as long as importing torch (it imports torch._dynamo, torch.distributed.tensor,
+torchvision and scipy, none of which a tokenizer uses). ``AutoModel`` needs no more of a model than ``config_class`` and
 ``from_pretrained``.
 """
 
@@ -38,12 +38,12 @@ class PretrainedModule(nn.Module, PushToHubMixin):
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
+        """The device of the parameters."""
         return next(self.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the first floating-point parameter."""
+        """The data type of the first floating-point parameter."""
         return next(p.dtype for p in self.parameters() if p.is_floating_point())
 
     @classmethod
@@ -58,10 +58,10 @@ class PretrainedModule(nn.Module, PushToHubMixin):
     ) -> Model:
         """The model in a folder, in eval mode; no random number is drawn.
 
-        Args:    config, instead of the folder's; dtype of all floating-point weights; name, what messages call the
-                 folder; options, no others than those in which ``AutoModel`` says how it got here.
-        Raises:  ModelError where weights are missing, left over or of another shape; OSError and what safetensors
-                 raises for files that are missing or damaged; TypeError for another option.
+        Args:    config, instead of the folder's; dtype of all floating-point weights; name, the folder's name in
+                 messages; options, only those that ``AutoModel`` adds.
+        Raises:  ModelError if weights are missing, unexpected or of another shape; OSError and the errors of
+                 safetensors for files that are missing or damaged; TypeError for another option.
         """
         unknown = sorted(options.keys() - set(AUTO_OPTIONS))
         if unknown:
@@ -71,7 +71,7 @@ class PretrainedModule(nn.Module, PushToHubMixin):
             config = cls.config_class.from_pretrained(folder)
         config.name_or_path = name or str(folder)
         weights = load_file(folder / WEIGHTS)
-        with torch.random.fork_rng(devices=[]):  # first values, which are replaced, must not change a training's noise
+        with torch.random.fork_rng(devices=[]):  # the initial values must not change the random numbers of a training
             model = cls(config)
         model._check_fit(weights, config.name_or_path)
         model.to(dtype).load_state_dict(weights)

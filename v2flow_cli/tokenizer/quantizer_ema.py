@@ -28,12 +28,12 @@ class EMAQuantizer(nn.Module):
     """A codebook (K, D) moved by exponential averages of the vectors that chose each code.
 
     Vectors are first standardised by running statistics. Silent (S2): the paper does not say how; soft mixtures of
-    thousands of words all lie within a narrow cone, where a cosine hardly tells them apart and the decoder sees
-    little but their mean. One diagonal affine map keeps them in the vocabulary's space (``vectors`` undoes it).
-    With ``distance: cosine`` vectors and codes have unit length. For the first ``start_step`` steps nothing is
-    quantised, and the codebook is a ring of the newest real vectors, which ``kmeans_steps`` of k-means then
-    turn into means; from then on it is averaged. A codebook drawn while the encoder is still constant dies at once.
-    All arithmetic is float32, also under autocast.
+    thousands of words all lie within a narrow cone, where cosines hardly differ and the decoder sees little but
+    their mean. One diagonal affine map keeps them in the vocabulary's space (``vectors`` inverts it).
+    With ``distance: cosine`` vectors and codes have unit length. During the first ``start_step`` steps nothing is
+    quantised: the codebook is a ring buffer of the newest vectors, which ``kmeans_steps`` of k-means then turn into
+    means; after that it follows the averages. A codebook initialised before the encoder has learned anything would
+    collapse at once. All arithmetic is float32, also under autocast.
     """
 
     codebook: Tensor
@@ -42,7 +42,7 @@ class EMAQuantizer(nn.Module):
     ring_position: Tensor
     mean: Tensor
     std: Tensor
-    averaged_buffers = ("mean", "std")  # with the weights that the vectors come from
+    averaged_buffers = ("mean", "std")  # averaged together with the weights that produce the vectors
 
     def __init__(self, settings: Quantizer, code_size: int) -> None:
         super().__init__()
@@ -50,12 +50,12 @@ class EMAQuantizer(nn.Module):
         self.register_buffer("codebook", F.normalize(torch.randn(settings.codebook_size, code_size), dim=-1))
         self.register_buffer("counts", torch.ones(settings.codebook_size))  # running vectors per step
         if settings.usage_decay:
-            self.register_buffer("usage", torch.ones(settings.codebook_size))  # as counts, forgotten sooner
+            self.register_buffer("usage", torch.ones(settings.codebook_size))  # as counts, with a faster decay
         self.register_buffer("ring_position", torch.zeros((), dtype=torch.int64))
         self.register_buffer("mean", torch.zeros(code_size))
         self.register_buffer("std", torch.ones(code_size))
-        # A standardised vector has length sqrt(D) on average; the cosine codebook keeps its direction alone. What
-        # leaves the quantiser is at the standard scale again: unit vectors would drown in the decoder's residuals.
+        # A standardised vector has length sqrt(D) on average; the cosine codebook stores only its direction. The output
+        # has the standard scale again: unit vectors would be too small beside the decoder's residuals.
         self.length = code_size**0.5 if settings.distance == "cosine" else 1.0
 
     def forward(self, vectors: Tensor, step: int | None = None) -> QuantizerOutput:
@@ -63,7 +63,7 @@ class EMAQuantizer(nn.Module):
         with without_autocast(vectors):
             if step is not None:
                 self._follow(vectors.detach().float(), first=step == 0)
-            # Copies: the next batch moves the statistics in place, maybe before this one's gradient is taken.
+            # Copies: the next batch updates the statistics in place, possibly before this one's backward pass.
             vectors = self._prepare((vectors.float() - self.mean.clone()) / self.std.clone())
             if step is not None and step < self.settings.start_step:
                 self._prepare_codebook(vectors.detach(), steps_left=self.settings.start_step - step)
@@ -74,13 +74,13 @@ class EMAQuantizer(nn.Module):
             if step is not None:
                 self._update(vectors.detach(), ids)
             commit_loss = (vectors - codes).square().sum(-1).mean()
-            passed = turn_onto if self.settings.gradient == "rotation" else straight_through
-            return QuantizerOutput(self.length * passed(vectors, codes), ids, commit_loss)
+            estimator = rotated_onto if self.settings.gradient == "rotation" else straight_through
+            return QuantizerOutput(self.length * estimator(vectors, codes), ids, commit_loss)
 
     def first_like(self, step: int) -> int:
-        """The first training step that does what ``step`` does, so that one compiled graph serves all like it."""
+        """The first training step with the same computation as ``step``, so that one compiled graph serves both."""
         start, kmeans_steps = self.settings.start_step, self.settings.kmeans_steps
-        if step in (0, start - 1):  # the statistics start; every code starts as an average one
+        if step in (0, start - 1):  # the statistics are initialised; all counts are set to their mean
             return step
         if step >= start:
             return max(start, 1)
@@ -88,7 +88,7 @@ class EMAQuantizer(nn.Module):
 
     @property
     def vectors(self) -> Tensor:
-        """The codes (K, D) in the space that vectors come from: standardisation undone."""
+        """The codes (K, D) in the space of the input vectors, before standardisation."""
         return self.codebook * (self.length * self.std) + self.mean
 
     def embed(self, token_ids: Tensor) -> Tensor:
@@ -115,7 +115,7 @@ class EMAQuantizer(nn.Module):
         self.std.lerp_(flat.std(0).clamp_min(1e-6), rate)
 
     def _prepare_codebook(self, vectors: Tensor, steps_left: int) -> None:
-        """Ring, k-means, running counts: what precedes quantisation, each harmless to repeat within a step.
+        """Ring buffer, k-means, running counts: the steps before quantisation, each harmless to repeat within a step.
 
         Silent (S1): the start of the codebook.
         """
@@ -124,7 +124,7 @@ class EMAQuantizer(nn.Module):
             self._fill_ring(vectors)
         elif steps_left > 1:
             self._step_kmeans(vectors)
-        if steps_left == 1:  # every code starts as an average one
+        if steps_left == 1:  # every code starts with the mean count
             self.counts.fill_(vectors[..., 0].numel() * world_size() / len(self.codebook))
             self._running().copy_(self.counts)
 
@@ -137,62 +137,62 @@ class EMAQuantizer(nn.Module):
 
     @torch.no_grad()
     def _step_kmeans(self, vectors: Tensor) -> None:
-        """Mini-batch k-means (Sculley 2010): a code is the mean of the ring's vector and all that chose it since."""
-        # Until quantisation starts a count is the number of vectors in the mean; the ring's own is the first.
+        """Mini-batch k-means (Sculley 2010): a code is the mean of its first vector and of all that chose it since."""
+        # Until quantisation starts a count is the number of vectors in the mean, the ring buffer's included.
         self._move(vectors, self.nearest(vectors), keep=1.0, rate=1.0)
 
     @torch.no_grad()
     def _update(self, vectors: Tensor, ids: Tensor) -> None:
-        """One EMA step, then revival of codes that (almost) nothing chose, with their EMA state. Silent (S3)."""
+        """One EMA step, then replacement of unused codes and their EMA state. Silent (S3)."""
         counts = self._move(vectors, ids, keep=self.settings.ema_decay, rate=1 - self.settings.ema_decay)
         if self.settings.usage_decay:
             self.usage.lerp_(counts, 1 - self.settings.usage_decay)
         self._revive(gather_rows(vectors.flatten(0, -2)))
 
     def _move(self, vectors: Tensor, ids: Tensor, keep: float, rate: float) -> Tensor:
-        """Weigh the codes' totals by ``keep`` and add their new vectors by ``rate``; how many chose each code (K,).
+        """Multiply the codes' sums by ``keep`` and add their new vectors times ``rate``; counts (K,) of the vectors.
 
-        Only chosen codes move, so the sums are one row a vector of the batch, not one a code: at 16,384 codes of
-        width 4,096 that is what keeps a training step from taking a gigabyte.
+        Only chosen codes change, so the sums have one row per vector of the batch, not one per code: for 16,384 codes
+        of width 4,096 this saves a gigabyte in a training step.
         """
         size, ids = len(self.codebook), ids.flatten()
-        everyone = gather_rows(ids)
-        slots = torch.arange(len(everyone), device=ids.device)
+        all_ids = gather_rows(ids)  # of all processes
+        slots = torch.arange(len(all_ids), device=ids.device)
         # Each chosen code gets the slot of the first vector that chose it, the same on every rank.
-        slot_of = slots.new_full((size,), len(slots)).scatter_reduce_(0, everyone, slots, "amin")
-        counts = torch.zeros(size, device=ids.device).scatter_add_(0, everyone, torch.ones_like(everyone).float())
+        slot_of = slots.new_full((size,), len(slots)).scatter_reduce_(0, all_ids, slots, "amin")
+        counts = torch.zeros(size, device=ids.device).scatter_add_(0, all_ids, torch.ones_like(all_ids).float())
         sums = vectors.new_zeros(len(slots), vectors.shape[-1])
         sums.index_add_(0, slot_of[ids], vectors.flatten(0, -2))
         sum_in_place(sums)
         # The running sum of a code is codebook * counts, so the code itself is its only state.
-        totals = self.codebook[everyone] * (keep * self.counts[everyone])[:, None] + rate * sums[slot_of[everyone]]
+        totals = self.codebook[all_ids] * (keep * self.counts[all_ids])[:, None] + rate * sums[slot_of[all_ids]]
         self.counts.mul_(keep).add_(counts, alpha=rate)
-        self.codebook[everyone] = self._prepare(totals / self.counts[everyone].clamp_min(1e-12)[:, None])
+        self.codebook[all_ids] = self._prepare(totals / self.counts[all_ids].clamp_min(1e-12)[:, None])
         return counts
 
     def _running(self) -> Tensor:
         return self.usage if self.settings.usage_decay else self.counts
 
     def _dead(self) -> Tensor:
-        """True (K,) for codes whose running use is below ``revive_after`` of the mean."""
+        """True (K,) for codes whose running count is below ``revive_after`` of the mean."""
         return self._running() < self.settings.revive_after * self._running().mean()
 
     def _revive(self, candidates: Tensor) -> None:
-        # At most an eighth of the batch a step: replacing every dead code from one batch copies that batch.
+        # At most an eighth of the batch per step, so that the new codes come from many batches.
         limit = min(len(self.codebook), max(1, len(candidates) // 8))
         picks = torch.randperm(len(candidates), device=candidates.device)[:limit]
-        lots = torch.rand(len(self.codebook), device=candidates.device)
+        priority = torch.rand(len(self.codebook), device=candidates.device)
         copy_from_first(picks)
-        copy_from_first(lots)
-        drawn, places = torch.where(self._dead(), lots, -1.0).topk(limit)
-        born = drawn >= 0
-        self.codebook[places] = torch.where(born[:, None], candidates[picks], self.codebook[places])
+        copy_from_first(priority)
+        highest, index = torch.where(self._dead(), priority, -1.0).topk(limit)
+        replaced = highest >= 0
+        self.codebook[index] = torch.where(replaced[:, None], candidates[picks], self.codebook[index])
         states = (self.counts, self.usage) if self.settings.usage_decay else (self.counts,)
         for state in states:
-            state[places] = torch.where(born, state.mean(), state[places])
+            state[index] = torch.where(replaced, state.mean(), state[index])
 
     def statistics(self) -> dict[str, Tensor]:
-        """Usage and perplexity of the running counts, and the number of codes near revival."""
+        """Usage and perplexity of the running counts, and the number of codes that the next step may replace."""
         share = self.counts / self.counts.sum()
         entropy = -(share * (share + 1e-12).log()).sum()
         dead = self._dead().float()
@@ -204,15 +204,15 @@ def straight_through(vectors: Tensor, codes: Tensor) -> Tensor:
     return vectors + (codes - vectors).detach()
 
 
-def turn_onto(vectors: Tensor, codes: Tensor) -> Tensor:
-    """The codes (..., D) as the vectors (..., D), rotated and scaled by a constant; the gradient turns back with them.
+def rotated_onto(vectors: Tensor, codes: Tensor) -> Tensor:
+    """The codes (..., D) as rotated and scaled vectors (..., D); the gradient passes through the constant rotation.
 
-    Silent (S10): how gradients pass. Copied, all vectors of a cell get the same one; turned, those far from the
-    code are pushed apart or together as the loss asks. Source: arXiv 2410.06424, section 4.
+    Silent (S10): how gradients pass. A copied gradient is the same for all vectors of a cell; a rotated one depends
+    on the angle between vector and code. Source: arXiv 2410.06424, section 4.
     """
     start, end = F.normalize(vectors.detach(), dim=-1), F.normalize(codes, dim=-1)
     middle = F.normalize(start + end, dim=-1)
     reflected = vectors - 2 * (vectors * middle).sum(-1, keepdim=True) * middle
-    turned = reflected + 2 * (vectors * start).sum(-1, keepdim=True) * end
+    rotated = reflected + 2 * (vectors * start).sum(-1, keepdim=True) * end
     scale = codes.norm(dim=-1, keepdim=True) / vectors.detach().norm(dim=-1, keepdim=True).clamp_min(1e-6)
-    return scale * turned
+    return scale * rotated

@@ -1,4 +1,4 @@
-"""Finite scalar quantisation: each number of a short vector rounded to its own levels (arXiv 2309.15505)."""
+"""Finite scalar quantisation: each component of a short vector rounded to its own levels (arXiv 2309.15505)."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ USAGE_DECAY = 0.99  # of the running counts, per step
 
 
 class FSQQuantizer(nn.Module):
-    """A fixed lattice of codes, K = product of the levels; nothing collapses and nothing is revived.
+    """A fixed lattice of codes, K = product of the levels; codes cannot collapse and are never replaced.
 
-    A vector as wide as there are levels is rounded as it is. A wider one (a mixture of LLM words) is projected
-    down before and up after, so its codes lie on a sheet of ``len(levels)`` dimensions in the vocabulary space,
-    and the commitment loss draws vectors and sheet together. Without projections there is no such loss.
+    A vector with as many components as there are levels is rounded directly. A wider one (a mixture of LLM words) is
+    projected down before and up after rounding, so its codes lie in an affine subspace of ``len(levels)`` dimensions
+    of the vocabulary space, and the commitment loss pulls the vectors towards it. Without projections that loss is 0.
     """
 
     levels: Tensor
@@ -53,13 +53,13 @@ class FSQQuantizer(nn.Module):
 
     def _round(self, x: Tensor) -> Tensor:
         """Whole numbers of steps from the middle: -L/2 to L/2 - 1 for even L, -(L - 1)/2 to (L - 1)/2 for odd."""
-        half = (self.levels - 1) * (1 + 1e-3) / 2  # a little over, so that the outermost levels are reached
+        half = (self.levels - 1) * (1 + 1e-3) / 2  # slightly larger, so that the outermost levels are reached
         offset = 0.5 * (self.levels % 2 == 0)
         bounded = torch.tanh(x + torch.atanh(offset / half)) * half - offset
         return bounded + (bounded.round() - bounded).detach()
 
     def first_like(self, step: int) -> int:
-        """The first training step that does what ``step`` does: all do the same."""
+        """The first training step with the same computation as ``step``: 0, because all are alike."""
         return 0
 
     def embed(self, token_ids: Tensor) -> Tensor:
@@ -70,7 +70,7 @@ class FSQQuantizer(nn.Module):
 
     @property
     def vectors(self) -> Tensor:
-        """The codes (K, D) in the space that vectors come from."""
+        """The codes (K, D) in the space of the input vectors."""
         return self.embed(torch.arange(self.settings.codebook_size, device=self.levels.device))
 
     @torch.no_grad()
@@ -80,8 +80,8 @@ class FSQQuantizer(nn.Module):
         self.counts.mul_(USAGE_DECAY).add_(sum_in_place(counts), alpha=1 - USAGE_DECAY)
 
     def statistics(self) -> dict[str, Tensor]:
-        """Usage (codes seen in recent steps) and perplexity of the running counts."""
+        """Usage (codes chosen in recent steps) and perplexity of the running counts."""
         share = self.counts / self.counts.sum().clamp_min(1e-12)
         entropy = -(share * (share + 1e-12).log()).sum()
-        alive = self.counts > (1 - USAGE_DECAY) * math.exp(-1)  # seen once in the last 1 / (1 - decay) steps
+        alive = self.counts > (1 - USAGE_DECAY) * math.exp(-1)  # used once in the last 1 / (1 - decay) steps
         return {"codebook_usage": alive.float().mean(), "perplexity": entropy.exp()}

@@ -1,7 +1,7 @@
 """RegNet-Y blocks on the latents' grid (Radosavovic et al., arXiv 2003.13678); the V2Flow paper's RegStage.
 
-The names of the weights are timm's, from which the blocks were taken over: importing timm costs a command's first
-answer two seconds (torchvision, torch._dynamo) and an installation torchvision, for forty lines.
+The names of the weights are timm's, from which the blocks are taken. timm itself is not a dependency: importing it adds
+two seconds to the start of a command (torchvision, torch._dynamo).
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-SQUEEZE = 0.25  # channels of the squeeze-and-excitation, of the block's
+SQUEEZE = 0.25  # channels of the squeeze-and-excitation, as a share of the block's
 
 
 class RegStage(nn.Sequential):
@@ -49,7 +49,7 @@ class ConvNorm(nn.Module):
 
 
 class SqueezeExcite(nn.Module):
-    """Channels (B, C, h, w) weighted by what their means over the image say (Hu et al., arXiv 1709.01507)."""
+    """Channels (B, C, h, w) weighted by a function of their means over the image (Hu et al., arXiv 1709.01507)."""
 
     def __init__(self, width: int, squeezed: int) -> None:
         super().__init__()

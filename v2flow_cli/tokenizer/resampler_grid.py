@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 
 import torch
@@ -10,26 +11,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from v2flow_cli.recipe.schema import Resampler
-from v2flow_cli.tokenizer.context import grid_cells, grid_coordinates, grid_parts
+from v2flow_cli.tokenizer.context import grid_coordinates, grid_part_index, grid_token_index
 from v2flow_cli.tokenizer.reg_stage import RegStage
+from v2flow_cli.tokenizer.resampler import TokenResampler
 
 REFERENCE_PX = 256  # token counts are given for images of this side
 REFERENCE_GRIDS = {64: (8, 8), 128: (8, 16), 256: (16, 16)}
 
 
-class GridResampler(nn.Module):
+class GridResampler(TokenResampler):
     """RegStage blocks, a spatial downsampler, RegStage blocks and a read-out MLP, on a grid of tokens.
 
     Scaled latents (B, C, h, w) become tokens (B, n, d_v), flattened row by row. Where latents are coarser than the
     token grid (f32 latents, 256 tokens at 256 px), a transposed convolution splits each into its tokens.
 
-    ``rate`` chooses among several lengths (Table 2 of the paper, from one model): 0 is ``tokens_per_256px``, 1 and up
+    ``rate`` selects one of several lengths (Table 2 of the paper, from one model): 0 is ``tokens_per_256px``, 1 and up
     are ``other_tokens_per_256px``. Each has its own downsampler; everything else is shared.
 
-    Raises:  ValueError where neither grid is a whole multiple of the other.
+    Raises:  ValueError if neither grid is a whole multiple of the other.
     """
-
-    ordered, flexible = 0, False
 
     def __init__(self, settings: Resampler, in_channels: int, pixels_per_latent: int) -> None:
         super().__init__()
@@ -51,38 +51,33 @@ class GridResampler(nn.Module):
         return height * rows // REFERENCE_PX, width * columns // REFERENCE_PX
 
     def num_tokens(self, height: int, width: int, rate: int = 0) -> int:
-        """Tokens of an image of ``height`` x ``width`` pixels."""
         rows, columns = self.token_grid(height, width, rate)
         return rows * columns
 
     def rates(self, height: int, width: int) -> list[int]:
-        """The rates at which an image of ``height`` x ``width`` pixels divides into whole tokens, 0 first."""
-
         def fits(rate: int) -> bool:
             multiples = (REFERENCE_PX // side for side in REFERENCE_GRIDS[self.lengths[rate]])
             return not any(side % multiple for side, multiple in zip((height, width), multiples))
 
         return [0, *filter(fits, range(1, len(self.lengths)))]
 
+    def square_side(self, length: int, default: int, multiple: int) -> int | None:
+        if length in (self.num_tokens(default, default, rate) for rate in self.rates(default, default)):
+            return default
+        per_reference = self.num_tokens(REFERENCE_PX, REFERENCE_PX)
+        side = round(math.sqrt(length / per_reference) * REFERENCE_PX) if length > 0 else 0
+        return side if side and side % multiple == 0 and self.num_tokens(side, side) == length else None
+
     def rate_at(self, step: int) -> int:
-        """The rate that training step ``step`` trains, the same on every rank and after a resume."""
-        draw = random.Random(step).random()
+        u = random.Random(step).random()
         ends = itertools.accumulate(self.other_shares)
-        return next((rate for rate, end in enumerate(ends, start=1) if draw < end), 0)
+        return next((rate for rate, end in enumerate(ends, start=1) if u < end), 0)
 
-    def prefix_lengths(self, batch: int, device: torch.device) -> Tensor | None:
-        """None: an image keeps all tokens of its grid."""
-        return None
-
-    def places(
+    def layout(
         self, height: int, width: int, rows: int, columns: int, device: torch.device, rate: int = 0
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Where an image's tokens are, (n, 2) in its ``rows`` x ``columns`` patches, each patch's token (N,), and which
-        of that token's patches it is (N,).
-        """
-        grid = self.token_grid(height, width, rate)
-        tokens, cells = grid_coordinates(*grid, rows, columns, device), grid_cells(*grid, rows, columns, device)
-        return tokens, cells, grid_parts(*grid, rows, columns, device)
+        grids = (*self.token_grid(height, width, rate), rows, columns)
+        return grid_coordinates(*grids, device), grid_token_index(*grids, device), grid_part_index(*grids, device)
 
     def forward(self, latents: Tensor, rate: int = 0) -> Tensor:
         return self.readout(self.features(latents, rate))
@@ -99,8 +94,8 @@ def _downsampler(width: int, tokens: int, side: int) -> nn.Module:
     """From ``side`` x ``side`` latents to the grid of ``tokens``, for an image of 256 x 256 pixels."""
     rows, columns = REFERENCE_GRIDS[tokens]
     merge, split = (side // rows, side // columns), (rows // side, columns // side)
-    # Silent (S8): its kind. A strided convolution, as in latent diffusion: averaging neighbours would hide which
-    # of them had what.
+    # Silent (S8): its kind. A strided convolution, as in latent diffusion: an average of neighbours would lose the
+    # differences between them.
     if (merge[0] * rows, merge[1] * columns) == (side, side):
         return nn.Conv2d(width, width, merge, stride=merge)
     if (split[0] * side, split[1] * side) == (rows, columns):

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from v2flow_cli.recipe.schema import Vocabulary
 
-LOGITS_AT_ONCE = 2**24  # entries, 64 MiB in float32; a piece of the tokens has no more
+LOGITS_AT_ONCE = 2**24  # entries of one chunk of tokens, 64 MiB in float32
 WHITENING_FLOOR = 1e-4  # of the mean variance
 VOCAB_CHUNK = 8192  # vocabulary rows scored at a time in top-k mixing
 
@@ -31,11 +31,10 @@ class VocabularyProjection(nn.Module):
     """The generator G, the Gumbel-softmax over the frozen vocabulary L, and v = alpha L (Eq. 4).
 
     ``table`` holds (L - mean) / rms: because alpha sums to 1, a mixture of these rows is the mixture of the
-    LLM's own rows after one fixed affine map, so v still lives in the LLM's vocabulary space, while cosine
-    distances are not swamped by the mean that all rows share. With ``whiten`` the map also gives the rows unit
-    covariance. Departs (D6): an LLM's table has a few directions that outweigh all others (in our small LM one holds
-    70% of the variance); mixtures of such rows vary along two or three directions, too few for 14 bits.
-    ``codebook_to_llm`` undoes the map.
+    LLM's own rows after one fixed affine map, so v stays in the LLM's vocabulary space, and the mean that all rows
+    share does not dominate cosine distances. With ``whiten`` the map also gives the rows unit covariance.
+    Departs (D6): in an LLM's table a few directions dominate (in our small LM one has 70% of the variance);
+    mixtures of such rows vary along two or three directions, too few for 14 bits. ``codebook_to_llm`` inverts the map.
 
     Departs (D4): the ``tied`` generator scores a word by the cosine of its row and the projected token.
     """
@@ -67,7 +66,7 @@ class VocabularyProjection(nn.Module):
         table = (rows - mean) / rms
         if self.settings.whiten:
             variances, directions = torch.linalg.eigh((table.T @ table / len(table)).double())
-            # The floor keeps directions in which the words hardly differ from being blown up to noise.
+            # The floor limits the amplification of directions in which the words hardly differ.
             deviations = variances.clamp_min(0).add(WHITENING_FLOOR * variances.mean()).sqrt()
             self.unwhiten.copy_((directions * deviations) @ directions.T)
             table = table @ ((directions / deviations) @ directions.T).to(table)
@@ -76,7 +75,7 @@ class VocabularyProjection(nn.Module):
         self.table_rms.copy_(rms)
 
     def codebook_to_llm(self, codebook: Tensor) -> Tensor:
-        """Codes (K, D) in the embedding space of the LLM: the affine map of ``table`` undone."""
+        """Codes (K, D) in the embedding space of the LLM: the inverse of the affine map of ``table``."""
         if self.settings.whiten:
             codebook = codebook @ self.unwhiten
         return codebook * self.table_rms + self.table_mean
@@ -86,21 +85,21 @@ class VocabularyProjection(nn.Module):
 
         Without ``entropies``, which only a training needs, both are 0.
 
-        Departs (D5): the noise has a factor, which training raises from 0 and ``encode`` leaves at 0.
+        Departs (D5): the noise has a factor, which training raises from 0 and which is 0 in ``encode``.
 
-        Large vocabularies take memory for one piece of the tokens at a time: its logits are computed again in the
-        backward pass, and nowhere is there a second table (rows of unit length, or of another type).
+        With a large vocabulary the tokens are processed in chunks, whose logits are recomputed in the backward pass,
+        and no second table (rows of unit length, or of another type) is stored: memory is that of one chunk.
         """
         flat = tokens.flatten(0, -2)
-        # Dividing products by the rows' lengths is the cosine, without a table of unit rows.
+        # The product divided by the row's length is the cosine, without a table of unit rows.
         lengths = self.table.norm(dim=-1).clamp_min(1e-12)
-        tied_best = self.settings.top_k and self.settings.generator == "tied"  # never has all logits at once
-        mix = self._mix_best if self.settings.top_k else self._mix_all
-        pieces = [flat] if tied_best else flat.split(max(1, LOGITS_AT_ONCE // len(self.table)))
-        if len(pieces) > 1 and torch.is_grad_enabled():
-            parts = [checkpoint(mix, piece, lengths, noise_scale, entropies, use_reentrant=False) for piece in pieces]
+        tied_top_k = self.settings.top_k and self.settings.generator == "tied"  # never stores all logits at once
+        mix = self._mix_top_k if self.settings.top_k else self._mix_all
+        chunks = [flat] if tied_top_k else flat.split(max(1, LOGITS_AT_ONCE // len(self.table)))
+        if len(chunks) > 1 and torch.is_grad_enabled():
+            parts = [checkpoint(mix, chunk, lengths, noise_scale, entropies, use_reentrant=False) for chunk in chunks]
         else:
-            parts = [mix(piece, lengths, noise_scale, entropies) for piece in pieces]
+            parts = [mix(chunk, lengths, noise_scale, entropies) for chunk in chunks]
         embeddings = torch.cat([part.embeddings for part in parts]).view(*tokens.shape[:-1], -1)
         batch_entropy = embeddings.new_zeros(())
         if entropies and not self.settings.top_k:  # it needs the whole vocabulary
@@ -109,17 +108,17 @@ class VocabularyProjection(nn.Module):
         mean_entropy = torch.stack([part.entropy for part in parts]).sum() / len(flat)
         return VocabularyOutput(embeddings, mean_entropy, batch_entropy)
 
-    def _mix_all(self, tokens: Tensor, lengths: Tensor, noise_scale: float | Tensor, entropies: bool) -> _Mixed:
+    def _mix_all(self, tokens: Tensor, lengths: Tensor, noise_scale: float | Tensor, entropies: bool) -> _Mixtures:
         logits = self.generator(tokens)
-        table = self.table.to(logits.dtype)  # under autocast a copy; autocast itself would make two
+        table = self.table.to(logits.dtype)  # under autocast one copy; autocast itself would make two
         if self.settings.generator == "tied":
             logits = (F.normalize(logits, dim=-1) @ table.T) * (self.log_scale.exp() / lengths)
         probs, entropy = self._soft_categorical(logits, noise_scale, entropies)
         mass = probs.sum(0, dtype=torch.float32) if entropies else probs.new_zeros(())
-        return _Mixed(probs.to(table.dtype) @ table, mass, entropy)
+        return _Mixtures(probs.to(table.dtype) @ table, mass, entropy)
 
-    def _mix_best(self, tokens: Tensor, lengths: Tensor, noise_scale: float | Tensor, entropies: bool) -> _Mixed:
-        """Departs (D7): mixtures of each token's ``top_k`` best words; the rest get no weight."""
+    def _mix_top_k(self, tokens: Tensor, lengths: Tensor, noise_scale: float | Tensor, entropies: bool) -> _Mixtures:
+        """Departs (D7): mixtures of each token's ``top_k`` best words; the others have no weight."""
         k = min(self.settings.top_k, len(self.table))
         projected = self.generator(tokens)
         if self.settings.generator == "free":
@@ -129,12 +128,12 @@ class VocabularyProjection(nn.Module):
             logits = self.log_scale.exp() * cosines
         probs, entropy = self._soft_categorical(logits, noise_scale, entropies)
         mixtures = _weighted_rows(self.table, index, probs)
-        return _Mixed(mixtures.to(projected.dtype), probs.new_zeros(()), entropy)
+        return _Mixtures(mixtures.to(projected.dtype), probs.new_zeros(()), entropy)
 
     def _soft_categorical(self, logits: Tensor, noise_scale: float | Tensor, entropies: bool) -> tuple[Tensor, Tensor]:
         """alpha of Eq. 4 (M, k), and the sum of the entropies of its rows in nats, or 0."""
         if isinstance(noise_scale, Tensor) or noise_scale:
-            # -log of an exponential variate is a Gumbel variate, at one logarithm an entry.
+            # -log of an exponential variate is a Gumbel variate, with one logarithm per entry.
             logits = logits - noise_scale * torch.empty_like(logits).exponential_().log_()
         if not entropies:
             return F.softmax(logits / self.settings.temperature, dim=-1), logits.new_zeros(())
@@ -143,8 +142,8 @@ class VocabularyProjection(nn.Module):
         return probs, -(probs.detach() * log_probs.detach()).sum()
 
 
-class _Mixed(NamedTuple):
-    """Of a piece of the tokens: mixtures (M, D), each word's total weight (V,), and the sum of the entropies."""
+class _Mixtures(NamedTuple):
+    """Results of one chunk of tokens: mixtures (M, D), each word's total weight (V,), and the sum of the entropies."""
 
     embeddings: Tensor
     mass: Tensor
@@ -154,7 +153,7 @@ class _Mixed(NamedTuple):
 class NearestWords(torch.autograd.Function):
     """Cosines (M, k) of unit vectors (M, D) with their k nearest rows of a frozen table (V, D), and these rows' ids.
 
-    Neither pass has all M x V cosines, or the M x k rows, at once.
+    Neither pass stores all M x V cosines, or the M x k rows.
     """
 
     @staticmethod
@@ -163,10 +162,10 @@ class NearestWords(torch.autograd.Function):
         for start in range(0, len(table), VOCAB_CHUNK):
             rows = table[start : start + VOCAB_CHUNK].to(unit.dtype)
             cosines = (unit @ rows.T) / lengths[start : start + VOCAB_CHUNK]
-            value, where = cosines.topk(min(k, len(rows)), dim=-1)
-            value, where = torch.cat([best, value], -1), torch.cat([index, where + start], -1)
-            best, order = value.topk(min(k, value.shape[-1]), dim=-1)
-            index = where.gather(-1, order)
+            values, ids = cosines.topk(min(k, len(rows)), dim=-1)
+            values, ids = torch.cat([best, values], -1), torch.cat([index, ids + start], -1)
+            best, order = values.topk(min(k, values.shape[-1]), dim=-1)
+            index = ids.gather(-1, order)
         ctx.save_for_backward(table, lengths, index)
         ctx.mark_non_differentiable(index)
         return best, index
@@ -179,5 +178,5 @@ class NearestWords(torch.autograd.Function):
 
 
 def _weighted_rows(table: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-    """Sums (M, D) of the rows ``index`` (M, k) of ``table``, by ``weights``; the M x k rows are never copied."""
+    """Sums (M, D) of the rows ``index`` (M, k) of ``table``, weighted, without a copy of the M x k rows."""
     return F.embedding_bag(index, table, per_sample_weights=weights.to(table.dtype), mode="sum")

@@ -17,10 +17,12 @@ from v2flow_cli.errors import ModelError, V2FlowError
 from v2flow_cli.recipe.schema import Registers, Resampler, TokenizerRecipe
 from v2flow_cli.runtime.device import DTYPES
 from v2flow_cli.store.llm_table import load_vocab_embeddings
-from v2flow_cli.tokenizer.decoder import Drawn, StepPlan
+from v2flow_cli.tokenizer.assembly import SECTIONS
+from v2flow_cli.tokenizer.config import V2FlowConfig
+from v2flow_cli.tokenizer.decoder import ImageLossPlan, StepPlan
 from v2flow_cli.tokenizer.latents import load_autoencoder_spec
 from v2flow_cli.tokenizer.other_decoders import DECODER, FAITHFUL
-from v2flow_cli.tokenizer.v2flow import SECTIONS, V2FlowConfig, V2FlowTokenizer
+from v2flow_cli.tokenizer.v2flow import V2FlowTokenizer
 from v2flow_cli.training.perceptual import load_perceptual
 from v2flow_cli.training.ssim import ssim
 
@@ -80,8 +82,8 @@ class TokenizerObjective(nn.Module):
         noise: float | Tensor = ramp * words.gumbel_noise
         if words.gumbel_noise and words.gumbel_ramp_steps:
             noise = torch.tensor(noise)  # a number would be compiled into the graph
-        sections: dict[str, Any] = {"context": self.recipe.context, "sampling": self.recipe.sampling}
-        return {"plan": self.model.plan_step(step, shape, self.recipe.loss, draw, noise, coarse, **sections)}
+        sampling = self.recipe.sampling
+        return {"plan": self.model.plan_step(step, shape, self.recipe.loss, draw, noise, coarse, sampling)}
 
     def forward(
         self,
@@ -138,7 +140,7 @@ class TokenizerObjective(nn.Module):
         zero = latents.new_zeros(())
         if images is None or not weights.draws:
             return PictureLosses(zero, zero, zero)
-        count = Drawn.of(weights, self.recipe.sampling, len(images)).count
+        count = ImageLossPlan.of(weights, self.recipe.sampling, len(images)).count
         photos = images[-count:].float()
         drawn = self.model.latents.draw(latents[-count:].to(images.dtype)).float()
         log_mse = (drawn / 2 - photos / 2).square().mean((1, 2, 3)).log().mean()
