@@ -172,7 +172,7 @@ def test_refuses_to_overwrite_and_foreign_models(artist, tmp_path, tiny_tokenize
     ran = invoke("fox", *artist[:2], "--tokenizer", tmp_path / "other", "-o", tmp_path / "p")
     assert ran.exit_code == 1 and "draws tokens of tokenizer" in ran.stderr
     ran = invoke("fox", "--model", tiny_tokenizer_folder, *artist[2:], "-o", tmp_path / "p")
-    assert ran.exit_code == 1 and "a model of type v2flow, of which transformers has no causal LM" in ran.stderr
+    assert ran.exit_code == 1 and "a model of type v2flow, for which transformers has no text-only causal LM" in ran.stderr
 
 
 def test_case_28_one_picture_under_the_name_that_was_asked_for(artist, tmp_path):
@@ -233,7 +233,7 @@ def test_file_names_differ_whatever_the_prompts():
 def test_says_what_a_picture_shows_where_it_was_taught_to(artist, tmp_path, sample_images):
     sample_images[0].save(tmp_path / "photo.png")
     ran = invoke("--from-image", tmp_path / "photo.png", *artist)
-    assert ran.exit_code == 1 and "was not taught to caption" in ran.stderr
+    assert ran.exit_code == 1 and "was not trained to caption" in ran.stderr
     folder = tmp_path / "llm"
     shutil.copytree(artist[1], folder)
     config = json.loads((folder / "config.json").read_text())

@@ -27,9 +27,9 @@ TEMPLATES = {
     "raises": ("{{ raise_exception('System role is required') }}", "System role is required"),
     "malformed": ("{% for message in messages %}{{ message['content'] }}", "end of template"),
     "undefined": ("{{ messages[7]['content'] }}", "list object has no element 7"),
-    "drops the words": ("{{ bos_token }}", "repeats the user's words 0 times"),
-    "changes the words": ("{{ messages[0]['content'] | lower }}", "repeats the user's words 0 times"),
-    "doubles the words": ("{{ messages[0]['content'] }} {{ messages[0]['content'] }}", "the user's words 2 times"),
+    "drops the words": ("{{ bos_token }}", "repeats the user's text 0 times"),
+    "changes the words": ("{{ messages[0]['content'] | lower }}", "repeats the user's text 0 times"),
+    "doubles the words": ("{{ messages[0]['content'] }} {{ messages[0]['content'] }}", "the user's text 2 times"),
     "named, no default": ({"rag": "{{ messages }}", "tool_use": "{{ messages }}"}, "no default specified"),
 }
 
@@ -105,7 +105,7 @@ def test_case_18_words_beyond_the_table(finetune, llm, tmp_path, text_tokenizer,
     lora = ["--set", "lora={rank: 2, alpha: 4, dropout: 0}"] if mode == "lora" else []
     done = finetune("--set", f"mode={mode}", *lora)
     assert done.exit_code == 0, done.stderr
-    assert "2 for words of the tokenizer that had none" in done.stderr
+    assert "2 for words of the tokenizer without a row" in done.stderr
     actor = drawn(tmp_path)
     assert actor.vocabulary.visual_token_offset == rows + 2
     assert actor.vocabulary.prompt_prefix == (rows,) and actor.vocabulary.prompt_suffix == (rows + 1,)

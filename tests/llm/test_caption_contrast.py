@@ -45,12 +45,12 @@ def test_only_captions_that_ask_for_a_picture_have_one(vocabulary):
     drawn, unsaid, told = (
         sample(vocabulary, words, ids, to_text=to_text) for words, to_text in (([5], False), ([], False), ([5], True))
     )
-    assert drawn["picture"].tolist() == [3, 1, 4, 1]
-    assert not len(unsaid["picture"]) and not len(told["picture"])
-    noisy = sample(vocabulary, [5], ids, read_ids=np.array([9, 9, 9, 9]), learned=ids == 3)
-    assert noisy["picture"].tolist() == [3, 1, 4, 1]
+    assert drawn["image_ids"].tolist() == [3, 1, 4, 1]
+    assert not len(unsaid["image_ids"]) and not len(told["image_ids"])
+    noisy = sample(vocabulary, [5], ids, read_ids=np.array([9, 9, 9, 9]), label_mask=ids == 3)
+    assert noisy["image_ids"].tolist() == [3, 1, 4, 1]
     batch = collate([{**made, "key": "k"} for made in (unsaid, drawn, told)], pad_id=2)
-    assert batch["pictures"].tolist() == [[3, 1, 4, 1]] and batch["asked"].tolist() == [1]
+    assert batch["image_ids"].tolist() == [[3, 1, 4, 1]] and len(batch["image_starts"]) == 1
 
 
 def test_read_where_the_upper_half_begins(llm, text_tokenizer, vocabulary):
@@ -66,10 +66,10 @@ def test_read_where_the_upper_half_begins(llm, text_tokenizer, vocabulary):
     asked = ids == vocabulary.begin_image_id
     found = labelled_losses(llm, head, ids, labels, (middle_layer(llm), asked.flatten().nonzero()[:, 0]))
     plain = labelled_losses(llm, head, ids, labels)
-    assert torch.equal(found.losses, plain.losses) and not len(plain.early)
+    assert torch.equal(found.losses, plain.losses) and not len(plain.early_logits)
     states = llm(ids, output_hidden_states=True).hidden_states[1]  # of two layers: what the second one reads
     picked = torch.stack([states[row, len(prompt_ids(vocabulary, w)) - 1] for row, w in enumerate(([1] * 3, [1]))])
-    assert torch.allclose(found.early, head(F.rms_norm(picked, picked.shape[-1:])), atol=1e-5)
+    assert torch.allclose(found.early_logits, head(F.rms_norm(picked, picked.shape[-1:])), atol=1e-5)
 
 
 def test_layers_must_be_found(llm):
@@ -78,7 +78,7 @@ def test_layers_must_be_found(llm):
             return torch.nn.Linear(1, 1)
 
     assert middle_layer(llm) is llm.model.layers[1]
-    with pytest.raises(ModelError, match=r"Odd: its layers are not found.*Set caption_contrast to 0"):
+    with pytest.raises(ModelError, match=r"Odd: caption_contrast needs its list of layers.*Set caption_contrast to 0"):
         middle_layer(Odd())
 
 

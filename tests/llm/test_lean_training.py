@@ -85,8 +85,8 @@ def test_widths_are_few_and_padding_changes_no_loss(vocabulary):
         for b in (narrow, wide)
     ]
     torch.testing.assert_close(*found)
-    begins = wide["input_ids"].flatten()[wide["asked_at"]]
-    assert wide["asked"].tolist() == [1] and begins.tolist() == [vocabulary.begin_image_id]
+    begins = wide["input_ids"].flatten()[wide["image_starts"]]
+    assert begins.tolist() == [vocabulary.begin_image_id]
 
 
 def test_a_caption_is_tokenised_once(recipe, text_tokenizer, vocabulary, monkeypatch):

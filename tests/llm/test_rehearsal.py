@@ -57,12 +57,12 @@ def test_a_multimodal_model_has_its_words_in_a_config_within():
         ("rwkv", dict(hidden_size=32, num_hidden_layers=4, vocab_size=101), "cannot draw token by token"),
         ("jamba", SIZES | dict(num_key_value_heads=2, num_hidden_layers=8), "cannot draw token by token"),
         ("openai-gpt", NARROW, "cannot draw token by token"),  # no cache at all
-        ("bert", SIZES, "finds other tokens likeliest than in training"),  # sees what comes later
-        ("roberta", SIZES | dict(is_decoder=True), "finds other tokens likeliest"),  # positions start at the pad id
-        ("bart", dict(d_model=32, vocab_size=101), "a bart is an encoder-decoder; expected a decoder alone"),
+        ("bert", SIZES, "most likely tokens differ from those in training"),  # sees what comes later
+        ("roberta", SIZES | dict(is_decoder=True), "most likely tokens differ"),  # positions start at the pad id
+        ("bart", dict(d_model=32, vocab_size=101), "a bart is an encoder-decoder; expected a decoder-only model"),
         ("t5", dict(d_model=32, vocab_size=101), "a t5 is an encoder-decoder"),
-        ("llava", {}, "a model of type llava, of which transformers has no causal LM"),
-        ("clip", {}, "a model of type clip, of which transformers has no causal LM"),
+        ("llava", {}, "a model of type llava, for which transformers has no text-only causal LM"),
+        ("clip", {}, "a model of type clip, for which transformers has no text-only causal LM"),
     ],
 )
 def test_architectures_that_cannot_draw(kind, settings, reason):
@@ -73,7 +73,7 @@ def test_architectures_that_cannot_draw(kind, settings, reason):
 
 
 def test_layers_that_caption_contrast_needs():
-    with pytest.raises(ModelError, match="its layers are not found, which caption_contrast needs"):
+    with pytest.raises(ModelError, match="caption_contrast needs its list of layers"):
         rehearse(config_of("gpt2", **NARROW), "here", contrast=True)
 
 

@@ -30,7 +30,9 @@ def test_a_picture_that_has_not_ended_has_no_end_mark(text_tokenizer, vocabulary
 def test_noise_is_read_and_never_learned(text_tokenizer, vocabulary):
     words, ids = caption_ids(text_tokenizer, "fox"), np.array([7, 0, 63, 7])
     plain = sample(vocabulary, words, ids)
-    made = sample(vocabulary, words, ids, read_ids=np.array([7, 5, 63, 6]), learned=np.array([True, True, False, True]))
+    made = sample(
+        vocabulary, words, ids, read_ids=np.array([7, 5, 63, 6]), label_mask=np.array([True, True, False, True])
+    )
     assert made["input_ids"].tolist()[-6:] == [307, 305, 363, 306, 365, 1]
     assert made["labels"].tolist()[-6:] == [307, 300, -100, 307, 365, 1]
     assert made["labels"].tolist()[:-6] == plain["labels"].tolist()[:-6] == [-100] * (len(plain["labels"]) - 6)

@@ -77,5 +77,5 @@ def test_refuses_an_llm_that_draws_already(text_tokenizer):
 
 
 def test_refuses_a_config_without_record(llm):
-    with pytest.raises(ModelError, match=r"some/folder: no visual tokens recorded.*finetune-llm"):
+    with pytest.raises(ModelError, match=r"some/folder: its config\.json lists no visual tokens.*finetune-llm"):
         VisualVocabulary.of(llm.config, "some/folder")

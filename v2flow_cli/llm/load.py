@@ -24,30 +24,30 @@ OTHER_LLM = "Take another causal LM, such as a Llama, Qwen, Mistral, Gemma or GP
 
 
 def loading(name: str) -> AbstractContextManager[None]:
-    """Turns what transformers raises for a folder or hub id that is no causal LM into a ModelError."""
+    """Turn the errors of transformers for a folder or hub id without a causal LM into a ModelError."""
     return foreign_errors(
         f"llm {name}: cannot be loaded as a causal LM",
-        "Give a Hugging Face model folder or hub id; recipes/default/lm.yaml makes one.",
+        "Give a Hugging Face model folder or hub id; recipes/default/lm.yaml trains one.",
     )
 
 
 def load_config(name: str) -> tuple[Any, PreTrainedTokenizerBase]:
     """Config and text tokenizer of the LLM in a folder or on the hub, without its weights.  Raises: ModelError."""
     folder = model_folder(name, SETTINGS)
-    with loading(name):  # code that comes with a model is never run, nor asked about at the keyboard
+    with loading(name):  # trust_remote_code=False: code in a model folder is never run, and no prompt asks for it
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         return config, AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def check_architecture(config: Any, name: str) -> None:
-    """Raises: ModelError for an encoder-decoder, and for what transformers has no causal LM of."""
+    """Raises: ModelError for an encoder-decoder, and for a type that transformers has no causal LM of."""
     if getattr(config, "is_encoder_decoder", False):
-        found = f"a {config.model_type} is an encoder-decoder"
-        raise ModelError(f"llm {name}: {found}; expected a decoder alone. {OTHER_LLM}")
+        kind = f"a {config.model_type} is an encoder-decoder"
+        raise ModelError(f"llm {name}: {kind}; expected a decoder-only model. {OTHER_LLM}")
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ModelError(
-            f"llm {name}: a model of type {config.model_type}, of which transformers has no causal LM that takes text "
-            f"alone. {OTHER_LLM}"
+            f"llm {name}: a model of type {config.model_type}, for which transformers has no text-only causal LM. "
+            f"{OTHER_LLM}"
         )
 
 
@@ -66,5 +66,5 @@ def load_llm(name: str, dtype: torch.dtype, **hub: Any) -> tuple[PreTrainedModel
 
 
 def context_length(config: Any) -> float:
-    """Positions that the LLM was made for; infinite where its config does not say."""
+    """The most positions of the LLM; infinite if its config names none."""
     return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None) or math.inf

@@ -1,4 +1,4 @@
-"""Cross-entropy at the labelled positions, with logits nowhere else: the output table is half a small LM's work."""
+"""Cross-entropy at the labelled positions, with logits for no others: they are half of a small LM's work."""
 
 from __future__ import annotations
 
@@ -11,25 +11,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import masking_utils
 
-IGNORE = -100  # label of positions that are not learned
+IGNORE = -100  # label of positions without a loss
 
 
 class LabelledLosses(NamedTuple):
-    """Of the M labelled positions, row by row of the batch.  rows, targets, losses: (M,); logits: (M, V) float32.
+    """Results at the M labelled positions in the order of the batch's rows.
 
-    early: (P, V) float32, what the output table makes of the P states asked for in the middle of the LLM.
+    rows, targets, losses: (M,); logits: (M, V) float32; early_logits: (P, V) float32, the output table applied to P
+    states of a middle layer.
     """
 
     rows: Tensor  # of the batch
     targets: Tensor  # the ids to predict
     losses: Tensor  # nats
     logits: Tensor
-    early: Tensor
+    early_logits: Tensor
     outputs: Any  # of the model
 
 
 def label_positions(labels: Tensor) -> Tensor:
-    """Flat positions (M,) in (B, T) whose next label is learned. On a GPU the host waits for it: ask while on a CPU."""
+    """Flat positions (M,) in (B, T) whose next label has a loss. Call it on the CPU: on a GPU the host would wait."""
     return F.pad(labels[:, 1:] != IGNORE, (0, 1)).flatten().nonzero()[:, 0]
 
 
@@ -43,44 +44,44 @@ def labelled_losses(
 ) -> LabelledLosses:
     """Cross-entropy of a causal LM where ``labels`` (B, T) are not IGNORE; position t predicts the label at t + 1.
 
-    Args:  model, also one that DDP or peft wraps; head, its output table, which is made to see M positions only, and
-           the states that ``early`` asks for: those that a layer reads at the flat positions (P,) of (B, T), at unit
-           mean square; positions, what ``label_positions`` finds.
+    Args:  model, possibly wrapped by DDP or peft; head, its output table, which is applied to the M labelled positions
+           and to the states of ``early``: the inputs of a layer at the flat positions (P,) of (B, T), normalised to
+           unit mean square; positions, the result of ``label_positions``.
     """
     positions = label_positions(labels) if positions is None else positions
     targets = labels.flatten().index_select(0, positions + 1)
-    states: list[Tensor] = []  # (B, T, D), that the early layer reads
+    states: list[Tensor] = []  # (B, T, D), inputs of the early layer
 
-    def keep(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
-        states.append(given[0] if given else named["hidden_states"])
+    def record_states(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        states.append(args[0] if args else kwargs["hidden_states"])
 
-    def choose(_: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        chosen = given[0].flatten(0, 1).index_select(0, positions)
+    def select_rows(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        rows = args[0].flatten(0, 1).index_select(0, positions)
         if early is not None:
-            asked = states[0].flatten(0, 1).index_select(0, early[1])
-            chosen = torch.cat([chosen, F.rms_norm(asked, asked.shape[-1:]).to(chosen.dtype)])
-        return chosen, *given[1:]
+            early_rows = states[0].flatten(0, 1).index_select(0, early[1])
+            rows = torch.cat([rows, F.rms_norm(early_rows, early_rows.shape[-1:]).to(rows.dtype)])
+        return rows, *args[1:]
 
-    handles = [head.register_forward_pre_hook(choose)]
+    handles = [head.register_forward_pre_hook(select_rows)]
     if early is not None:
-        handles.append(early[0].register_forward_pre_hook(keep, with_kwargs=True))
+        handles.append(early[0].register_forward_pre_hook(record_states, with_kwargs=True))
     try:
-        with _one_sequence_a_row():
+        with _no_packed_sequences():
             outputs = model(input_ids=input_ids, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
-    logits, asked = outputs.logits.float().tensor_split([len(targets)])
-    rows = positions // labels.shape[1]
-    return LabelledLosses(rows, targets, F.cross_entropy(logits, targets, reduction="none"), logits, asked, outputs)
+    logits, early_logits = outputs.logits.float().tensor_split([len(targets)])
+    rows, losses = positions // labels.shape[1], F.cross_entropy(logits, targets, reduction="none")
+    return LabelledLosses(rows, targets, losses, logits, early_logits, outputs)
 
 
 _FIND_PACKED = getattr(masking_utils, "find_packed_sequence_indices", None)
 
 
 @contextlib.contextmanager
-def _one_sequence_a_row() -> Iterator[None]:
-    """transformers asks the device in every pass whether rows hold several sequences, and waits for its answer."""
+def _no_packed_sequences() -> Iterator[None]:
+    """Skip transformers' test for packed sequences, in which the host waits for the GPU at every pass."""
     if _FIND_PACKED is None:
         yield
         return

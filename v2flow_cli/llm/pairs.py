@@ -27,7 +27,7 @@ from v2flow_cli.tokenizer.preprocess import image_to_tensor
 
 @dataclass(frozen=True)
 class Part:
-    """Which samples of the one order a process takes: batches rank, rank + ranks, ... from sample ``start`` on."""
+    """A process's share of the samples: batches rank, rank + ranks, ... from sample ``start`` on."""
 
     start: int = 0
     batch: int = 1  # samples
@@ -36,26 +36,26 @@ class Part:
 
 
 class Pair(NamedTuple):
-    """A sample to be: what is said of which image, and which of them is the answer."""
+    """A caption and an image, and which of them is the answer."""
 
     caption: str
     image: TokenSample | Sample
-    length: int | None  # tokens kept, where the vocabulary is flexible
-    ended: bool  # whether the picture ends after them
+    length: int | None  # tokens kept, if the vocabulary is flexible
+    ended: bool  # True if the picture ends after them
     to_text: bool
-    seed: int | None  # of noise and labels; None where nothing is drawn
+    seed: int | None  # of noise and labels; None without noise and with all labels
 
 
-CAPTIONS_KEPT = 2**18  # tokenised ones in memory; some 300 bytes each
+CAPTION_CACHE = 2**18  # tokenised captions in memory, about 300 bytes each
 
 
 class Samples(torch.utils.data.IterableDataset):
-    """Samples as a stream, see ``sequences.sample``: input_ids and labels, each (T,) int64, and the image's key.
+    """A stream of samples (see ``sequences.sample``): input_ids and labels, each (T,) int64, and the image's key.
 
-    Without ``held_out`` it never ends: every pass draws one of an image's captions, drops it with the recipe's
-    probability, and mixes the order, all from ``seed`` and the number of the pass. The n-th sample is always the
-    same, whatever the number of processes, so a resumed run goes on exactly from ``part.start``. With ``held_out``
-    it is one pass in file order over the held-out images, each with its first caption.
+    Without ``held_out`` it is endless: every pass draws one of an image's captions, drops it with the recipe's
+    probability, and shuffles, all from ``seed`` and the number of the pass. The n-th sample does not depend on the
+    number of processes, so a resumed run continues exactly at ``part.start``. With ``held_out`` it is one pass in file
+    order over the held-out images, each with its first caption.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Samples(torch.utils.data.IterableDataset):
         image_tokenizer: V2FlowTokenizer | None = None,
         output: str | None = None,
     ) -> None:
-        """``image_tokenizer`` is needed where ``data.photos`` are encoded; they are not searched for in ``output``."""
+        """``image_tokenizer`` encodes ``data.photos``; the folder ``output`` is not searched for them."""
         self.data, self.text_tokenizer, self.vocabulary = data, text_tokenizer, vocabulary
         self.seed, self.held_out, self.image_tokenizer = seed, held_out, image_tokenizer
         self.part = Part()
@@ -83,34 +83,34 @@ class Samples(torch.utils.data.IterableDataset):
             for pair, token_ids in zip(batch, self._token_ids(batch)):
                 words = self._words(pair.caption)
                 token_ids = token_ids[: pair.length]
-                kind: dict[str, Any] = dict(
+                options: dict[str, Any] = dict(
                     to_text=pair.to_text, train_on_prompt=self.data.train_on_prompt, ended=pair.ended
                 )
-                made = sample(self.vocabulary, words, token_ids, **kind, **self._disturbed(token_ids, pair.seed))
-                yield {**made, "key": pair.image.key}
+                options |= self._noise(token_ids, pair.seed)
+                yield {**sample(self.vocabulary, words, token_ids, **options), "key": pair.image.key}
 
     def _words(self, caption: str) -> list[int]:
-        """Ids of a caption, cut to the longest allowed; each caption is tokenised once, while there is room."""
+        """Ids of a caption, cut to the recipe's limit; the first CAPTION_CACHE captions are tokenised once."""
         words = self._tokenised.get(caption)
         if words is None:
             words = caption_ids(self.text_tokenizer, caption)[: self.data.max_caption_tokens]
-            if len(self._tokenised) < CAPTIONS_KEPT:
+            if len(self._tokenised) < CAPTION_CACHE:
                 self._tokenised[caption] = words
         return words
 
-    def _disturbed(self, token_ids: np.ndarray, seed: int | None) -> dict[str, Any]:
-        """What the LLM reads instead of ``token_ids`` (L,), and which of them it has to predict.
+    def _noise(self, token_ids: np.ndarray, seed: int | None) -> dict[str, Any]:
+        """The ids that the LLM reads instead of ``token_ids`` (L,), and True (L,) for those that it has to predict.
 
-        Departs (D14): the paper does neither. Earlier tokens of a picture tell so much of the next one that a short
-        training never looks at the caption; with a share of them random, from none to ``token_noise``, it has to.
+        Departs (D14): the paper does neither. Preceding image tokens predict the next one so well that a short
+        training ignores the caption. A random share of them, from 0 to ``token_noise``, is therefore random.
         """
         if seed is None:
             return {}
         rng, length = np.random.default_rng(seed), len(token_ids)
-        noisy = rng.random(length) < rng.random() * self.data.token_noise
+        mask = rng.random(length) < rng.random() * self.data.token_noise
         noise = rng.integers(self.vocabulary.codebook_size, size=length)
-        learned = rng.random(length) < self.data.label_share
-        return {"read_ids": np.where(noisy, noise, token_ids), "learned": learned}
+        label_mask = rng.random(length) < self.data.label_share
+        return {"read_ids": np.where(mask, noise, token_ids), "label_mask": label_mask}
 
     def _once(self) -> Iterator[Pair]:
         for image in self._images():
@@ -124,14 +124,14 @@ class Samples(torch.utils.data.IterableDataset):
                 empty = False
                 count, lengths = len(image.captions), self.data.lengths
                 caption = image.captions[rng.integers(count)] if count else ""
-                dropped, turned = rng.random() < self.data.caption_dropout, rng.random() < self.data.image_to_text_share
+                drop, to_text = rng.random() < self.data.caption_dropout, rng.random() < self.data.image_to_text_share
                 length, whole = int(rng.choice(lengths)) if lengths else None, self._length(image)
                 if self.data.prefix_lengths != "none":
                     length = _prefix_length(self.data.prefix_lengths, whole, rng)
                 ended = self.data.prefix_lengths == "none" or length == whole
-                to_text = bool(turned and caption)
+                to_text = bool(to_text and caption)
                 seed = int(rng.integers(2**63)) if self.data.token_noise or self.data.label_share < 1 else None
-                yield Pair("" if dropped and not to_text else caption, image, length, ended, to_text, seed)
+                yield Pair("" if drop and not to_text else caption, image, length, ended, to_text, seed)
             if empty:
                 sources = ", ".join(self.data.token_sets or self.data.photos)
                 raise DataError(f"data: no image to train on in {sources}.")
@@ -145,12 +145,12 @@ class Samples(torch.utils.data.IterableDataset):
             images: Iterator[TokenSample | Sample] = photos or self.photos.epoch()
         else:
             images = itertools.chain.from_iterable(map(token_samples, self.data.token_sets))
-        # Which images are held out depends on their key alone: no list to keep, the same in every run.
+        # Whether an image is held out depends on its key alone: the same in every run, without a list.
         limit = self.data.held_out_share * 2**32
         return (image for image in images if (zlib.crc32(image.key.encode()) < limit) == self.held_out)
 
     def _shuffled(self, number: int, rng: np.random.Generator) -> Iterator[TokenSample | Sample]:
-        """Pass ``number``: the stream of photos mixes by itself; tokens are drawn from a window."""
+        """Pass ``number``: the stream of photos shuffles itself; tokens are drawn from a window."""
         if self.photos is not None:
             count = len(self.photos)
             yield from self._images(itertools.islice(self.photos.samples(number * count), count))
@@ -162,11 +162,11 @@ class Samples(torch.utils.data.IterableDataset):
             if len(window) < self.data.shuffle_window:
                 window.append(image)
                 continue
-            drawn = int(rng.integers(len(window)))
-            window[drawn], image = image, window[drawn]
+            i = int(rng.integers(len(window)))
+            window[i], image = image, window[i]
             yield image
-        for drawn in rng.permutation(len(window)):
-            yield window[drawn]
+        for i in rng.permutation(len(window)):
+            yield window[i]
 
     def _token_ids(self, batch: Sequence[Pair]) -> list[np.ndarray]:
         """Ids (L,) of every image of ``batch``.  Raises: DataError for a photo that cannot be read."""
@@ -185,7 +185,7 @@ def _prefix_length(kind: str, whole: int, rng: np.random.Generator) -> int:
 
 @torch.no_grad()
 def encode_photos(tokenizer: V2FlowTokenizer, photos: Sequence[Sample], length: int) -> list[np.ndarray]:
-    """``length`` ids of each photo at the tokenizer's own size.  Raises: DataError for one that cannot be read."""
+    """``length`` ids of each photo at the tokenizer's image size.  Raises: DataError for an unreadable photo."""
     size = tokenizer.config.image_size
     names = [f"{photo.source}/{photo.key}" for photo in photos]
     images = [image_to_tensor(open_image(photo.image, name), size) for photo, name in zip(photos, names)]
@@ -193,10 +193,10 @@ def encode_photos(tokenizer: V2FlowTokenizer, photos: Sequence[Sample], length: 
 
 
 def check_data(data: TokenPairs, tokenizer: V2FlowTokenizer, output: str | None = None) -> tuple[int, int]:
-    """(tokens an image, images) of the data; tokens are the most where the tokenizer's length is flexible.
+    """(tokens per image, images) of the data; the most tokens if the tokenizer's length is flexible.
 
-    Raises:  TokenFileError for a folder that is no token set or of another tokenizer; DataError where lengths differ,
-             or are asked for and do not fit; and what SampleStream raises.
+    Raises:  TokenFileError for a folder that is no token set or of another tokenizer; DataError if lengths differ, or
+             ``data.lengths`` do not fit; and the errors of SampleStream.
     """
     size = tokenizer.config.image_size
     possible = tokenizer.lengths(size, size)
@@ -206,11 +206,11 @@ def check_data(data: TokenPairs, tokenizer: V2FlowTokenizer, output: str | None 
         if not tokenizer.flexible and len(data.lengths) == 1 and data.lengths[0] in possible:
             length = data.lengths[0]
     else:
-        found, images = _check_token_sets(data.token_sets, tokenizer.token_digest)
-        if not tokenizer.flexible and len(set(found.values())) > 1:
-            said = ", ".join(f"{folder}: {length}" for folder, length in found.items())
-            raise DataError(f"data.token_sets: expected sets of one number of tokens an image, found {said}.")
-        length = max(found.values())
+        lengths, images = _check_token_sets(data.token_sets, tokenizer.token_digest)
+        if not tokenizer.flexible and len(set(lengths.values())) > 1:
+            listed = ", ".join(f"{folder}: {length}" for folder, length in lengths.items())
+            raise DataError(f"data.token_sets: expected sets of one number of tokens an image, found {listed}.")
+        length = max(lengths.values())
     if data.prefix_lengths != "none" and not tokenizer.flexible:
         raise DataError(
             f"data.prefix_lengths is {data.prefix_lengths}, but the image tokenizer has exactly {length} tokens an "
@@ -225,7 +225,7 @@ def check_data(data: TokenPairs, tokenizer: V2FlowTokenizer, output: str | None 
 
 
 def log_data(data: TokenPairs, output: str, log: Callable[[str], None]) -> None:
-    """Say what lies in the data and is not taken, and how many images have no caption; by one process."""
+    """Log the files of the data that are left out, and how many images have no caption; by one process."""
     if data.photos:
         stream = SampleStream(data.photos, seed=0, output=output)
         images, without = len(stream), stream.uncaptioned()
@@ -237,7 +237,7 @@ def log_data(data: TokenPairs, output: str, log: Callable[[str], None]) -> None:
         for image in itertools.chain.from_iterable(map(token_samples, data.token_sets)):
             images, without = images + 1, without + (not image.captions)
     if without:
-        log(f"{without:,} of {images:,} images have no caption: they are learned as pictures that nothing is said of")
+        log(f"{without:,} of {images:,} images have no caption: they are trained with the empty prompt")
 
 
 def _check_token_sets(folders: Sequence[str], digest: str) -> tuple[dict[str, int], int]:

@@ -1,9 +1,8 @@
-"""An LLM that draws: prompts to image tokens, constrained so that text never leaks into a picture (section 2.4)."""
+"""An LLM that draws: prompts to image tokens, without any other token between them (section 2.4)."""
 
 from __future__ import annotations
 
 import contextlib
-import inspect
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,22 +18,22 @@ from v2flow_cli.errors import DataError, ModelError, foreign_errors
 from v2flow_cli.llm.load import context_length, load_llm
 from v2flow_cli.llm.sampling import DEFAULT_LLM, stored_sampling
 from v2flow_cli.llm.sequences import caption_ids, caption_prompt_ids, prompt_ids
-from v2flow_cli.llm.static_step import StaticStep
+from v2flow_cli.llm.static_step import StaticStep, last_logits, logits_options
 from v2flow_cli.llm.vocabulary import VisualVocabulary
 from v2flow_cli.recipe.schema import DrawSampling
 from v2flow_cli.runtime.batch_invariant import each_row_alone, on_single_threads
 from v2flow_cli.runtime.device import tf32
 
-CACHES = ("static", "dynamic")  # of keys and values, the preferred first: it need not be copied as it grows
-PROMPT_MULTIPLE = 32  # prompts are padded to a multiple of this width: a row's padding is a matter of its own prompt
-LOOKS = 16  # positions between two looks, on a GPU, at whether all pictures have ended
-STOPPED = -1  # after the end of a picture of flexible length
+CACHES = ("static", "dynamic")  # of keys and values; the static one is preferred, because it is never copied to grow
+PROMPT_MULTIPLE = 32  # prompts are padded to a multiple of this width, so a row's padding depends on its prompt alone
+END_CHECK_STEPS = 16  # positions between two tests, on a GPU, of whether all images have ended
+STOPPED = -1  # after the end of an image of flexible length
 
 
 class DrawingLM:
-    """An LLM folder ready to draw, and to caption where it was taught to.
+    """An LLM that draws, and captions if it was trained for that.
 
-    Departs (D13): as many visual tokens are drawn as a picture has, and no other words.
+    Departs (D13): it draws exactly the visual tokens of an image, and no other tokens.
     """
 
     def __init__(
@@ -45,7 +44,7 @@ class DrawingLM:
         name: str,
         sampling: DrawSampling | None = None,
     ) -> None:
-        self.sampling = sampling or DrawSampling()  # what ``generate`` does unless asked
+        self.sampling = sampling or DrawSampling()  # the defaults of ``generate``
         self.model, self.text_tokenizer, self.vocabulary, self.name = model, text_tokenizer, vocabulary, name
         self.digest = getattr(model.config, "v2flow", {}).get("weights_digest", "")
         compiled = model.device.type == "cuda" and vocabulary.cache == "static"
@@ -66,7 +65,7 @@ class DrawingLM:
         """The LLM in a folder or on the hub; None is the embedded default.
 
         Args:    revision, token, cache_dir, local_files_only: of a hub id, as ``runtime.hub.model_folder`` takes them.
-        Raises:  ModelError for a folder that is no causal LM, or one that was not taught to draw.
+        Raises:  ModelError for a folder without a causal LM, or one that was not trained to draw.
         """
         name = str(DEFAULT_LLM if path_or_id is None else path_or_id)
         hub = dict(revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
@@ -77,15 +76,15 @@ class DrawingLM:
     def prompt(self, text: str) -> list[int]:
         """Prompt ids of ``text``; the empty text is the unconditional prompt.
 
-        Raises:  DataError where prompt and image do not fit the LLM's context.
+        Raises:  DataError if prompt and image do not fit the LLM's context.
         """
         words = caption_ids(self.text_tokenizer, text)
         room = context_length(self.model.config) - len(prompt_ids(self.vocabulary, ()))
         room -= self.vocabulary.tokens_per_image + 2
         if len(words) > room:
             raise DataError(
-                f"the prompt {text[:40]!r}... takes {len(words):,} tokens; {self.name} has room for {int(room):,} "
-                "beside the image. Give a shorter prompt."
+                f"the prompt {text[:40]!r}... has {len(words):,} tokens; {self.name} has room for {int(room):,} "
+                "beside the image. Use a shorter prompt."
             )
         return prompt_ids(self.vocabulary, words)
 
@@ -121,24 +120,25 @@ class DrawingLM:
         kept: Tensor | None = None,
         tick: Callable[[], None] = lambda: None,
     ) -> Tensor:
-        """Image tokens (B, L) int64 in [0, K), one row for each prompt; ``V2FlowTokenizer.decode`` draws them.
+        """Image tokens (B, L) int64 in [0, K), one row for each prompt, for ``V2FlowTokenizer.decode``.
 
-        Where the vocabulary is flexible a row may stop early: its first 1 to L entries are tokens, the rest STOPPED.
+        If the vocabulary is flexible a row may end early: its first 1 to L entries are tokens, the rest STOPPED.
 
-        Args:    seeds, one for each prompt, or the first, from which the others count up; temperature, one for each
-                 or one for all, 0 takes the likeliest token; top_k 0 and top_p 1 cut nothing; guidance follows
-                 uncond + scale (cond - uncond) on logits, the empty prompt being unconditional; what is None is the
-                 LLM's own (``sampling``); num_tokens, L, the most that a picture gets where the vocabulary is flexible
-                 (default: as many as it can have); ``kept`` (B, L), tokens that stay as they are, and STOPPED where one
-                 is drawn; ``tick`` is called after every position of the first row. A row depends on its own prompt,
-                 seed and settings; on a CPU it is bit-equal alone and in any batch.
-        Raises:  DataError for no prompt, one that is too long, another number of seeds or temperatures, and a number
-                 of tokens that the LLM cannot draw.
+        Args:    seeds, one for each prompt, or the first of consecutive ones; temperature, one for each or one for all,
+                 0 takes the most likely token; top_k 0 and top_p 1 exclude nothing; guidance is
+                 uncond + scale (cond - uncond) on logits, with the empty prompt as uncond; None takes the LLM's own
+                 value (``sampling``); num_tokens, L, the most tokens of a picture if the vocabulary is flexible
+                 (default: as many as it can have); kept (B, L), tokens to keep, and STOPPED where one is drawn; tick is
+                 called after every position of the first row.
+
+        A row depends only on its own prompt, seed and settings; on a CPU it is bit-equal alone and in any batch.
+        Raises:  DataError for no prompt, a prompt that is too long, another number of seeds or temperatures, and a
+                 number of tokens that the LLM cannot draw.
         """
-        own = self.sampling
-        temperature = own.temperature if temperature is None else temperature
-        top_k, top_p = own.top_k if top_k is None else top_k, own.top_p if top_p is None else top_p
-        guidance_scale = own.guidance_scale if guidance_scale is None else guidance_scale
+        defaults = self.sampling
+        temperature = defaults.temperature if temperature is None else temperature
+        top_k, top_p = defaults.top_k if top_k is None else top_k, defaults.top_p if top_p is None else top_p
+        guidance_scale = defaults.guidance_scale if guidance_scale is None else guidance_scale
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         seeds = [seeds + i for i in range(len(prompts))] if isinstance(seeds, int) else list(seeds)
         temperatures = [temperature] * len(prompts) if isinstance(temperature, int | float) else list(temperature)
@@ -161,28 +161,27 @@ class DrawingLM:
         empty = self.prompt("") if guidance_scale != 1.0 else None
 
         def draw_rows(rows: Tensor) -> Tensor:
-            at = rows.to(device)
-            own_uniforms, own_temperatures = uniforms[at], row_temperatures[at]
-            own_kept = None if kept is None else kept.to(device)[at]
+            index = rows.to(device)
+            fixed = None if kept is None else kept.to(device)[index]
 
             def choose(scores: Tensor, step: int) -> Tensor:
-                token = pick(scores, own_uniforms[:, step], own_temperatures, top_k, top_p)
-                return token if own_kept is None else torch.where(own_kept[:, step] >= 0, own_kept[:, step], token)
+                token = pick(scores, uniforms[index, step], row_temperatures[index], top_k, top_p)
+                return token if fixed is None else torch.where(fixed[:, step] >= 0, fixed[:, step], token)
 
-            report = tick if 0 in rows else lambda: None
-            of_rows = [encoded[row] for row in rows.tolist()]
-            return self._draw_rows(of_rows, empty, widths[rows[0]], length, choose, guidance_scale, report)
+            row_tick = tick if 0 in rows else lambda: None
+            row_prompts = [encoded[row] for row in rows.tolist()]
+            return self._draw_rows(row_prompts, empty, widths[rows[0]], length, choose, guidance_scale, row_tick)
 
-        drawn = torch.full(uniforms.shape, STOPPED, device=device)
+        token_ids = torch.full(uniforms.shape, STOPPED, device=device)
         with each_row_alone(self.model):
             for width in sorted(set(widths)):
-                rows = torch.tensor([row for row, own in enumerate(widths) if own == width])
+                rows = torch.tensor([row for row, row_width in enumerate(widths) if row_width == width])
                 if device.type == "cpu":
-                    part = -(-len(rows) // torch.get_num_threads())
-                    drawn[rows] = torch.cat(on_single_threads(draw_rows, rows, part))
+                    rows_per_thread = -(-len(rows) // torch.get_num_threads())
+                    token_ids[rows] = torch.cat(on_single_threads(draw_rows, rows, rows_per_thread))
                 else:
-                    drawn[rows.to(device)] = draw_rows(rows)
-        return drawn
+                    token_ids[rows.to(device)] = draw_rows(rows)
+        return token_ids
 
     def _draw_rows(
         self,
@@ -194,7 +193,7 @@ class DrawingLM:
         guidance_scale: float,
         tick: Callable[[], None],
     ) -> Tensor:
-        """Image tokens (B, L) of prompt ids that are all padded to ``width``; guided where ``empty`` ids are given."""
+        """Image tokens (B, L) of prompt ids, all padded to ``width``; with guidance if ``empty`` holds prompt ids."""
         v, device = self.vocabulary, self.model.device
         start, end = v.visual_token_offset, v.end_image_id - v.visual_token_offset
         unique = list(dict.fromkeys(map(tuple, prompts)))
@@ -202,51 +201,48 @@ class DrawingLM:
         if empty is not None:
             rows += [len(unique)] * len(prompts)
             unique.append(tuple(empty))
-        # A compiled step is of one size of the cache, that of a whole picture.
+        # A compiled step has one cache size, that of the longest picture.
         room = length if self._static_step is None else v.tokens_per_image
         cache, logits, mask, positions = self._prefill(unique, width, width + room)
-        # Samples of one prompt share its prefill: the cache is computed once for each and then spread over the rows.
+        # Samples of one prompt share its prefill: the cache is computed once a prompt and then copied to its rows.
         select = torch.tensor(rows, device=device)
-        static, looks = self._static_step, 1 if device.type == "cpu" else LOOKS
+        static, check_steps = self._static_step, 1 if device.type == "cpu" else END_CHECK_STEPS
         with contextlib.nullcontext() if static is None else static.lock:
             if static is None:
                 cache.reorder_cache(select)
             else:
                 cache = static.spread(cast(StaticCache, cache), select)
             logits, mask, positions = logits[select], mask[select], positions[select]
-            if isinstance(cache, StaticCache):  # over the whole cache: what comes later is hidden from what came before
+            if isinstance(cache, StaticCache):  # the mask covers the whole cache; attention is causal
                 mask = F.pad(mask, (0, room), value=1)
-            drawn = torch.full((len(prompts), length), STOPPED, device=device)
-            going = torch.ones(len(prompts), dtype=torch.bool, device=device)
+            token_ids = torch.full((len(prompts), length), STOPPED, device=device)
+            unfinished = torch.ones(len(prompts), dtype=torch.bool, device=device)
             for step in range(length):
                 scores = logits[:, start : start + end + 1].float()  # visual ids and the two marks
                 if empty is not None:
                     cond, uncond = scores.chunk(2)
                     scores = uncond + guidance_scale * (cond - uncond)
                 if v.flexible and step:
-                    places = torch.arange(end + 1, device=device)
-                    scores = scores.masked_fill(
-                        (places >= v.codebook_size) & (places < end), -torch.inf
-                    )  # the first mark
+                    index = torch.arange(end + 1, device=device)  # begin-of-image is not allowed
+                    scores = scores.masked_fill((index >= v.codebook_size) & (index < end), -torch.inf)
                 else:
                     scores = scores[:, : v.codebook_size]
                 token = choose(scores, step)
-                going = going & (token < v.codebook_size)
-                drawn[:, step] = torch.where(going, token, STOPPED)
+                unfinished = unfinished & (token < v.codebook_size)
+                token_ids[:, step] = torch.where(unfinished, token, STOPPED)
                 tick()
-                # Whether all rows have ended is a question that a GPU is asked only now and then.
-                if step + 1 == length or (v.flexible and (step + 1) % looks == 0 and not going.any()):
+                # The test makes the host wait for the GPU, so it is made at few positions.
+                if step + 1 == length or (v.flexible and (step + 1) % check_steps == 0 and not unfinished.any()):
                     break
                 token = (token + start).repeat(1 if empty is None else 2)[:, None]
                 positions = positions + 1
                 if not isinstance(cache, StaticCache):
                     mask = F.pad(mask, (0, 1), value=1)
                 if static is None:
-                    given = dict(attention_mask=mask, position_ids=positions, past_key_values=cache)
-                    logits = self._last(input_ids=token, **given).logits[:, -1]
+                    logits = self._last_logits(token, mask, positions, cache)
                 else:
                     logits = static(token, mask, positions, cast(StaticCache, cache))
-        return drawn
+        return token_ids
 
     def _prefill(
         self, prompts: Sequence[Sequence[int]], width: int, max_length: int
@@ -258,32 +254,29 @@ class DrawingLM:
         for row in range(len(prompts)):
             one = slice(row, row + 1)
             caches.append(new_cache(self.vocabulary.cache, self.model.config, max_length))
-            given = dict(attention_mask=mask[one], position_ids=positions[one], past_key_values=caches[-1])
-            out = self._last(input_ids=ids[one], **given)
-            logits.append(out.logits[:, -1])
+            logits.append(self._last_logits(ids[one], mask[one], positions[one], caches[-1]))
         cache = caches[0]
         for layer, *others in zip(*(c.layers for c in caches)):
             layer.keys = torch.cat([layer.keys, *(other.keys for other in others)])
             layer.values = torch.cat([layer.values, *(other.values for other in others)])
         return cache, torch.cat(logits), mask, positions[:, -1:]
 
-    def _last(self, **inputs: Any) -> Any:
-        """The model's outputs; its logits are of the last position alone where it can leave out the others."""
-        kept = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(self.model.forward).parameters else {}
-        advice = "Fine-tune it again with this version of v2flow, which tries that before the training."
+    def _last_logits(self, token_ids: Tensor, mask: Tensor, positions: Tensor, cache: Cache) -> Tensor:
+        """Logits (B, V) after the last of token_ids (B, T), which the cache then holds."""
+        advice = "Fine-tune it again with this version of v2flow, which tests that before the training."
         with foreign_errors(f"{self.name}: {type(self.model).__name__} cannot draw token by token", advice):
-            return self.model(**inputs, use_cache=True, **kept)
+            return last_logits(self.model, logits_options(self.model), token_ids, mask, positions, cache)
 
     @torch.inference_mode()
     @tf32(False)
     def caption(self, token_ids: Tensor, *, seed: int = 0, temperature: float = 0.0, max_tokens: int = 64) -> str:
-        """What the image ``token_ids`` (L,) shows, in words; temperature 0 takes the likeliest word each time.
+        """A caption of the image ``token_ids`` (L,); temperature 0 takes the most likely word each time.
 
-        Raises:  ModelError for an LLM that was not taught image to text.
+        Raises:  ModelError for an LLM that was not trained on image to text.
         """
         if not self.vocabulary.captions:
             raise ModelError(
-                f"{self.name} was not taught to caption. Fine-tune with data.image_to_text_share above 0 for that."
+                f"{self.name} was not trained to caption. Fine-tune it with data.image_to_text_share above 0."
             )
         prompt = torch.tensor([caption_prompt_ids(self.vocabulary, token_ids.cpu().numpy())], device=self.model.device)
         sampling = dict(do_sample=True, temperature=temperature, top_k=0) if temperature else dict(do_sample=False)
@@ -302,7 +295,7 @@ class DrawingLM:
 
 
 def new_cache(kind: str, config: Any, length: int) -> Cache:
-    """An empty key-value cache of a ``kind`` of CACHES, for ``length`` positions."""
+    """An empty key-value cache of a ``kind`` in CACHES, for ``length`` positions."""
     return StaticCache(config=config, max_cache_len=length) if kind == "static" else DynamicCache(config=config)
 
 
@@ -315,17 +308,17 @@ def pick(scores: Tensor, uniforms: Tensor, temperatures: Tensor, top_k: int, top
     probs = scores.softmax(-1)
     if top_p < 1:
         ordered, order = probs.sort(-1, descending=True)
-        cut = ordered.cumsum(-1) - ordered >= top_p  # what precedes them has the mass already
+        cut = ordered.cumsum(-1) - ordered >= top_p  # the tokens before them have the mass already
         probs = probs.scatter(-1, order, ordered.masked_fill(cut, 0.0))
     total = probs.double().cumsum(-1)
-    drawn = torch.searchsorted(total, (uniforms * total[:, -1])[:, None], right=True)[:, 0]
-    return torch.where(temperatures > 0, drawn.clamp_max(scores.shape[-1] - 1), best)
+    index = torch.searchsorted(total, (uniforms * total[:, -1])[:, None], right=True)[:, 0]
+    return torch.where(temperatures > 0, index.clamp_max(scores.shape[-1] - 1), best)
 
 
 class ImageTokensOnly(LogitsProcessor):
-    """For ``model.generate``: the picture's visual ids after the prompt, then end-of-image, then EOS.
+    """For ``model.generate``: the image's visual ids after the prompt, then end-of-image, then EOS.
 
-    Exactly ``tokens_per_image`` of them, or 1 to that many where the vocabulary is flexible.
+    There are exactly ``tokens_per_image`` of them, or 1 to that many if the vocabulary is flexible.
 
     Args:  vocabulary of the model; prompt_length, the width of the (left-padded) prompt ids.
     """
@@ -346,7 +339,7 @@ class ImageTokensOnly(LogitsProcessor):
 
 
 class TextOnly(LogitsProcessor):
-    """For ``model.generate``: no visual id and neither of the marks."""
+    """For ``model.generate``: no visual id, begin-of-image or end-of-image."""
 
     def __init__(self, vocabulary: VisualVocabulary) -> None:
         self.vocabulary = vocabulary
@@ -358,7 +351,7 @@ class TextOnly(LogitsProcessor):
 
 
 def _left_pad(prompts: Sequence[Sequence[int]], width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Ids and attention mask, each (B, width), of prompts that end together."""
+    """Ids and attention mask, each (B, width), of prompts padded on the left."""
     ids = [[0] * (width - len(p)) + list(p) for p in prompts]
     mask = [[0] * (width - len(p)) + [1] * len(p) for p in prompts]
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)

@@ -1,4 +1,4 @@
-"""How an LLM draws by default: in its folder's generation_config.json, under transformers' own names."""
+"""The default sampling of an LLM: in its folder's generation_config.json, under transformers' own names."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ FILE = "generation_config.json"
 
 
 def store_sampling(model: Any, sampling: DrawSampling) -> None:
-    """Let ``model.save_pretrained`` write ``sampling``."""
+    """Add ``sampling`` to the model's generation config, which ``save_pretrained`` writes."""
     model.generation_config.update(do_sample=True, **asdict(sampling))
 
 
 def stored_sampling(name: str | Path, **hub: Any) -> DrawSampling:
-    """What the folder or hub id ``name`` says; the defaults of ``DrawSampling`` where it says nothing.
+    """The sampling that the folder or hub id ``name`` stores; the defaults of ``DrawSampling`` if it stores none.
 
-    Raises:  ModelError for a folder that is not there, or values that are no sampling settings.
+    Raises:  ModelError for a missing folder, or values that are no sampling settings.
     """
     path = model_folder(name, (FILE,), **hub) / FILE
     if not path.is_file():
         return DrawSampling()
     try:
         values = json.loads(path.read_text("utf-8"))
-        if not values.get("do_sample"):  # the base LLM's own file, about text
+        if not values.get("do_sample"):  # the base LLM's own file, for text
             return DrawSampling()
         known = {
             f.name: type(getattr(DrawSampling(), f.name))(values[f.name])

@@ -114,8 +114,8 @@ class DrawingTrainer(LMTrainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         early = None
-        if self.middle is not None and model.training and len(inputs["asked"]):
-            early = self.middle, inputs["asked_at"]
+        if self.middle is not None and model.training and len(inputs["image_starts"]):
+            early = self.middle, inputs["image_starts"]
         found = labelled_losses(model, self.head, inputs["input_ids"], inputs["labels"], early, inputs["positions"])
         losses = found.losses
         if model.training:
@@ -130,8 +130,8 @@ class DrawingTrainer(LMTrainer):
             loss = losses.sum() * self.accelerator.num_processes / num_items_in_batch
         if early is not None:
             first = self.vocabulary.visual_token_offset
-            codes = found.early[:, first : first + self.vocabulary.codebook_size]
-            contrast = caption_contrast_loss(codes, inputs["pictures"])
+            codes = found.early_logits[:, first : first + self.vocabulary.codebook_size]
+            contrast = caption_contrast_loss(codes, inputs["image_ids"])
             self._count(2, contrast.detach(), torch.ones_like(contrast))
             loss = loss + self.caption_contrast * contrast / self.args.gradient_accumulation_steps
         if self.router_weight and getattr(found.outputs, "aux_loss", None) is not None:
