@@ -83,7 +83,7 @@ def test_without_a_network_the_cache_serves(pushed, tiny_tokenizer_folder, tmp_p
     assert loads_as(tiny_tokenizer_folder)
     with pytest.raises(ModelError, match="me/other: no such folder, not complete in the hub's cache, and the hub cann"):
         V2FlowTokenizer.from_pretrained("me/other")
-    with pytest.raises(ModelError, match="and the hub is not asked, being offline"):
+    with pytest.raises(ModelError, match="and the hub is not contacted in offline mode"):
         V2FlowTokenizer.from_pretrained("me/tokenizer", local_files_only=True, cache_dir=tmp_path / "empty")
 
 
@@ -248,14 +248,14 @@ def test_base_models_are_the_hub_ids_among_what_a_model_is_made_from(tmp_path, m
 def test_a_token_that_may_not_write_is_told_before_the_training(hub, train, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     done = train("--push", "me/ae")
-    assert done.exit_code == 1 and "--push me/ae: the hub gives no place to write (" in done.stderr
+    assert done.exit_code == 1 and "--push me/ae: the hub does not allow writing (" in done.stderr
     assert "hf auth login" in done.stderr and not (tmp_path / "ae").exists()
 
 
 def test_a_push_that_fails_keeps_the_model_and_resume_pushes_it(hub, train, tmp_path):
     hub.refuse_commits = True
     done = train("--push", "me/ae")
-    assert done.exit_code == 1 and "the model is whole in" in done.stderr and "--resume" in done.stderr
+    assert done.exit_code == 1 and "the model is complete in" in done.stderr and "--resume" in done.stderr
     assert (tmp_path / "ae" / "model.safetensors").exists()
     hub.refuse_commits = False
     again = train("--push", "me/ae", "--resume")
@@ -275,4 +275,4 @@ def test_a_hub_that_cannot_be_reached_is_one_sentence(train, monkeypatch):
         closed.bind(("127.0.0.1", 0))
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{closed.getsockname()[1]}")
         done = train("--push", "me/ae")
-    assert done.exit_code == 1 and "the hub gives no place to write (" in done.stderr
+    assert done.exit_code == 1 and "the hub does not allow writing (" in done.stderr

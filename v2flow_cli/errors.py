@@ -6,7 +6,8 @@ place where an exception of another library becomes such a message.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import difflib
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 REASON_CHARS = 300  # most characters of another library's message that are repeated
@@ -70,3 +71,9 @@ def reason_of(error: BaseException) -> str:
     line = " ".join(text.encode("utf-8", "backslashreplace").decode().split())
     line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
     return (line if len(line) <= REASON_CHARS else f"{line[: REASON_CHARS - 3]}...").rstrip(".")
+
+
+def did_you_mean(name: object, names: Iterable[str], prefix: str = "") -> str:
+    """ "; did you mean PREFIXNAME?" with the nearest of ``names``; empty if none is near."""
+    near = difflib.get_close_matches(str(name), list(names), n=1)
+    return f"; did you mean {prefix}{near[0]}?" if near else ""

@@ -113,7 +113,10 @@ FAILURES = [
     ("generate fox --temp inf", "--temp inf: expected numbers from 0 up"),
     ("generate fox --temp ,", "--temp ,: expected numbers with commas between them"),
     ("generate fox --seed 1.5", "--seed 1.5: expected numbers"),
-    ("generate fox --model model -o out", "llm model: a model of type v2flow, for which transformers has no text-only causal LM"),
+    (
+        "generate fox --model model -o out",
+        "llm model: a model of type v2flow, for which transformers has no text-only causal LM",
+    ),
 ]
 
 

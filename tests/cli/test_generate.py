@@ -116,7 +116,7 @@ def test_decoder_options_act(artist, tmp_path):
     [
         ([" "], "prompt 1 is empty"),
         (["fox", "  \n"], "prompt 2 is empty"),
-        (["x" * 10_000], "beside the image. Give a shorter prompt."),
+        (["x" * 10_000], "beside the image. Use a shorter prompt."),
         (["fox", "--temp", "hot"], "--temp hot: expected numbers"),
         (["fox", "--temp", "nan"], "--temp nan: expected numbers from 0 up"),
         (["fox", "--seed", "-1"], "--seed -1: expected numbers from 0 up"),
@@ -172,7 +172,9 @@ def test_refuses_to_overwrite_and_foreign_models(artist, tmp_path, tiny_tokenize
     ran = invoke("fox", *artist[:2], "--tokenizer", tmp_path / "other", "-o", tmp_path / "p")
     assert ran.exit_code == 1 and "draws tokens of tokenizer" in ran.stderr
     ran = invoke("fox", "--model", tiny_tokenizer_folder, *artist[2:], "-o", tmp_path / "p")
-    assert ran.exit_code == 1 and "a model of type v2flow, for which transformers has no text-only causal LM" in ran.stderr
+    assert (
+        ran.exit_code == 1 and "a model of type v2flow, for which transformers has no text-only causal LM" in ran.stderr
+    )
 
 
 def test_case_28_one_picture_under_the_name_that_was_asked_for(artist, tmp_path):

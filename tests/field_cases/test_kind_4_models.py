@@ -189,7 +189,7 @@ def names_split_at_spaces():
 
 def test_text_tokenizers_that_cannot_be_extended(finetune, llm, tmp_path):
     llm(tokenizer=sentencepiece_like())
-    refused(finetune, tmp_path, "of type Unigram; v2flow extends BPE ones")
+    refused(finetune, tmp_path, "of type Unigram; v2flow extends only BPE")
     llm(tokenizer=names_split_at_spaces())
     refused(finetune, tmp_path, "would read the name of a visual token in a caption")
 

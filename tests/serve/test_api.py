@@ -155,7 +155,7 @@ FOX = {"prompt": "a red fox"}
         (DRAW, {}, 400, "prompt", "Missing required parameter"),
         (DRAW, {"prompt": " "}, 400, "prompt", "say what to draw"),
         (DRAW, {"prompt": 3}, 400, "prompt", "valid string; found 3"),
-        (DRAW, {"prompt": "fox " * 500}, 400, "prompt", "Give a shorter prompt"),
+        (DRAW, {"prompt": "fox " * 500}, 400, "prompt", "Use a shorter prompt"),
         (DRAW, {"prompt": "\ud800"}, 400, "prompt", "prompt"),
         (DRAW, FOX | {"n": 0}, 400, "n", "greater than or equal to 1; found 0"),
         (DRAW, FOX | {"n": 11}, 400, "n", "less than or equal to 10"),

@@ -71,9 +71,9 @@ def test_each_batch_draws_a_shape_that_all_ranks_share(world, tmp_path):
     assert shapes[0] == shapes[1] and set(shapes[0]) == {(96, 48), (64, 64), (48, 96)}
     with pytest.raises(RecipeError, match=r"data.aspects is \[5.0\]; expected width / height from 0.25 to 4.0"):
         recipe(world, "tokenizer", tmp_path, "data.aspects=[5]")
-    with pytest.raises(RecipeError, match=r"draws a shape for each batch, which latents\.cache does not keep"):
+    with pytest.raises(RecipeError, match=r"draws a shape for each batch, but latents\.cache stores one shape"):
         recipe(world, "tokenizer", tmp_path, "data.aspects=[2]", "latents.cache=memory")
-    with pytest.raises(RecipeError, match=r"data\.resident_px keeps squares alone"):
+    with pytest.raises(RecipeError, match=r"data\.resident_px stores only squares"):
         recipe(world, "tokenizer", tmp_path, "data.aspects=[2]", "data.resident_px=64")
 
 

@@ -1,7 +1,7 @@
 """Recipes: one YAML file per run, checked against one schema.
 
-Read ``schema.py`` first: it is the single page of every key. ``rules.py`` ties keys together, ``load.py`` reads,
-overrides, validates and dumps. Nothing here imports torch, so ``v2flow --help`` and ``train --dry-run`` stay quick.
+Read ``schema.py`` first: it lists every key. ``rules.py`` checks keys against each other, ``load.py`` reads,
+overrides, validates and dumps. Nothing here imports torch, so that ``v2flow --help`` starts fast.
 """
 
 from v2flow_cli.recipe.load import dump_recipe, load_recipe

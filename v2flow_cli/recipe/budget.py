@@ -1,7 +1,7 @@
-"""The file of ``v2flow budget``: the stages of a whole set of models, what each needs, and its share of the time.
+"""The file of ``v2flow budget``: the stages of a set of models, their order, and their shares of the time.
 
 kind: budget
-folder: runs/default              # budget.json (what is done) and a log of every stage
+folder: runs/default              # budget.json (the state) and a log of every stage
 stages:
   autoencoder: {recipe: autoencoder.yaml, share: 15}
   lm: {recipe: lm.yaml, share: 10}
@@ -12,7 +12,6 @@ stages:
 
 from __future__ import annotations
 
-import difflib
 import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from v2flow_cli.errors import RecipeError
+from v2flow_cli.errors import RecipeError, did_you_mean
 from v2flow_cli.recipe.load import load_recipe
 from v2flow_cli.recipe.schema import Recipe
 
@@ -34,8 +33,8 @@ class Stage:
 
     name: str
     share: float  # of the time, relative to the other stages on a path from the first to the last
-    after: tuple[str, ...]  # stages that must be done before it starts; those it does not need run beside it
-    again: bool | None  # whether a second run goes on with it; None: a training that no other training starts from
+    after: tuple[str, ...]  # stages that must be done before it starts; others run at the same time
+    again: bool | None  # whether a second run continues it; None: only a training that no other training starts from
     recipe_path: Path | None = None  # of a training
     overrides: tuple[str, ...] = ()  # of its recipe, as --set takes them
     recipe: Recipe | None = None
@@ -44,7 +43,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Budget:
-    """The stages by name, each after those that it needs.  folder: where the run keeps its state and its logs."""
+    """The stages by name, each after those that it needs.  folder: of the run's state and logs."""
 
     path: Path
     folder: Path
@@ -54,20 +53,20 @@ class Budget:
 def load_budget(path: str | Path, overrides: Iterable[str] = ()) -> Budget:
     """The budget at ``path``; ``overrides`` are STAGE.KEY=VALUE, of the stages' recipes.
 
-    Recipes are found relative to the file; what they and the commands name, relative to the current folder.
-    Raises:  RecipeError for a file that cannot be read, keys that are not known, stages that need each other in a
-             circle or do not exist, and whatever is wrong with a recipe.
+    Paths of recipes are relative to the file; paths in recipes and commands are relative to the current folder.
+    Raises:  RecipeError for a file that cannot be read, unknown keys, stages that do not exist or depend on each other
+             in a circle, and invalid recipes.
     """
     path = Path(path)
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise RecipeError(f"{path}: no such file. Give a budget, such as recipes/default/budget.yaml.") from None
+        raise RecipeError(f"{path}: no such file. Name a budget, such as recipes/default/budget.yaml.") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise RecipeError(f"{path}: cannot be read as YAML ({' '.join(str(error).split())}).") from None
     if not isinstance(tree, dict) or tree.get("kind") != KIND:
-        raise RecipeError(f"{path}: expected `kind: {KIND}`, a folder and stages; a recipe is run by `v2flow train`.")
-    _known(tree, ("kind", "folder", "stages"), str(path))
+        raise RecipeError(f"{path}: expected `kind: {KIND}`, a folder and stages; run a recipe with `v2flow train`.")
+    _check_keys(tree, ("kind", "folder", "stages"), str(path))
     stages = tree.get("stages")
     if not isinstance(tree.get("folder"), str) or not isinstance(stages, dict) or not stages:
         raise RecipeError(f"{path}: needs `folder`, a path, and `stages`, at least one.")
@@ -77,16 +76,16 @@ def load_budget(path: str | Path, overrides: Iterable[str] = ()) -> Budget:
         if name not in stages or "=" not in rest:
             raise RecipeError(f"--set {override}: expected STAGE.KEY=VALUE, the stage one of {', '.join(stages)}.")
         by_stage[name].append(rest)
-    made = {name: _stage(path, name, spec, by_stage[name]) for name, spec in stages.items()}
-    _check_order(path, made)
-    return Budget(path, Path(tree["folder"]), made)
+    parsed = {name: _stage(path, name, spec, by_stage[name]) for name, spec in stages.items()}
+    _check_order(path, parsed)
+    return Budget(path, Path(tree["folder"]), parsed)
 
 
 def _stage(path: Path, name: str, spec: Any, overrides: list[str]) -> Stage:
     where = f"{path}: stages.{name}"
     if not isinstance(spec, dict) or ("recipe" in spec) == ("run" in spec):
         raise RecipeError(f"{where}: expected either `recipe`, the path of one, or `run`, a command.")
-    _known(spec, ("recipe", "run", "set", "share", "after", "again"), where)
+    _check_keys(spec, ("recipe", "run", "set", "share", "after", "again"), where)
     share, after, again = spec.get("share"), spec.get("after", []), spec.get("again")
     if isinstance(share, bool) or not isinstance(share, int | float) or share <= 0:
         raise RecipeError(f"{where}.share is {share!r}; expected a number above 0.")
@@ -102,31 +101,27 @@ def _stage(path: Path, name: str, spec: Any, overrides: list[str]) -> Stage:
     settings = spec.get("set", [])
     if not isinstance(settings, list) or not all(isinstance(setting, str) for setting in settings):
         raise RecipeError(f"{where}.set is {settings!r}; expected a list of KEY=VALUE.")
-    place = path.parent / str(spec["recipe"])
-    every = (*settings, *overrides)
-    return Stage(name, float(share), tuple(after), again, place, every, load_recipe(place, every))
+    recipe_path, overrides = path.parent / str(spec["recipe"]), [*settings, *overrides]
+    recipe = load_recipe(recipe_path, overrides)
+    return Stage(name, float(share), tuple(after), again, recipe_path, tuple(overrides), recipe)
 
 
 def _check_order(path: Path, stages: dict[str, Stage]) -> None:
     for name, stage in stages.items():
         for other in stage.after:
             if other not in stages:
-                near = difflib.get_close_matches(other, stages, n=1)
-                raise RecipeError(
-                    f"{path}: stages.{name}.after names {other}, which is no stage"
-                    f"{f'; did you mean {near[0]}?' if near else '.'}"
-                )
-    left = dict(stages)
-    while ready := [name for name, stage in left.items() if not any(other in left for other in stage.after)]:
+                hint = did_you_mean(other, stages) or "."
+                raise RecipeError(f"{path}: stages.{name}.after names {other}, which is no stage{hint}")
+    waiting = dict(stages)
+    while ready := [name for name, stage in waiting.items() if not any(other in waiting for other in stage.after)]:
         for name in ready:
-            del left[name]
-    if left:
-        raise RecipeError(f"{path}: the stages {', '.join(left)} wait for each other; `after` goes round in a circle.")
+            del waiting[name]
+    if waiting:
+        raise RecipeError(f"{path}: the stages {', '.join(waiting)} wait for each other; `after` forms a circle.")
 
 
-def _known(tree: Mapping[str, Any], keys: tuple[str, ...], where: str) -> None:
+def _check_keys(tree: Mapping[str, Any], keys: tuple[str, ...], where: str) -> None:
     for key in tree:
         if key not in keys:
-            near = difflib.get_close_matches(str(key), keys, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"they are {', '.join(keys)}."
-            raise RecipeError(f"{where}: {key} is not a known key; {hint}")
+            hint = did_you_mean(key, keys) or f"; known keys: {', '.join(keys)}."
+            raise RecipeError(f"{where}: {key} is not a known key{hint}")

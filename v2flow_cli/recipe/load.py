@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
 import types
 import typing
@@ -13,7 +12,7 @@ from typing import Any, Literal, cast
 
 import yaml
 
-from v2flow_cli.errors import RecipeError, foreign_errors
+from v2flow_cli.errors import RecipeError, did_you_mean, foreign_errors
 from v2flow_cli.recipe.retired import without_retired
 from v2flow_cli.recipe.rules import broken_rules
 from v2flow_cli.recipe.schema import KINDS, Recipe
@@ -31,8 +30,8 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = (), kinds: Iterable
         raise RecipeError(f"{path}: no such recipe. Give the path of a YAML file, such as one of recipes/.") from None
     except OSError as error:
         raise RecipeError(f"{path}: the recipe cannot be read ({error}).") from None
-    with foreign_errors(f"{path}: not valid YAML", kind=RecipeError):  # also dates that are none, and deep nesting
-        tree = yaml.safe_load(content)  # bytes: YAML knows UTF-8 and UTF-16 by their marks
+    with foreign_errors(f"{path}: not valid YAML", kind=RecipeError):  # also invalid dates, and deep nesting
+        tree = yaml.safe_load(content)  # bytes, so that YAML detects UTF-8 and UTF-16
     if not isinstance(tree, dict):
         raise RecipeError(f"{path}: found {type(tree).__name__}, expected a mapping with a top-level `kind`.")
     for override in overrides:
@@ -47,7 +46,7 @@ def parse_recipe(tree: Mapping[str, Any], where: str, kinds: Iterable[str] = tup
         raise RecipeError(f"{where}: kind is {kind!r}; expected one of {', '.join(KINDS)}.")
     if kind not in kinds:
         command = "v2flow train" if kind in ("autoencoder", "tokenizer") else "v2flow finetune-llm"
-        raise RecipeError(f"{where}: a recipe of kind {kind}, which this command does not run; use `{command}`.")
+        raise RecipeError(f"{where}: this command does not run a recipe of kind {kind}; use `{command}`.")
     tree, problems = without_retired(tree)
     recipe = _build(KINDS[kind], tree, "", problems)
     if not problems:
@@ -58,12 +57,12 @@ def parse_recipe(tree: Mapping[str, Any], where: str, kinds: Iterable[str] = tup
 
 
 def parse_section(name: str, values: Any, where: str) -> Any:
-    """One section of a tokenizer recipe from plain values, as a model's ``config.json`` holds them.
+    """One section of a tokenizer recipe from the plain values of a model's ``config.json``.
 
-    Raises:  RecipeError when its keys are not the schema's.
+    Raises:  RecipeError if its keys are not the schema's.
     """
     problems: list[str] = []
-    if isinstance(values, Mapping):  # keys that only trainings used, in models of earlier versions
+    if isinstance(values, Mapping):  # keys of trainings in models of earlier versions
         values = without_retired({name: values})[0][name]
     section = _coerce(typing.get_type_hints(KINDS["tokenizer"])[name], values, name, problems)
     if problems:
@@ -98,7 +97,7 @@ def _apply_override(tree: dict[str, Any], override: str, path: Path) -> None:
 
 
 def _build(schema: type, tree: Any, prefix: str, problems: list[str]) -> Any:
-    """An instance of the dataclass ``schema`` from ``tree``; None and entries in ``problems`` where it does not fit."""
+    """An instance of the dataclass ``schema`` from ``tree``; None and entries in ``problems`` if it does not fit."""
     if not isinstance(tree, Mapping):
         problems.append(f"{prefix.rstrip('.') or 'recipe'} is {tree!r}; expected a section of keys")
         return None
@@ -106,8 +105,7 @@ def _build(schema: type, tree: Any, prefix: str, problems: list[str]) -> Any:
     fields = {f.name: f for f in dataclasses.fields(schema)}
     for key in tree:
         if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, n=1)
-            hint = f"; did you mean {prefix}{near[0]}?" if near else f"; known keys: {', '.join(fields)}"
+            hint = did_you_mean(key, fields, prefix) or f"; known keys: {', '.join(fields)}"
             problems.append(f"{prefix}{key} is not a known key{hint}")
     values = {}
     for name, spec in fields.items():
@@ -119,7 +117,7 @@ def _build(schema: type, tree: Any, prefix: str, problems: list[str]) -> Any:
 
 
 def _variant(variants: list[Any], value: Any, where: str, problems: list[str]) -> Any:
-    """The one of ``variants`` whose ``kind`` the section ``value`` names; the first where it names none."""
+    """The variant whose ``kind`` the section ``value`` names; the first if it names none."""
     if len(variants) == 1 or not isinstance(value, Mapping) or "kind" not in value:
         return variants[0]
     kinds = {typing.get_args(typing.get_type_hints(variant)["kind"])[0]: variant for variant in variants}
@@ -132,7 +130,7 @@ def _coerce(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
         return _build(cast(type, hint), value, f"{where}.", problems)
-    if origin in (types.UnionType, typing.Union):  # `X | None`, or sections told apart by their `kind`
+    if origin in (types.UnionType, typing.Union):  # `X | None`, or sections with different `kind`
         if value is None and type(None) in args:
             return None
         variant = _variant([a for a in args if a is not type(None)], value, where, problems)
@@ -140,9 +138,8 @@ def _coerce(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
     if origin is Literal:
         if value in args and type(value) in {type(a) for a in args}:
             return value
-        near = difflib.get_close_matches(str(value), [str(a) for a in args], n=1)
-        hint_text = f"; did you mean {near[0]}?" if near else ""
-        problems.append(f"{where} is {value!r}; expected one of {', '.join(map(str, args))}{hint_text}")
+        names = [str(arg) for arg in args]
+        problems.append(f"{where} is {value!r}; expected one of {', '.join(names)}{did_you_mean(value, names)}")
         return None
     if origin is tuple:
         variadic = len(args) == 2 and args[1] is Ellipsis
@@ -157,7 +154,7 @@ def _coerce(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
         except ValueError:
             pass
     if hint is str and isinstance(value, str) and value.startswith("~"):
-        return os.path.expanduser(value)  # a home folder, where it is one, as a shell would have it
+        return os.path.expanduser(value)  # the home folder, as in a shell
     if type(value) is hint:
         return value
     problems.append(f"{where} is {value!r}; expected {hint.__name__}")

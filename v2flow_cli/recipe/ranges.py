@@ -1,4 +1,4 @@
-"""The range of every number in a recipe, by its field's name: checked before the rules that tie fields together."""
+"""The range of every number in a recipe, by its field's name; checked before ``rules.py``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 LARGEST_SEED = 2**32 - 1  # of numpy's generators
-LARGEST = 2**53  # beyond it a float does not tell two counts apart
+LARGEST = 2**53  # the largest number to which a float counts exactly
 
 _AT_LEAST_1 = (
     "accumulate batch_size block_size cache_crops code_size codebook_size crop_size decoder_width encoder_width "
@@ -23,7 +23,7 @@ _SHARES_BELOW_1 = (
 _ABOVE_0 = "logit_scale mlp_ratio time_shift"
 _ANY = "apg_momentum apg_parallel"
 
-# (least, most, least is allowed, most is allowed, what is expected)
+# (least, most, whether least is allowed, whether most is allowed, the expected value in words)
 _Range = tuple[float, float, bool, bool, str]
 _DEFAULT: _Range = (0, LARGEST, True, True, "a number from 0 up")
 _RANGES: dict[str, _Range] = {
@@ -39,7 +39,7 @@ _RANGES: dict[str, _Range] = {
 def out_of_range(tree: Any, prefix: str = "") -> Iterator[str]:
     """One sentence for each number of a recipe, or section, that is not finite or not in its range.
 
-    And for a text with a zero byte, which no path or name can have, and an empty output.
+    Also for a text with a zero byte, which no path or name can have, and for an empty output.
     """
     for field in dataclasses.fields(tree):
         value, where = getattr(tree, field.name), f"{prefix}{field.name}"

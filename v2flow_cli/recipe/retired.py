@@ -1,7 +1,7 @@
-"""Keys that recipes of earlier versions may have: what became of each, and how it is read now.
+"""Keys of earlier versions that recipes may still have, and how they are read now.
 
-A key whose value changes nothing is dropped without a word, since every recipe that an earlier version wrote beside a
-model or checkpoint has all keys of its time.
+A key whose value changes nothing is dropped silently, because every recipe that an earlier version wrote beside a model
+or checkpoint has all keys of that version.
 """
 
 from __future__ import annotations
@@ -13,16 +13,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Retired:
-    """``neutral``: the value that changes nothing, None where any does; ``advice`` ends a sentence on the key.
+    """A key that was removed or renamed."""
 
-    ``new_key`` lies in the same section."""
-
-    neutral: float | None
-    advice: str
-    new_key: str = ""
+    neutral: float | None  # the value that changes nothing; None: every value
+    advice: str  # the end of a sentence that starts with "this key"
+    new_key: str = ""  # its new name, in the same section
 
 
-_NO_GAIN = "was removed, since controlled runs gained nothing by it (docs/paper.md, Controlled runs); delete it"
+_NO_GAIN = "was removed, because controlled runs gained nothing from it (docs/paper.md, Controlled runs); delete it"
 RETIRED = {
     "vocabulary.temperature_steps": Retired(0, f"{_NO_GAIN}, and set vocabulary.temperature alone"),
     "vocabulary.temperature_start": Retired(None, _NO_GAIN),
@@ -34,23 +32,23 @@ RETIRED = {
 
 
 def without_retired(tree: Mapping[str, Any], rename: bool = False) -> tuple[dict[str, Any], list[str]]:
-    """``tree`` without its retired keys, and one sentence for each of them that changed what a run computes.
+    """``tree`` without its retired keys, and one sentence for each of them that would change the result.
 
-    With ``rename`` a key that has a new name moves there; without, its sentence asks for that.
+    With ``rename`` a key that has a new name is renamed; without it, its sentence names the new key.
     """
-    kept = {key: dict(value) if isinstance(value, Mapping) else value for key, value in tree.items()}
+    current = {key: dict(value) if isinstance(value, Mapping) else value for key, value in tree.items()}
     problems = []
     for dotted, retired in RETIRED.items():
         *section, key = dotted.split(".")
-        holder = kept.get(section[0]) if section else kept
-        if not isinstance(holder, dict) or key not in holder:
+        mapping = current.get(section[0]) if section else current
+        if not isinstance(mapping, dict) or key not in mapping:
             continue
-        value = holder.pop(key)
+        value = mapping.pop(key)
         if rename and retired.new_key:
-            holder[retired.new_key] = value
+            mapping[retired.new_key] = value
         elif retired.neutral is not None and not _equal(value, retired.neutral):
             problems.append(f"{dotted} is {value!r}; this key {retired.advice}")
-    return kept, problems
+    return current, problems
 
 
 def _equal(value: Any, number: float) -> bool:

@@ -1,4 +1,4 @@
-"""What every room needs: devices, processes of a launch, batch-invariant CPU work, digests, model folders, 8-bit RGB.
+"""Devices, processes of a launch, batch-invariant CPU work, digests, model folders, 8-bit RGB.
 
-Imports ``errors`` only, and torch where it is needed.
+Every package may import it; it imports only ``errors``, and torch inside functions where possible.
 """

@@ -17,18 +17,18 @@ _POOLS = threading.local()  # .mine: {torch threads: the pool} of one calling th
 
 
 def on_single_threads(compute: Callable[[Tensor], Tensor], images: Tensor, size: int = 1) -> list[Tensor]:
-    """``compute`` of each of ``images`` (B, ...) alone, (1, ...), on one CPU thread each; B at a time as threads allow.
+    """``compute`` of each of ``images`` (B, ...) alone, (1, ...), each on one CPU thread, in parallel.
 
-    ``size`` gives each call that many images, for a ``compute`` whose results do not depend on the number of rows.
+    ``size`` passes that many images to each call, for a ``compute`` whose results do not depend on the number of rows.
 
-    Sums round differently with the number of rows and of threads that share them. So done, a result depends on its
-    image alone; and whole images are better to share out than their many small products. Calls may overlap.
+    Sums round differently with the number of rows and of threads. Here a result depends only on its own image, and one
+    image per thread is faster than sharing the many small products of each image. Calls may overlap.
     """
     inference, autocast = torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")
     dtype, gradients = torch.get_autocast_dtype("cpu"), torch.is_grad_enabled()
 
     def alone(image: Tensor) -> Tensor:
-        with (  # the caller's, which threads do not inherit
+        with (  # the caller's modes, which threads do not inherit
             torch.inference_mode(inference),
             torch.set_grad_enabled(gradients),
             torch.autocast("cpu", dtype, enabled=autocast),
@@ -39,22 +39,22 @@ def on_single_threads(compute: Callable[[Tensor], Tensor], images: Tensor, size:
     pool = _single_threads()
     if pool is None:
         return [alone(part) for part in parts]
-    running = [pool.submit(alone, part) for part in parts]
-    wait(running)  # all of them, also where one fails: none is left that uses the caller's images
-    # Taken out one by one: an error refers to the frames it has passed, and these must not refer to its future in turn.
-    # Such a circle would keep the images, the pool and its threads until the garbage collector happens to run.
-    return [running.pop(0).result() for _ in parts]
+    futures = [pool.submit(alone, part) for part in parts]
+    wait(futures)  # all of them, also if one fails: none may use the caller's images after this call
+    # Removed one by one: an error refers to the frames it has passed, and these must not refer to its future. Such a
+    # cycle would keep the images, the pool and its threads alive until the garbage collector runs.
+    return [futures.pop(0).result() for _ in parts]
 
 
 def _single_threads() -> ThreadPoolExecutor | None:
-    """As many threads as torch uses here, with one torch thread each; None where it uses one.
+    """A pool of as many threads as torch uses here, with one torch thread each; None if torch uses one.
 
-    The caller's own, and the same at every call: new threads would each take over a heap and the buffers of the
-    mathematics libraries, and memory would come and go by tens of megabytes a batch.
+    Each calling thread keeps its pool: new threads would each allocate a heap and the buffers of the mathematics
+    libraries, tens of megabytes a batch.
 
-    ``torch.set_num_threads`` sets the caller's number and that of every thread that is new to torch. So the workers
-    are all started before the old number is put back, by one call at a time; otherwise another call, or a thread that
-    starts meanwhile, would take the 1 for the process's own number and keep it.
+    ``torch.set_num_threads`` sets the number of the calling thread and of every thread that is new to torch. All
+    workers are therefore started before the old number is restored, by one call at a time; otherwise another call, or a
+    thread that starts meanwhile, would read 1 as the process's number and keep it.
     """
     with _STARTING:
         threads = torch.get_num_threads()
@@ -66,7 +66,7 @@ def _single_threads() -> ThreadPoolExecutor | None:
         started = threading.Barrier(threads)
 
         def start() -> None:
-            torch.get_num_threads()  # a thread's first use of torch takes over the process's number, so before the 1
+            torch.get_num_threads()  # a thread's first use of torch copies the process's number
             torch.set_num_threads(1)
             started.wait()
 
@@ -87,9 +87,9 @@ if hasattr(os, "register_at_fork"):  # not on Windows; a fork has none of its pa
 def each_row_alone(model: nn.Module) -> Iterator[None]:
     """On a CPU, ``model``'s linear layers multiply each row of a (B, 1, D) input alone.
 
-    Then a row rounds alike in a batch of any size, on a single thread (see ``on_single_threads``). For sampling, where
-    sequences grow by one position: 8 of them take about twice as long as in one product, and less than half as long as
-    one after the other. Other inputs, and other devices, are computed as ever.
+    On a single thread (see ``on_single_threads``) a row then rounds alike in a batch of any size. It is for sampling,
+    where sequences grow by one position: 8 of them take about twice as long as in one product, and less than half as
+    long as one after the other. Other inputs and other devices are computed as usual.
     """
     layers = [layer for layer in model.modules() if type(layer) is nn.Linear and layer.weight.device.type == "cpu"]
     for layer in layers:

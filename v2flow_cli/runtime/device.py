@@ -1,4 +1,4 @@
-"""Which device and which number format to use, decided by what the hardware is fast at."""
+"""The device, number format and batch size that suit the hardware."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 
 from v2flow_cli.errors import V2FlowError, foreign_errors
 
-# At 256 px: the scores of 256 tokens against 16,384 codes and as many words, and the autoencoder's activations.
+# At 256 px: the scores of 256 tokens against 16,384 codes and 16,384 words, and the autoencoder's activations.
 BYTES_AN_IMAGE = 64 * 2**20
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -23,7 +23,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 def pick_device(name: str = "auto") -> torch.device:
     """The torch device called ``name``; with ``cuda`` each process of a launch gets its own GPU.
 
-    ``auto`` is ``cuda`` where there is a GPU.
+    ``auto`` is ``cuda`` if there is a GPU, else ``mps`` or ``cpu``.
     Raises:  V2FlowError for a device that this machine does not have.
     """
     if name in ("auto", "cuda") and torch.cuda.is_available():
@@ -40,7 +40,7 @@ def pick_device(name: str = "auto") -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """``fp32``, ``bf16``, or ``auto``: bf16 where ``device`` multiplies it at least 1.5 times faster than float32.
+    """``fp32``, ``bf16``, or ``auto``: bf16 if ``device`` multiplies it at least 1.5 times faster than float32.
 
     Raises:  V2FlowError for any other name.
     """
@@ -52,16 +52,16 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def cpu_cores() -> int:
-    """CPU cores that this process may use; those of a launch on one machine share them."""
+    """CPU cores that this process may use; the processes of a launch on one machine share the cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def pick_batch_size(device: torch.device, image_size: int) -> int:
-    """Images of ``image_size`` pixels that are encoded or decoded at a time.
+    """How many images of ``image_size`` pixels to encode or decode at a time.
 
-    On a CPU 8: each image has one core, and more only take memory. On a GPU the largest power of two up to 256 that
-    fits into half of its free memory.
+    On a CPU 8: each image uses one core, and more images only use memory. On a GPU the largest power of two up to 256
+    that fits into half of its free memory.
     """
     if device.type != "cuda":
         return 8
@@ -71,42 +71,42 @@ def pick_batch_size(device: torch.device, image_size: int) -> int:
 
 
 def without_autocast(tensor: torch.Tensor) -> torch.autocast:
-    """A context in which nothing on the device of ``tensor`` is computed in less than its own type."""
-    kind = tensor.device.type  # "meta" while a run is planned
+    """A context without autocast on the device of ``tensor``."""
+    kind = tensor.device.type  # "meta" in a dry run
     return torch.autocast(kind if torch.amp.is_autocast_available(kind) else "cpu", enabled=False)
 
 
 _TF32_LOCK = threading.Lock()
-_tf32_uses: list[tuple[object, bool, bool]] = []  # of each open context: itself, matrix products, convolutions
+_tf32_uses: list[tuple[object, bool, bool]] = []  # of each open context: its identity, matrix products, convolutions
 
 
 @contextlib.contextmanager
 def tf32(allowed: bool) -> Iterator[None]:
-    """Within it, float32 products on a GPU may (or may not) round their factors to 10 bits of mantissa.
+    """A context in which float32 products on a GPU may (or may not) round their factors to 10 bits of mantissa.
 
-    torch's own default allows it in convolutions. Training allows it everywhere, because only training reads those
-    numbers; what a user reads (ids, images) is computed without it. The setting is global, so that of the context that
-    was entered last holds, in all threads; when all are left, the setting from before them is back.
+    torch's own default allows it in convolutions. Training allows it everywhere, because only training uses those
+    numbers; results for the user (ids, images) are computed without it. The setting is global: that of the context
+    entered last holds, in all threads, and after the last exit the original setting is restored.
     """
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    mine = (object(), allowed, allowed)
+    entry = (object(), allowed, allowed)
     with _TF32_LOCK:
         if not _tf32_uses:
             _tf32_uses.append((object(), matmul.allow_tf32, cudnn.allow_tf32))
-        _tf32_uses.append(mine)
+        _tf32_uses.append(entry)
         matmul.allow_tf32 = cudnn.allow_tf32 = allowed
     try:
         yield
     finally:
         with _TF32_LOCK:
-            _tf32_uses.remove(mine)
+            _tf32_uses.remove(entry)
             _, matmul.allow_tf32, cudnn.allow_tf32 = _tf32_uses[-1]
             if len(_tf32_uses) == 1:
                 _tf32_uses.clear()
 
 
 def describe_hardware() -> str:
-    """One process's hardware in a few words, for model cards and benches."""
+    """The hardware of this process in a few words, for model cards and benches."""
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
     return f"{torch.get_num_threads()} CPU threads ({platform.machine()}, {torch.backends.cpu.get_cpu_capability()})"
@@ -119,8 +119,8 @@ def _bf16_is_fast(device_type: str) -> bool:
     if device_type != "cpu":
         return False
 
-    # CPUs without AMX or AVX512-BF16 emulate bf16 up to 100 times slower than float32, and no public flag
-    # tells the two apart on every platform: 256 x 256 products (33 MFLOP) tell in milliseconds.
+    # CPUs without AMX or AVX512-BF16 emulate bf16 up to 100 times slower than float32, and no public flag says so on
+    # every platform. Products of 256 x 256 matrices (33 MFLOP) measure it in milliseconds.
     def seconds(dtype: torch.dtype) -> float:
         a = torch.ones(256, 256, dtype=dtype)
         times = []

@@ -1,4 +1,4 @@
-"""Which model this is, in 16 hex digits."""
+"""The digest of a model: 16 hex digits."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def model_digest(settings: str, weights: Mapping[str, Tensor]) -> str:
-    """16 hex digits over settings, names and values; a weight counts as float32, whatever type it is held in."""
+    """16 hex digits over settings, names and values; weights of any type count as float32."""
     sha = hashlib.sha256(settings.encode())
     for name, tensor in sorted(weights.items()):
         sha.update(name.encode())

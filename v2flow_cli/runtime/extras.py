@@ -1,4 +1,4 @@
-"""Packages that only some commands need, and the sentence that names the extra where one is missing."""
+"""Packages that only some commands need, and the error that names the extra if one is missing."""
 
 from __future__ import annotations
 
@@ -9,19 +9,21 @@ from v2flow_cli.errors import ModelError
 
 
 class MissingExtra(ModelError):
-    """A package that the plain install leaves out."""
+    """A missing package that is not part of the plain install."""
 
 
 @contextmanager
 def extra(name: str, package: str, what: str) -> Iterator[None]:
-    """Around ``import PACKAGE``, which the extra ``name`` of this project installs, and ``what`` needs.
+    """A context around ``import PACKAGE``, a package of the extra ``name`` that ``what`` needs.
 
-    Raises:  MissingExtra, which names the extra, where the package is not installed.
+    Raises:  MissingExtra, which names the extra, if the package is not installed.
     """
     try:
         yield
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != package:  # the package is there, and something that it needs is not
+        if (error.name or "").partition(".")[
+            0
+        ] != package:  # the package is installed, but not one of its own dependencies
             raise
         raise MissingExtra(
             f"{what} needs the package {package.replace('_', '-')}, which is not installed. Install it with: "

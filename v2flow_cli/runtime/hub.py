@@ -1,4 +1,4 @@
-"""What a user calls a model, a folder or an id on the Hugging Face hub, to a folder on this disk."""
+"""A model's folder, or its id on the Hugging Face hub, to a folder on this disk; uploads to the hub."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from v2flow_cli.errors import ModelError, foreign_errors, reason_of
 
 REPO_ID = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")  # NAME or OWNER/NAME
-ANSWER_SECONDS = 5.0  # in which the hub has to say whether it knows a repository
+ANSWER_SECONDS = 5.0  # that the hub has to answer whether a repository exists
 WEIGHTS = ("*.safetensors",)
 PAGES = ("README.md", "recipe.yaml")
 SETTINGS = ("*.json", "*.jinja", "*.txt", "*.model", "*.npy")  # configs, and what text tokenizers need
@@ -26,15 +26,16 @@ def model_folder(
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
 ) -> Path:
-    """The folder ``name``; or the hub's repository of that id, from its cache or fetched into it.
+    """The folder ``name``, or the hub's repository of that id, from the hub's cache or downloaded into it.
 
-    A path that does not exist is told at once: OWNER/NAME is such a path where a folder OWNER lies here. Without a
-    network, with a hub that is silent, or with ``HF_HUB_OFFLINE=1``, what the cache holds of the repository is taken.
+    A path that does not exist is an error at once: OWNER/NAME is a path if the current folder has a folder OWNER.
+    Without a network, if the hub does not answer, and with ``HF_HUB_OFFLINE=1``, the repository's files in the cache
+    are used.
 
-    Args:    patterns, of the files wanted (those in subfolders are left out); revision, a branch, tag or commit;
+    Args:    patterns, of the files (those in subfolders are left out); revision, a branch, tag or commit;
              token, for a private repository (default: that of ``hf auth login`` or HF_TOKEN); cache_dir, instead of
-             the hub client's own; local_files_only, do not ask the hub.
-    Raises:  ModelError for a folder or repository that is not there or may not be read.
+             the hub client's own; local_files_only, do not contact the hub.
+    Raises:  ModelError for a folder or repository that does not exist or may not be read.
     """
     path = Path(name).expanduser()
     if path.is_dir():
@@ -50,11 +51,11 @@ def model_folder(
     files["ignore_patterns"] = ["*/*", "*.fp16.*"]
     try:
         if not local_files_only:
-            # Asked first: for a hub that is silent, snapshot_download would wait for ever.
+            # First, because snapshot_download would wait for ever for a hub that does not answer.
             HfApi(token=token).repo_info(text, revision=revision, timeout=ANSWER_SECONDS)
             return Path(snapshot_download(text, revision=revision, **files))
         reason: Exception = errors.OfflineModeIsEnabled()
-    except Exception as error:  # the hub client, its HTTP library and the disk have a dozen kinds
+    except Exception as error:  # the hub client, its HTTP library and the disk raise a dozen kinds
         reason = error
     try:
         if isinstance(reason, errors.RevisionNotFoundError):
@@ -66,22 +67,22 @@ def model_folder(
 
 
 def may_be_hub_id(name: str) -> bool:
-    """True for NAME, and for OWNER/NAME where no folder OWNER lies here."""
+    """True for NAME, and for OWNER/NAME if the current folder has no folder OWNER."""
     return bool(REPO_ID.fullmatch(name)) and ("/" not in name or not Path(name).parent.is_dir())
 
 
 def create_repository(repo_id: str, *, public: bool = False) -> None:
-    """A repository for a model on the hub, private unless ``public``; one that exists stays as visible as it is.
+    """Create a model repository on the hub, private unless ``public``; an existing one keeps its visibility.
 
-    Raises:  ModelError where the id is none, or the user may not write there.
+    Raises:  ModelError if the id is invalid, or the user may not write there.
     """
     if not REPO_ID.fullmatch(repo_id):
         raise ModelError(f"--push {repo_id}: not a repository id; expected OWNER/NAME.")
     from huggingface_hub import HfApi
 
     with foreign_errors(
-        f"--push {repo_id}: the hub gives no place to write",
-        "Log in with a token that may write (`hf auth login`, or HF_TOKEN), or leave --push out.",
+        f"--push {repo_id}: the hub does not allow writing",
+        "Log in with a write token (`hf auth login`, or HF_TOKEN), or leave out --push.",
     ):
         HfApi().create_repo(repo_id, private=not public, exist_ok=True)
 
@@ -89,12 +90,12 @@ def create_repository(repo_id: str, *, public: bool = False) -> None:
 def push_model(folder: Path, repo_id: str) -> str:
     """Upload the model in ``folder``, without checkpoints and logs, as one commit; returns the page's address.
 
-    Raises:  ModelError where the hub does not take it.
+    Raises:  ModelError if the hub refuses it.
     """
     from huggingface_hub import HfApi
 
     with foreign_errors(
-        f"--push {repo_id}: the model is whole in {folder}, but could not be uploaded",
+        f"--push {repo_id}: the model is complete in {folder}, but could not be uploaded",
         "Run the same command with --resume to push it again.",
     ):
         api = HfApi()
@@ -109,34 +110,34 @@ def push_model(folder: Path, repo_id: str) -> str:
 
 
 def _similar(path: Path) -> str:
-    """The folder that ``path`` may be a misspelling of, as a question; empty where there is none."""
-    found = Path(path.anchor)
+    """The folder that ``path`` may misspell, as a question; empty if there is none."""
+    folder = Path(path.anchor)
     for part in path.parts[1:] if path.anchor else path.parts:
-        if part != ".." and not (found / part).is_dir():
+        if part != ".." and not (folder / part).is_dir():
             try:
-                names = [folder.name for folder in found.iterdir() if folder.is_dir()]
+                names = [child.name for child in folder.iterdir() if child.is_dir()]
             except OSError:
                 return ""
             close = difflib.get_close_matches(part, names, n=1, cutoff=0.7)
             if not close:
                 return ""
             part = close[0]
-        found /= part
-    return f" Did you mean {found}?"
+        folder /= part
+    return f" Did you mean {folder}?"
 
 
 def _reason(error: Exception) -> str:
     from huggingface_hub import errors
 
     if isinstance(error, errors.GatedRepoError):
-        return "a gated repository; ask for access on its page, and give a token (`hf auth login`)"
+        return "a gated repository; request access on its page, and log in (`hf auth login`)"
     if isinstance(error, errors.RevisionNotFoundError):
         return "the hub has this repository, but no such revision"
     if isinstance(error, errors.RepositoryNotFoundError):
         return "no such folder, and no such repository on the hub; a private one needs a token (`hf auth login`)"
     missing = "no such folder, not complete in the hub's cache, and the hub"
     if isinstance(error, errors.OfflineModeIsEnabled):
-        return f"{missing} is not asked, being offline"
+        return f"{missing} is not contacted in offline mode"
     if isinstance(error, errors.HfHubHTTPError):
         return f"{missing} refuses ({reason_of(error)})"
     return f"{missing} cannot be reached ({reason_of(error)})"

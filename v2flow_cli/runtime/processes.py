@@ -1,7 +1,7 @@
-"""Communication between the processes of one launch (`accelerate launch`, torchrun): the only collectives we call.
+"""Communication between the processes of one launch (`accelerate launch`, torchrun): all collectives are called here.
 
-Without a launch every function here returns what a single process has. ``device`` is where the exchanged tensors lie:
-the process's GPU where the launch talks through NCCL, else the CPU.
+Without a launch every function returns the result of a single process. ``device`` is that of the exchanged tensors: the
+process's GPU if the launch uses NCCL, else the CPU.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from torch import Tensor
 
 from v2flow_cli.errors import SharedError, V2FlowError
 
-# A rank that has finished waits for the slowest for as long as it takes; the launcher ends it when another one fails.
-_PATIENCE = datetime.timedelta(days=30)
+# A finished rank waits for the slowest without a limit; the launcher ends it when another rank fails.
+_TIMEOUT = datetime.timedelta(days=30)
 CPU = torch.device("cpu")
 
 
 def world_size() -> int:
-    """The number of processes that can talk to each other."""
+    """The number of processes of the launch."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
@@ -39,37 +39,37 @@ def gather_rows(rows: Tensor) -> Tensor:
 
 
 def sum_in_place(tensor: Tensor) -> Tensor:
-    """``tensor``, now the sum over all processes."""
+    """Replace ``tensor`` by its sum over all processes, and return it."""
     if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
 def copy_from_first(tensor: Tensor) -> Tensor:
-    """``tensor``, now that of the first process."""
+    """Replace ``tensor`` by that of the first process, and return it."""
     if world_size() > 1:
         dist.broadcast(tensor, 0)
     return tensor
 
 
 def maximum(values: Sequence[float]) -> list[float]:
-    """Of each value the largest over all processes, on every process; exchanged by the hosts, whatever GPUs do."""
+    """The maximum of each value over all processes, on every process; the hosts exchange it without the GPUs."""
     if world_size() == 1:
         return list(values)
-    shared = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(shared, op=dist.ReduceOp.MAX, group=_hosts())
-    return shared.tolist()
+    tensor = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=_hosts())
+    return tensor.tolist()
 
 
 @functools.cache
 def _hosts() -> dist.ProcessGroup | None:
-    """The group that exchanges CPU tensors. Through NCCL each exchange would wait for all that its GPU has to do."""
+    """The group that exchanges CPU tensors. With NCCL each exchange would wait for all work of its GPU."""
     group = None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
     return group if isinstance(group, dist.ProcessGroup) else None
 
 
 def gather_texts(text: str, device: torch.device = CPU) -> list[str]:
-    """The text of every process, by rank, on every process; one small exchange where all texts are empty."""
+    """The text of every process, by rank, on every process; one small exchange if all texts are empty."""
     if world_size() == 1:
         return [text]
     content = torch.tensor(list(text.encode("utf-8", "backslashreplace")), dtype=torch.uint8, device=device)
@@ -82,7 +82,7 @@ def gather_texts(text: str, device: torch.device = CPU) -> list[str]:
 
 
 def raise_everywhere(problem: str, device: torch.device) -> None:
-    """Raises: SharedError with the problems of all processes, on every process; nothing where all texts are empty."""
+    """Raises: SharedError with the problems of all processes, on every process; nothing if all texts are empty."""
     problems = [text for text in gather_texts(problem, device) if text]
     if problems:
         raise SharedError(" ".join(dict.fromkeys(problems)))
@@ -90,23 +90,22 @@ def raise_everywhere(problem: str, device: torch.device) -> None:
 
 @contextlib.contextmanager
 def losing_contact(where: Callable[[], str]) -> Iterator[None]:
-    """Turns what a collective raises when another process has gone into a sentence that starts with ``where()``."""
+    """Turn the error of a collective whose peer has ended into a V2FlowError that starts with ``where()``."""
     try:
         yield
     except RuntimeError as error:
         text = str(error).lower()
-        gone = isinstance(error, dist.DistError) or any(sign in text for sign in ("gloo", "nccl", "closed by peer"))
-        if not gone:
+        if not isinstance(error, dist.DistError) and not any(s in text for s in ("gloo", "nccl", "closed by peer")):
             raise
         raise V2FlowError(
-            f"{where()}: lost contact with another process of this launch; its own message, or the launcher's, says "
-            "why. Continue with --resume."
+            f"{where()}: lost contact with another process of this launch; see its own message, or the launcher's. "
+            "Continue with --resume."
         ) from error
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process is number ``rank`` of ``count``; the numbers and texts that they exchange lie on the CPU."""
+    """This process is number ``rank`` of ``count``; they exchange CPU tensors."""
 
     rank: int = 0
     count: int = 1
@@ -123,13 +122,13 @@ class Processes:
 
 @contextlib.contextmanager
 def launch() -> Iterator[Processes]:
-    """The processes of this launch by its environment (RANK, WORLD_SIZE, ...); one where there is no launcher.
+    """The processes of this launch by its environment (RANK, WORLD_SIZE, ...); a single one without a launcher.
 
-    They talk through gloo on the CPU: messages are small, and devices stay free.
+    They communicate through gloo on the CPU: messages are small, and devices stay free.
     """
     processes = Processes(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
     if processes.count > 1:
-        dist.init_process_group("gloo", timeout=_PATIENCE)
+        dist.init_process_group("gloo", timeout=_TIMEOUT)
     try:
         yield processes
     finally:
@@ -138,9 +137,9 @@ def launch() -> Iterator[Processes]:
 
 
 def prepare_cpu_launch() -> None:
-    """Let accelerate find the processes of a launch where there is no GPU; call it before the first Accelerator.
+    """Let accelerate connect the processes of a launch without GPUs; call it before the first Accelerator.
 
-    Without this each of torchrun's processes on CPUs takes itself for the only one, and all write the same files.
+    Without this each of torchrun's processes would run alone, and all would write the same files.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available():
         os.environ.setdefault("ACCELERATE_USE_CPU", "true")
