@@ -106,7 +106,7 @@ def test_squares_stay_the_default_and_are_not_mixed_with_shapes(run, photos, tmp
     assert run("encode", photos, "-o", tmp_path / "t").exit_code == 0
     assert json.loads((tmp_path / "t/manifest.json").read_text())["format_version"] == 1
     done = run("encode", photos, "-o", tmp_path / "t", "--aspect", "keep")
-    assert done.exit_code == 1 and "at 32 px, each in its own shape" in done.stderr and "--force" in done.stderr
+    assert done.exit_code == 1 and "at 32 px, in their own shapes" in done.stderr and "--force" in done.stderr
     done = run("encode", photos, "-o", tmp_path / "u", *KEEP, "--tokens", 4)
     assert done.exit_code == 1 and "--aspect keep and --tokens 4: an image has as many tokens as" in done.stderr
 
@@ -124,7 +124,7 @@ def test_a_language_model_refuses_shapes(run, photos, tmp_path):
     [
         ('{"key": "wide", "captions": []}', r"size is None; expected \[height, width\]"),
         ('{"key": "wide", "captions": [], "size": [0, 3]}', r"size is \[0, 3\]"),
-        ("", "missing or empty, and it alone knows the images' sizes"),
+        ("", "missing or empty, but it holds the images' sizes"),
     ],
 )
 def test_a_lost_size_is_one_sentence(run, photos, tmp_path, line, message):

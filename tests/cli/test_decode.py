@@ -142,7 +142,7 @@ def test_tokens_of_another_tokenizer_are_refused(run, tokens, tmp_path):
     TokenManifest("f" * 16, (32, 32), 64, 4, {"a": 1}).save(tokens)
     done = run(tokens / "a.npy", "-o", tmp_path / "out")
     assert done.exit_code == 1
-    assert "a.npy: made by tokenizer ffffffffffffffff, but the model at hand is" in done.stderr
+    assert "a.npy: encoded by tokenizer ffffffffffffffff, but this tokenizer is" in done.stderr
     assert not (tmp_path / "out").exists()
 
 
@@ -150,7 +150,7 @@ def test_tokens_of_another_tokenizer_are_refused(run, tokens, tmp_path):
     ("array", "message"),
     [
         (np.zeros(4, np.float32), "dtype is float32"),
-        (np.array([None] * 4), "not a whole .npy"),
+        (np.array([None] * 4), "not a complete .npy"),
         (np.full(4, 64), "holds the id 64"),
         (np.zeros(5, np.uint16), "5 tokens an image do not fit this model"),
         (np.zeros((1, 1, 4), np.uint16), "shape is (1, 1, 4)"),

@@ -71,7 +71,7 @@ def test_parquet_trains_as_the_token_files_do_and_is_refused_for_another_tokeniz
     token_set(tmp_path / "others", digest="0" * 16)
     (table,) = write_parquet(tmp_path / "others")
     other = replace(recipe, data=replace(recipe.data, token_sets=(str(table),)), output=str(tmp_path / "other"))
-    with pytest.raises(TokenFileError, match="made by tokenizer 0000000000000000, but the model at hand is"):
+    with pytest.raises(TokenFileError, match="encoded by tokenizer 0000000000000000, but this tokenizer is"):
         finetune(other, log=print)
 
 
@@ -210,7 +210,7 @@ def test_bad_inputs(recipe, tmp_path, token_set):
     with pytest.raises(ModelError, match=r"a sample takes up to 609 tokens.*context is 256"):
         finetune(replace(recipe, data=replace(recipe.data, max_caption_tokens=600)), log=print)
     token_set(tmp_path / "others", digest="f" * 16)
-    with pytest.raises(TokenFileError, match="made by tokenizer ffff"):
+    with pytest.raises(TokenFileError, match="encoded by tokenizer ffff"):
         finetune(replace(recipe, data=replace(recipe.data, token_sets=(str(tmp_path / "others"),))), log=print)
 
 

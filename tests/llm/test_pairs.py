@@ -87,7 +87,7 @@ def test_token_sets_must_belong_together(tmp_path, token_set):
     assert check("a") == (4, 12)
     with pytest.raises(DataError, match=r"one number of tokens an image.*a: 4.*b: 6"):
         check("a", "b")
-    with pytest.raises(TokenFileError, match="made by tokenizer ffff"):
+    with pytest.raises(TokenFileError, match="encoded by tokenizer ffff"):
         check("a", "c")
     with pytest.raises(TokenFileError, match="no token manifest"):
         check(".")

@@ -78,7 +78,7 @@ def test_killed_while_a_set_is_replaced(images, tmp_path, every):
         assert code == -signal.SIGKILL
         if (out / REPLACING).exists():  # readers refuse what is half old and half new
             states.add("moving")
-            with pytest.raises(DataError, match="being moved in, or that was interrupted"):
+            with pytest.raises(DataError, match="is replacing this one, or was interrupted"):
                 find_tars([out])
         else:
             states.add("old" if {k: v for k, v in content(out).items() if "/" not in k} == before else "new")

@@ -12,7 +12,7 @@ from PIL import Image
 from v2flow_cli.errors import DataError
 from v2flow_cli.jobs.shard import ShardReport, write_shards
 from v2flow_cli.jobs.shard_sources import Source, sources_from_classes, sources_from_sidecars, sources_from_table
-from v2flow_cli.store.find import FoundFile, find_tars
+from v2flow_cli.store.find import InputFile, find_tars
 from v2flow_cli.store.names import safe_key
 from v2flow_cli.store.shard_index import read_member
 from v2flow_cli.store.shards import index_shard, iterate_shard
@@ -59,14 +59,14 @@ def test_every_truncation_is_noticed_and_only_whole_samples_remain(tmp_path):
     content = write_tar(tmp_path / "t.tar", [(f"{i}.jpg", b"x" * 700) for i in range(4)]).read_bytes()
     end = 4 * (512 + 1024)
     (tmp_path / "cut.tar").write_bytes(content[:100])
-    with pytest.raises(DataError, match=r"cut\.tar: not a whole tar"):
+    with pytest.raises(DataError, match=r"cut\.tar: not a complete tar"):
         index_shard(tmp_path / "cut.tar")
     for size in range(512, end + 512, 128):
         (tmp_path / "cut.tar").write_bytes(content[:size])
         index = index_shard(tmp_path / "cut.tar")
         # Nobody can tell whether the last one before the cut had a caption to come.
         assert [s.key for s in index.samples] == [str(i) for i in range(max(0, size // 1536 - 1))]
-        assert index.failures[-1].samples is None and "damaged or cut short at byte" in index.failures[-1].reason
+        assert index.failures[-1].samples is None and "damaged or truncated at byte" in index.failures[-1].reason
     (tmp_path / "cut.tar").write_bytes(content[: end + 512])  # only padding is missing
     index = index_shard(tmp_path / "cut.tar")
     assert len(index.samples) == 4 and not index.failures
@@ -82,18 +82,18 @@ def test_a_damaged_or_zeroed_header_is_noticed_not_taken_for_the_end(tmp_path, d
     index = index_shard(tmp_path / "t.tar")
     assert [s.key for s in index.samples] == ["0"]
     assert [f.key for f in index.failures] == ["1", None]
-    assert "damaged or cut short at byte 3,072" in index.failures[1].reason
+    assert "damaged or truncated at byte 3,072" in index.failures[1].reason
 
 
 def test_what_is_no_plain_tar(tmp_path):
     with pytest.raises(DataError, match="no such shard"):
         index_shard(tmp_path / "none.tar")
     (tmp_path / "text.tar").write_text("text" * 500)
-    with pytest.raises(DataError, match="not a whole tar"):
+    with pytest.raises(DataError, match="not a complete tar"):
         index_shard(tmp_path / "text.tar")
     with tarfile.open(tmp_path / "z.tar", "w:xz") as tar:
         tar.addfile(tarfile.TarInfo("1.jpg"))
-    with pytest.raises(DataError, match="not a whole tar"):
+    with pytest.raises(DataError, match="not a complete tar"):
         index_shard(tmp_path / "z.tar")
 
 
@@ -186,7 +186,7 @@ def test_shards_are_not_overwritten_unless_forced(tmp_path):
         write_shards(sources_from_sidecars(tmp_path / "src"), out, prefix="s", shard_bytes=10**6)
     bad = tmp_path / "bad.png"
     bad.write_bytes(b"x")
-    report = write_shards([Source(FoundFile(bad, "bad"), ())], out, prefix="s", shard_bytes=1, force=True)
+    report = write_shards([Source(InputFile(bad, "bad"), ())], out, prefix="s", shard_bytes=1, force=True)
     assert report.samples == 0
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before  # nothing good to put in its place
     write_shards(sources_from_sidecars(tmp_path / "src"), out, prefix="s", shard_bytes=10**6, force=True)

@@ -36,7 +36,7 @@ def test_ids_round_trip_in_the_smallest_type(tmp_path, codebook_size, dtype, sha
     [
         (np.zeros(4, np.float32), "dtype is float32; token ids are integers"),
         (np.zeros(4, bool), "dtype is bool"),
-        (np.array([1, None, 2, 3], object), "not a whole .npy of token ids"),
+        (np.array([1, None, 2, 3], object), "not a complete .npy of token ids"),
         (np.zeros((), np.uint16), r"shape is \(\)"),
         (np.zeros((2, 2, 4), np.uint16), r"shape is \(2, 2, 4\)"),
         (np.zeros((0, 4), np.uint16), "npy"),
@@ -61,7 +61,7 @@ def test_files_that_are_no_arrays(tmp_path):
     np.save(tmp_path / "cut.npy", np.zeros(400, np.uint16))
     (tmp_path / "cut.npy").write_bytes((tmp_path / "cut.npy").read_bytes()[:-10])
     for name in ("empty", "text", "cut"):
-        with pytest.raises(TokenFileError, match=r"not a whole \.npy"):
+        with pytest.raises(TokenFileError, match=r"not a complete \.npy"):
             load_token_ids(tmp_path / f"{name}.npy", 64)
     with pytest.raises(TokenFileError, match="an archive of arrays"):
         load_token_ids(tmp_path / "zip.npy", 64)
@@ -135,7 +135,7 @@ def test_a_damaged_manifest(tmp_path, content):
 
 def test_another_tokenizer_is_refused():
     MANIFEST.check_tokenizer("0123456789abcdef", "x.npy")
-    with pytest.raises(TokenFileError, match="made by tokenizer 0123456789abcdef, but the model at hand is ffff"):
+    with pytest.raises(TokenFileError, match="encoded by tokenizer 0123456789abcdef, but this tokenizer is ffff"):
         MANIFEST.check_tokenizer("ffff", "x.npy")
 
 
@@ -249,8 +249,8 @@ def test_the_end_mark_of_the_largest_codebook_needs_the_wider_type(tmp_path):
 @pytest.mark.parametrize(
     ("ids", "message"),
     [
-        ([[1, 64, 2], [1, 2, 3]], "64, which ends a short row, stands before an id or alone"),
-        ([[64, 64, 64], [1, 2, 3]], "64, which ends a short row, stands before an id or alone"),
+        ([[1, 64, 2], [1, 2, 3]], "the padding 64 comes before an id, or fills a row"),
+        ([[64, 64, 64], [1, 2, 3]], "the padding 64 comes before an id, or fills a row"),
         ([[1, 65, 64], [1, 2, 3]], "holds the id 65"),
         ([1, 64], "holds the id 64"),
         ([[1, 2, 3, 4, 5]], "5 tokens an image; expected at most 4"),

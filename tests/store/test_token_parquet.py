@@ -106,7 +106,7 @@ def test_what_does_not_belong_is_one_sentence(token_set):
         load_parquet_manifest([path])
     for damaged in (b"", content[: len(content) // 2], b"PAR1" + content[4:-30] + content[:30]):
         path.write_bytes(damaged)
-        with pytest.raises(TokenFileError, match="not a whole Parquet file"):
+        with pytest.raises(TokenFileError, match="not a complete Parquet file"):
             list(read_parquet([path]))
     with pytest.raises(TokenFileError, match="no such file"):
         load_parquet_manifest([token_set / "none.parquet"])

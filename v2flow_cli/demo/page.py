@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from v2flow_cli.bench.report.page import DrawnPicture
-    from v2flow_cli.store.find import FoundFile
+    from v2flow_cli.store.find import InputFile
     from v2flow_cli.tokenizer import V2FlowTokenizer
 
 GUIDANCE_SCALES = (1.0, 3.0)
@@ -112,28 +112,28 @@ def demo(
     result(f"The page is at {(out / 'index.html').resolve()}")
 
 
-def _write_sample_photos(folder: Path) -> list[FoundFile]:
+def _write_sample_photos(folder: Path) -> list[InputFile]:
     """The sample photos as PNG files, as if a user had brought them."""
     from v2flow_cli.assets import sample_photos
     from v2flow_cli.store.files import write_bytes
-    from v2flow_cli.store.find import FoundFile
+    from v2flow_cli.store.find import InputFile
     from v2flow_cli.store.images import png_bytes
 
     files = []
     for name, image in sample_photos():
         write_bytes(folder / f"{name}.png", png_bytes(image))
-        files.append(FoundFile(folder / f"{name}.png", name))
+        files.append(InputFile(folder / f"{name}.png", name))
     return files
 
 
 def _decode(
-    tokenizer: V2FlowTokenizer, files: Sequence[FoundFile], out: Path, scale: float, dtype: torch.dtype
+    tokenizer: V2FlowTokenizer, files: Sequence[InputFile], out: Path, scale: float, dtype: torch.dtype
 ) -> None:
     """The saved tokens of ``files`` back to PNG files in ``out/guidance-SCALE``."""
     from v2flow_cli.jobs.decode import decode_files, open_token_files
-    from v2flow_cli.store.find import FoundFile
+    from v2flow_cli.store.find import InputFile
 
-    tokens = [FoundFile(out / "tokens" / f"{file.key}.npy", file.key) for file in files]
+    tokens = [InputFile(out / "tokens" / f"{file.key}.npy", file.key) for file in files]
     opened, report = open_token_files(tokenizer, tokens, out / f"guidance-{scale:g}", force=True)
     with progress(f"tokens to photos, guidance {scale:g}", len(files)) as tick:
         decode_files(

@@ -19,7 +19,7 @@ from v2flow_cli.errors import TokenFileError
 from v2flow_cli.runtime.device import cpu_cores, pick_batch_size
 from v2flow_cli.store.failures import Failure
 from v2flow_cli.store.files import check_absent, map_ahead, write_bytes
-from v2flow_cli.store.find import FoundFile
+from v2flow_cli.store.find import InputFile
 from v2flow_cli.store.images import png_bytes
 from v2flow_cli.store.names import safe_key
 from v2flow_cli.store.paths import names_a_picture
@@ -62,7 +62,7 @@ def image_seed(seed: int, key: str) -> int:
 
 
 def open_token_files(
-    tokenizer: V2FlowTokenizer, files: Sequence[FoundFile], out: Path, *, force: bool
+    tokenizer: V2FlowTokenizer, files: Sequence[InputFile], out: Path, *, force: bool
 ) -> tuple[list[TokenRows], DecodeReport]:
     """The files that fit ``tokenizer``, and a report that lists those that do not.
 
@@ -89,7 +89,7 @@ def open_token_files(
 
 
 def _open(
-    tokenizer: V2FlowTokenizer, file: FoundFile, manifest: TokenManifest | None, out: Path, taken: set[str]
+    tokenizer: V2FlowTokenizer, file: InputFile, manifest: TokenManifest | None, out: Path, taken: set[str]
 ) -> TokenRows:
     """The rows of a checked file and where their PNGs go, under names that are in ``taken`` from now on."""
     if manifest is None:

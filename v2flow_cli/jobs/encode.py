@@ -25,7 +25,7 @@ from v2flow_cli.runtime.processes import Processes
 from v2flow_cli.store.captions import captions_beside, captions_of
 from v2flow_cli.store.failures import Failure, load_failures, save_failures
 from v2flow_cli.store.files import fingerprint, map_ahead
-from v2flow_cli.store.find import FoundFile
+from v2flow_cli.store.find import InputFile
 from v2flow_cli.store.images import open_image
 from v2flow_cli.store.not_taken import NotTaken
 from v2flow_cli.store.shard_index import SampleIndex, read_member
@@ -205,7 +205,7 @@ def _longest_of_any_shape(tokenizer: V2FlowTokenizer, side: int, prefixes: Prefi
 
 def encode_files(
     encoder: SetEncoder,
-    images: Sequence[FoundFile],
+    images: Sequence[InputFile],
     out: Path,
     *,
     force: bool,
@@ -260,7 +260,7 @@ def _save_captions(target: Path, key: str, captions: Sequence[str], size: tuple[
 
 def encode_shards(
     encoder: SetEncoder,
-    shards: Sequence[FoundFile],
+    shards: Sequence[InputFile],
     out: Path,
     *,
     force: bool,
@@ -319,7 +319,7 @@ def _bad_path(target: Path) -> Path:
 
 
 def _encode_shard(
-    encoder: SetEncoder, shard: FoundFile, target: Path, verify: Verify, tick: Tick, report: EncodeReport
+    encoder: SetEncoder, shard: InputFile, target: Path, verify: Verify, tick: Tick, report: EncodeReport
 ) -> int:
     """Write a shard's tokens, keys and bad samples, and count them in ``report``; returns the number of good ones."""
     captions: dict[str, tuple[str, ...]] = {}

@@ -13,7 +13,7 @@ from v2flow_cli.errors import DataError
 from v2flow_cli.store.captions import captions_beside, captions_of
 from v2flow_cli.store.failures import Failure
 from v2flow_cli.store.files import fingerprint
-from v2flow_cli.store.find import FoundFile, find_images, find_tars
+from v2flow_cli.store.find import InputFile, find_images, find_tars
 from v2flow_cli.store.images import read_bytes
 from v2flow_cli.store.names import safe_prefixes
 from v2flow_cli.store.not_taken import NotTaken
@@ -31,7 +31,7 @@ class Source:
     raises.
     """
 
-    image: FoundFile
+    image: InputFile
     captions: tuple[str, ...]
     member: SampleIndex | None = None
     stamp: str | None = None
@@ -116,7 +116,7 @@ def sources_from_tars(
         left.merge(index.not_taken)
         for sample in index.samples:
             if sample.image is not None:
-                yield Source(FoundFile(shard.path, f"{prefix}/{sample.key}"), (), sample, stamp)
+                yield Source(InputFile(shard.path, f"{prefix}/{sample.key}"), (), sample, stamp)
 
 
 def sources_from_table(

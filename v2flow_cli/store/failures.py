@@ -1,4 +1,4 @@
-"""What was left out of a set, where, and why; and how much of that is tolerated."""
+"""Samples and files that could not be used, with the reason, and the error budget."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from v2flow_cli.store.text import printable, whole_lines
 
 @dataclass(frozen=True)
 class Failure:
-    """Something that was left out, and why.
+    """A sample or file that could not be used, and why.
 
-    source: a file, or the shard of the sample ``key``; samples: how many are lost, None where nobody can know.
+    source: a file, or the shard of the sample ``key``; samples: how many are lost, None if unknown.
     """
 
     source: str
@@ -39,13 +39,13 @@ class Failure:
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> Failure:
-        """What ``as_json`` wrote; files of earlier versions call the source ``shard``."""
+        """The inverse of ``as_json``; files of earlier versions call the source ``shard``."""
         source = record["source"] if "source" in record else record["shard"]
         return cls(source, record["reason"], record["key"], record["samples"])
 
 
 def over_budget(failures: Iterable[Failure], good: int, budget: float) -> bool:
-    """True where more than the share ``budget`` of ``good`` and bad samples is bad, or nobody knows how many are."""
+    """True if more than the share ``budget`` of all samples is bad, or an unknown number of them."""
     lost = [failure.samples for failure in failures]
     if None in lost:
         return budget < 1
@@ -54,10 +54,10 @@ def over_budget(failures: Iterable[Failure], good: int, budget: float) -> bool:
 
 
 def budget_error(failures: Sequence[Failure], budget: float) -> DataError:
-    """What to raise where a training set is ``over_budget``."""
-    first, more = failures[0], f" (and {len(failures) - 1} more such)" if len(failures) > 1 else ""
+    """The error for a training set that is ``over_budget``."""
+    first, more = failures[0], f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
     return DataError(
-        f"{first.name}: {first.reason}{more}. That is over the error budget of {budget:.2%} of the samples. Restore "
+        f"{first.name}: {first.reason}{more}. This exceeds the error budget of {budget:.2%} of the samples. Restore "
         "the data, or raise data.error_budget."
     )
 
@@ -69,7 +69,7 @@ def save_failures(path: Path, failures: Iterable[Failure]) -> None:
 
 
 def load_failures(path: Path) -> list[Failure]:
-    """What ``save_failures`` wrote; none where there is no such file.  Raises: DataError for a damaged one."""
+    """The failures in a file of ``save_failures``; empty if there is none.  Raises: DataError for a damaged file."""
     try:
         return [Failure.from_json(json.loads(line)) for line in whole_lines(path.read_bytes())]
     except (FileNotFoundError, NotADirectoryError):

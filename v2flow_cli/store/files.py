@@ -1,4 +1,4 @@
-"""Writing without half files, refusing to overwrite, hashing, and reading ahead in threads."""
+"""Atomic writes, refusal to overwrite, hashes, and reading ahead in threads."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from v2flow_cli.errors import DataError, UnwritableName
 from v2flow_cli.runtime.permissions import set_default_mode
 from v2flow_cli.store.names import temporary_name
 
-# Too long, not allowed on this file system, or a file and a folder under one name.
-_OF_THE_NAME = (errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ, errno.EISDIR, errno.ENOTDIR)
-_END = 65_536  # bytes at the beginning and end of a file that its fingerprint is taken of
+# The name is too long, not allowed on this file system, or that of both a file and a folder.
+_NAME_ERRORS = (errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ, errno.EISDIR, errno.ENOTDIR)
+_END = 65_536  # bytes at the beginning and end of a file that its fingerprint covers
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -28,10 +28,10 @@ Result = TypeVar("Result")
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write; it appears as ``path`` only when the block ends well, its folders made as needed.
+    """A file to write, which gets the name ``path`` only if the block succeeds; its folders are created.
 
-    Raises: DataError for a folder that cannot be written, or a disk that is full; UnwritableName where the name alone
-            is the reason, as another file can be written there.
+    Raises: DataError for a folder that cannot be written, or a full disk; UnwritableName if only the name is the
+            reason, so that another file can be written there.
     """
     partial = path.with_name(temporary_name(path.name))
     try:
@@ -40,21 +40,21 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             yield file
         os.replace(partial, path)
     except OSError as error:
-        kind = UnwritableName if error.errno in _OF_THE_NAME else DataError
+        kind = UnwritableName if error.errno in _NAME_ERRORS else DataError
         raise kind(f"{path}: cannot be written ({error.strerror or error}).") from error
     finally:
-        with contextlib.suppress(OSError):  # gone after the replace; unreachable after a failed mkdir
+        with contextlib.suppress(OSError):  # renamed after success; unreachable after a failed mkdir
             partial.unlink()
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a whole file, or nothing.  Raises: as ``replacing``."""
+    """Write a file atomically.  Raises: as ``replacing``."""
     with replacing(path) as file:
         file.write(content)
 
 
 def remove_partials(folder: Path) -> None:
-    """Remove what killed writers left in and under ``folder``; nobody else may be writing there."""
+    """Remove the temporary files of killed writers in and under ``folder``; no other process may be writing there."""
     for partial in folder.rglob(".*.partial"):
         if partial.is_file():
             partial.unlink()
@@ -62,9 +62,9 @@ def remove_partials(folder: Path) -> None:
 
 @contextlib.contextmanager
 def publishing(target: Path, prefix: str) -> Iterator[Path]:
-    """A folder to fill; its files move into ``target`` when the block ends well, last ``config.json``: all is there.
+    """A temporary folder, whose files move into ``target`` if the block succeeds; ``config.json`` moves last.
 
-    What killed writers left in ``target`` under this ``prefix`` is removed; nobody else may be writing there.
+    Folders of killed writers in ``target`` with this ``prefix`` are removed; no other process may be writing there.
     Raises: OSError.
     """
     target.mkdir(parents=True, exist_ok=True)
@@ -87,7 +87,7 @@ def check_absent(paths: Iterable[Path], force: bool) -> None:
 
 
 def map_ahead(function: Callable[[Item], Result], items: Iterable[Item], workers: int, ahead: int) -> Iterator[Result]:
-    """``map`` in threads, in order, with at most ``ahead`` results made or waiting at a time."""
+    """``map`` in threads, in order, with at most ``ahead`` results in progress or waiting."""
     pending: deque[Future[Result]] = deque()
     pool = ThreadPoolExecutor(max(1, workers))
     try:
@@ -102,7 +102,7 @@ def map_ahead(function: Callable[[Item], Result], items: Iterable[Item], workers
 
 
 def flush(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
+    """Wait until a file, or the entries of a folder, are on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -111,6 +111,7 @@ def flush(path: Path) -> None:
 
 
 def sha256_of(path: Path) -> str:
+    """SHA-256 of a file in hex."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(1 << 20):
@@ -119,9 +120,9 @@ def sha256_of(path: Path) -> str:
 
 
 def fingerprint(path: Path) -> str:
-    """16 hex digits that tell whether ``path`` still is the file that was read, wherever it lies by now.
+    """16 hex digits that change with the content of the file, but not with its path.
 
-    Of its size and the 64 KiB at either end; of a longer file also of its time of change.
+    They cover its size and the 64 KiB at either end, and for a longer file its time of modification.
     """
     try:
         with open(path, "rb") as file:

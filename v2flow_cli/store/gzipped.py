@@ -1,4 +1,4 @@
-"""Gzipped tars: unpacked once into a temporary file, so that there too any sample is one seek and one read away."""
+"""Gzipped tars, unpacked once into a temporary file, so that any sample can be read by one seek."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from typing import BinaryIO
 
 from v2flow_cli.errors import DataError
 
-_KEPT = 16  # unpacked tars at a time: as many as a training stream keeps open
+_MAX_FILES = 16  # unpacked tars at a time: as many as a training stream keeps open
 _MAGIC = b"\x1f\x8b"
 
 
 class _Unpacked:
-    """The temporary files of this process, the longest unused removed first; all are removed when it ends."""
+    """The temporary files of this process, with the least recently used removed first, and all when it ends."""
 
     def __init__(self) -> None:
         self._files: OrderedDict[str, Path] = OrderedDict()
@@ -33,7 +33,7 @@ class _Unpacked:
         name = f"{os.path.abspath(path)} {stat.st_size} {stat.st_mtime_ns}"
         with self._lock:
             if name not in self._files:
-                while len(self._files) >= _KEPT:
+                while len(self._files) >= _MAX_FILES:
                     self._files.popitem(last=False)[1].unlink(missing_ok=True)
                 self._files[name] = _unpack(path, Path(self._folder.name, f"{next(self._numbers)}.tar"))
             self._files.move_to_end(name)
@@ -44,10 +44,10 @@ _unpacked: _Unpacked | None = None
 
 
 def open_plain(path: str | Path) -> BinaryIO:
-    """``path`` open for reading; where it is gzipped, what it unpacks to, under the same name.
+    """``path`` open for reading; if it is gzipped, its unpacked content under the same name.
 
-    Of a gzipped file that is cut short, what came before the cut.
-    Raises: OSError; DataError for a gzipped file whose checksum is wrong, and where there is no room to unpack it.
+    A truncated gzipped file gives the content before the cut.
+    Raises: OSError; DataError for a gzipped file with a wrong checksum, and if there is no room to unpack it.
     """
     global _unpacked
     file = open(path, "rb")
@@ -58,7 +58,7 @@ def open_plain(path: str | Path) -> BinaryIO:
     if _unpacked is None or _unpacked.process != os.getpid():  # a fork must not remove its parent's files
         _unpacked = _Unpacked()
     raw = io.FileIO(_unpacked.get(Path(path)))
-    raw.name = str(path)  # what messages call it
+    raw.name = str(path)  # its name in messages
     return io.BufferedReader(raw)
 
 
@@ -66,16 +66,16 @@ def _unpack(path: Path, target: Path) -> Path:
     try:
         with open(target, "wb") as out, gzip.open(path, "rb") as content:
             try:
-                while chunk := content.read1(1 << 16):  # read would lose what came right before the cut
+                while chunk := content.read1(1 << 16):  # read would lose the bytes just before the cut
                     out.write(chunk)
             except (EOFError, zlib.error):
-                pass  # cut short or damaged: the tar in it ends there, which its reader notices
+                pass  # truncated or damaged: the tar ends there, which its reader reports
     except gzip.BadGzipFile as error:
         target.unlink(missing_ok=True)
-        raise DataError(f"{path}: damaged, and nobody knows where ({error}). Restore it.") from None
+        raise DataError(f"{path}: damaged at an unknown position ({error}). Restore it.") from None
     except OSError as error:
         target.unlink(missing_ok=True)
         raise DataError(
-            f"{path}: cannot be unpacked into {target.parent} ({error.strerror}). Make room, or set TMPDIR."
+            f"{path}: cannot be unpacked into {target.parent} ({error.strerror}). Free some space, or set TMPDIR."
         ) from None
     return target

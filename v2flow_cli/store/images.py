@@ -1,4 +1,4 @@
-"""Image files: decoding anything a user may have into plain RGB or one clear DataError. ``find.py`` finds them."""
+"""Image files to 8-bit RGB, or a DataError. ``find.py`` finds them."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from PIL.PngImagePlugin import PngInfo
 from v2flow_cli.errors import DataError
 from v2flow_cli.runtime.rgb import to_rgb
 
-MAX_PIXELS = 50_000_000  # checked before decoding: a small file can claim any size
+MAX_PIXELS = 50_000_000  # checked before decoding: a small file can declare any size
 
-#: Formats that Pillow decodes itself; EPS, for one, would start another program.
+#: Formats that Pillow decodes itself; EPS, for example, would start another program.
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")
 SUFFIXES = frozenset(".jpg .jpeg .jpe .jfif .png .webp .avif .gif .bmp .tif .tiff .ppm .pgm .pbm .pnm".split())
 
-# Pillow warns of its own, larger limit and of damaged EXIF; here a file is a picture or a DataError.
+# Pillow warns of its own, larger limit and of damaged EXIF; here a file is either an image or a DataError.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 
 def open_image(source: Path | bytes, name: str) -> Image.Image:
-    """The picture as 8-bit RGB, upright (EXIF), alpha laid over white, the first frame of an animation.
+    """The image as 8-bit RGB, upright (EXIF), with alpha composited over white; the first frame of an animation.
 
-    Args:   source, a file or the bytes of one; name, what messages call it.
-    Raises: DataError for whatever is not a whole picture of at most MAX_PIXELS.
+    Args:   source, a file or the bytes of one; name, of the file in messages.
+    Raises: DataError for anything but a complete image of at most MAX_PIXELS.
     """
     content = source if isinstance(source, bytes) else read_bytes(source)
     if not content:
@@ -35,7 +35,7 @@ def open_image(source: Path | bytes, name: str) -> Image.Image:
     try:
         image: Image.Image = Image.open(io.BytesIO(content), formats=FORMATS)
     except Image.DecompressionBombError as error:
-        raise DataError(f"{name}: over {MAX_PIXELS:,} pixels, the limit. Make it smaller first.") from error
+        raise DataError(f"{name}: more than the limit of {MAX_PIXELS:,} pixels. Make it smaller first.") from error
     except Exception as error:  # Pillow's parsers raise a dozen types on damaged headers
         raise DataError(
             f"{name}: not an image of a known format ({', '.join(FORMATS)}), or its header is damaged."
@@ -61,7 +61,7 @@ def png_bytes(image: Image.Image, info: PngInfo | None = None) -> bytes:
 
 
 def read_bytes(path: Path) -> bytes:
-    """The whole file.  Raises: DataError if it cannot be read."""
+    """The content of a file.  Raises: DataError if it cannot be read."""
     try:
         return path.read_bytes()
     except OSError as error:

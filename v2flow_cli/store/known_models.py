@@ -1,4 +1,4 @@
-"""What is known of published models without fetching them: enough to plan a run, and to time it on random weights."""
+"""Shapes of published models, to plan a run without downloading them, or to time it on random weights."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _DC_CHANNELS["decoder_block_out_channels"] = _DC_CHANNELS["encoder_block_out_cha
 _DC_BLOCKS = ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3
 _SCALES_OF_SANA = ((), (), (), (5,), (5,), (5,))
 
-# Specs for `tokenizer.latents.Latents`, by hub id; their scale is 1, since it comes with the weights.
+# Specs for `tokenizer.latents.Latents`, by hub id; their scale is 1, because it is stored with the weights.
 AUTOENCODERS: dict[str, dict[str, Any]] = {
     # diffusers' script that converts the DC-AE checkpoints
     "mit-han-lab/dc-ae-f32c32-sana-1.0-diffusers": {

@@ -18,9 +18,9 @@ TABLE_NAMES = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_emb
 def load_vocab_embeddings(path_or_id: str) -> Tensor:
     """The input embeddings (V, D) in float32 of the causal LM in a folder or on the hub, without rows beyond its words.
 
-    From the hub only the file that holds the table is fetched.
+    From the hub only the file with the table is downloaded.
 
-    Raises:  ModelError when there is no such model, or no embedding table in it.
+    Raises:  ModelError if there is no such model, or it has no embedding table.
     """
     file, name, words = _find_table(path_or_id)
     with safe_open(file, framework="pt") as weights:
@@ -28,7 +28,7 @@ def load_vocab_embeddings(path_or_id: str) -> Tensor:
 
 
 def vocab_shape(path_or_id: str) -> tuple[int, int]:
-    """(V, D) of ``load_vocab_embeddings``, without reading the table. Raises ModelError as it does."""
+    """(V, D) of ``load_vocab_embeddings``, without reading the table.  Raises: as it."""
     file, name, words = _find_table(path_or_id)
     with safe_open(file, framework="pt") as weights:
         rows, width = weights.get_slice(name).get_shape()
@@ -41,27 +41,27 @@ def _find_table(path_or_id: str) -> tuple[Path, str, int]:
     index = config / "model.safetensors.index.json"
     try:
         if index.is_file():
-            places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         else:
             single = model_folder(path_or_id, ("model.safetensors",)) / "model.safetensors"
             with safe_open(single, framework="pt") as weights:
-                places = dict.fromkeys(weights.keys(), "model.safetensors")
-        name = next((key for key in places if key.endswith(TABLE_NAMES)), None)
+                files = dict.fromkeys(weights.keys(), "model.safetensors")
+        name = next((key for key in files if key.endswith(TABLE_NAMES)), None)
         if name is None:
             raise ModelError(f"{path_or_id}: no embedding table found (looked for {', '.join(TABLE_NAMES)}).")
-        file = model_folder(path_or_id, (places[name],)) / places[name]
+        file = model_folder(path_or_id, (files[name],)) / files[name]
         with safe_open(file, framework="pt") as weights:
             rows = weights.get_slice(name).get_shape()[0]
         words = min(rows, _words(config, rows))
     except ModelError:
         raise
-    except Exception as error:  # tokenizers raises plain ones
+    except Exception as error:  # tokenizers raises plain exceptions
         raise ModelError(f"{path_or_id}: the embedding table cannot be read ({error}).") from None
     return file, name, words
 
 
 def _words(folder: Path, rows: int) -> int:
-    """Rows that stand for words: Qwen and others pad the table, and an LLM that draws has visual tokens behind them."""
+    """Rows for words. Qwen and others pad the table, and an LLM that draws has visual tokens after them."""
     config = folder / "config.json"
     if config.is_file() and (drawing := json.loads(config.read_text(encoding="utf-8")).get("v2flow")):
         return int(drawing["visual_token_offset"])

@@ -29,12 +29,12 @@ if hasattr(os, "register_at_fork"):  # a loader's worker that outlives a killed 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[int | None]:
-    """Makes ``folder`` and locks it; yields the file descriptor that holds the lock.
+    """Create ``folder`` and lock it; yields the file descriptor that holds the lock.
 
-    The lock leaves no file. It ends with the block, or with this process and the programs that it hands the descriptor
-    to, however they end. On file systems without locks, and on Windows, there is none (None).
+    The lock leaves no file. It ends with the block, or with this process and the programs that inherit the descriptor.
+    On file systems without locks, and on Windows, there is none (None).
 
-    Raises:  DataError where another process holds the lock.
+    Raises:  DataError if another process holds the lock.
     """
     if fcntl is None:
         yield None

@@ -1,6 +1,6 @@
-"""The rule for names: suffixes without case, keys that any file system takes, none that equals another one.
+"""Names of files and keys: case-insensitive suffixes, keys that any file system accepts, no two alike.
 
-A key is the name of an image inside its set: its path under the input it was found in, '/' between, without suffix.
+A key is the name of an image in its set: its path under the input, with '/' between parts and without suffix.
 """
 
 from __future__ import annotations
@@ -13,18 +13,19 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
+from v2flow_cli.store.text import SURROGATE
+
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 
-_LONGEST_PART = 200  # bytes; file systems have room for 255, the longest suffix and a number included
+_LONGEST_PART = 200  # bytes; file systems allow 255, including the longest suffix and a number
 _UNSAFE = re.compile(  # not printable, or not allowed on Windows
     r'[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff<>:"|?*.]'
 )
-_SURROGATE = re.compile("[\ud800-\udfff]")
 _RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³])", re.IGNORECASE)  # devices of Windows
 
 
 def suffix_of(name: str | os.PathLike[str], suffixes: Collection[str]) -> str:
-    """The longest of ``suffixes`` (lower case) that ``name`` ends in, in any case; empty where it has none of them."""
+    """The longest of ``suffixes`` (lower case) that ``name`` ends in, in any case; empty if it has none of them."""
     base = os.path.basename(os.fspath(name)).lower()
     return max((s for s in suffixes if base.endswith(s) and len(base) > len(s)), key=len, default="")
 
@@ -35,7 +36,7 @@ def is_tar(name: str | os.PathLike[str]) -> bool:
 
 
 def temporary_name(name: str) -> str:
-    """A hidden name for the time that a file is being written, of constant length and this process's own."""
+    """The hidden name of a file while it is written: of constant length, and unique to this process."""
     digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:16]
     return f".{digest}.{os.getpid()}.partial"
 
@@ -43,15 +44,15 @@ def temporary_name(name: str) -> str:
 def safe_key(key: str, taken: set[str] | None = None) -> str:
     """``key`` as a path that stays inside a folder on any system, without dots.
 
-    Args:   taken, the keys in use, as this function adds them: one that differs from them only in case or in how its
-            accents are composed gets a number, and the result is added.
+    Args:   taken, the keys in use, to which the result is added: a key that differs from them only in case or in the
+            composition of accents gets a number.
     """
     parts = [_safe_part(part) for part in re.split(r"[/\\]", key) if part.strip(". ")]
     return _unique("/".join(parts) or "image", taken)
 
 
 def safe_prefixes(keys: Sequence[str]) -> list[str]:
-    """``keys`` made safe, and such that no path under one of them is a path under another one."""
+    """``keys`` made safe, so that no path under one of them is a path under another one."""
     safe = [safe_key(key) for key in keys]
     taken = {_folded("/".join(parts[:i])) for parts in (key.split("/") for key in safe) for i in range(1, len(parts))}
     return [_unique(key, taken) for key in safe]
@@ -73,7 +74,7 @@ def _unique(name: str, taken: set[str] | None) -> str:
 
 
 def _folded(name: str) -> str:
-    """What two names have in common that some file system takes for one."""
+    """Equal for two names that some file system treats as one."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFD", name).casefold())
 
 
@@ -86,12 +87,12 @@ def _shorten(part: str) -> str:
 
 
 def keys_of(files: Sequence[tuple[Path, Path]], suffixes: Collection[str]) -> list[str]:
-    """A key for each (root, path under it): the path without its suffix, as short as tells all of them apart.
+    """A key for each (root, path under it): the path without its suffix, all keys different.
 
-    Where keys would be equal, they keep their suffixes (``a.jpg``, ``a.png``, ``a.jpg.webp``); where they still are,
-    since several roots hold the same names, they begin with as much of the root's path as tells the roots apart
-    (``left/1``, ``right/1``). What a file could not be called is replaced: bytes that are no text by ``_``, the end of
-    a part of more than 200 bytes by a digest.
+    Keys that would be equal keep their suffixes (``a.jpg``, ``a.png``, ``a.jpg.webp``). If they are still equal,
+    because several roots hold the same names, they begin with the last parts of the root's path in which the roots
+    differ (``left/1``, ``right/1``). Invalid parts are replaced: bytes that are no text by ``_``, the end of a part of
+    more than 200 bytes by a digest.
     """
     names = [_mirrored(path.relative_to(root).as_posix()) for root, path in files]
     if len(roots := dict.fromkeys(root for root, _ in files)) > 1 and _meet(files, names, suffixes):
@@ -108,7 +109,7 @@ def keys_of(files: Sequence[tuple[Path, Path]], suffixes: Collection[str]) -> li
             keys[i] = names[i]
         whole |= equal
     taken: set[str] = set()
-    for i, key in enumerate(keys):  # equal only where cleaning made them so
+    for i, key in enumerate(keys):  # equal only after invalid parts were replaced
         number = 2
         while keys[i] in taken:
             keys[i], number = f"{key}-{number}", number + 1
@@ -121,18 +122,18 @@ def _without_suffix(name: str, suffixes: Collection[str]) -> str:
 
 
 def _mirrored(name: str) -> str:
-    return "/".join(_shorten(_SURROGATE.sub("_", part)) for part in name.split("/"))
+    return "/".join(_shorten(SURROGATE.sub("_", part)) for part in name.split("/"))
 
 
 def _meet(files: Sequence[tuple[Path, Path]], names: Sequence[str], suffixes: Collection[str]) -> bool:
-    """Whether files under different roots have the same name, or would have without their suffixes."""
+    """True if files under different roots have the same name, also without their suffixes."""
     first: dict[str, Path] = {}
     stems = ((root, _without_suffix(name, suffixes)) for (root, _), name in zip(files, names))
     return any(first.setdefault(stem, root) != root for root, stem in stems)
 
 
 def _labels(roots: Sequence[Path]) -> list[str]:
-    """The end of each root's absolute path, as long as tells all of them apart."""
+    """The last parts of each root's absolute path, as many as make all of them different."""
     parts = [[part for part in Path(os.path.abspath(root)).parts if part.strip("/\\:")] for root in roots]
     depth = next(d for d in range(1, 1 + max(map(len, parts))) if len({tuple(p[-d:]) for p in parts}) == len(parts))
     return ["/".join(p[-depth:]) for p in parts]

@@ -1,8 +1,7 @@
-"""Weights of the networks that judge pictures: found, checked against the hash in their name, or clearly missing."""
+"""Weights of the networks that compare images: found, and checked against the hash in their name."""
 
 from __future__ import annotations
 
-import hashlib
 import socket
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 
 from v2flow_cli.errors import ModelError
 from v2flow_cli.runtime.extras import extra
+from v2flow_cli.store.files import sha256_of
 
 LPIPS_NETS = ("alex", "vgg", "squeeze")
 INCEPTION = "inception"
@@ -18,7 +18,7 @@ INCEPTION = "inception"
 
 @dataclass(frozen=True)
 class JudgeWeights:
-    """Where to look for weights: ``folder`` first, then the torch hub cache; ``download`` fetches into the cache."""
+    """The search path of weights: ``folder`` first, then torch hub's cache; ``download`` fetches into the cache."""
 
     folder: Path | None = None
     download: bool = False
@@ -26,33 +26,32 @@ class JudgeWeights:
     def find(self, name: str) -> Path:
         """The file of ``alex``, ``vgg``, ``squeeze`` or ``inception``, its SHA-256 checked against its name.
 
-        Raises:  ModelError when it is nowhere, cannot be fetched, or is not what its name says.
+        Raises:  ModelError if it is missing, cannot be downloaded, or has another SHA-256.
         """
         url = weights_url(name)
         file_name = url.rsplit("/", 1)[-1]
         cached = Path(torch.hub.get_dir(), "checkpoints", file_name)
-        places = [self.folder / file_name] if self.folder else []
-        found = next((place for place in (*places, cached) if place.is_file()), None)
-        if found is None:
+        paths = [*([self.folder / file_name] if self.folder else []), cached]
+        path = next((path for path in paths if path.is_file()), None)
+        if path is None:
             if not self.download:
-                looked = " or ".join(str(place) for place in (*places, cached))
                 raise ModelError(
-                    f"{_what(name)}: its weights are not at {looked}. Give --download to fetch them once, or "
-                    f"--weights FOLDER with {file_name} in it."
+                    f"{_label(name)}: its weights are not at {' or '.join(map(str, paths))}. Use --download to fetch "
+                    f"them once, or --weights FOLDER with {file_name} in it."
                 )
             _download(name, url, cached)
-            found = cached
-        expected, digest = file_name.rsplit("-", 1)[-1].removesuffix(".pth"), file_digest(found)
+            path = cached
+        expected, digest = file_name.rsplit("-", 1)[-1].removesuffix(".pth"), sha256_of(path)
         if not digest.startswith(expected):
             raise ModelError(
-                f"{_what(name)}: {found} is not the file that its name says (SHA-256 {digest[:8]}, expected "
-                f"{expected}). Delete it and give --download, or copy the right one there."
+                f"{_label(name)}: {path} has SHA-256 {digest[:8]}, expected {expected}. Delete it and use --download, "
+                "or copy the right file there."
             )
-        return found
+        return path
 
 
 def weights_url(name: str) -> str:
-    """Where the weights are published.  Raises: ValueError for another name."""
+    """The address of the published weights.  Raises: ValueError for another name."""
     if name == INCEPTION:
         with extra("metrics", "torch_fidelity", "rFID"):
             from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
@@ -69,26 +68,17 @@ def weights_url(name: str) -> str:
     return weights[name].url
 
 
-def file_digest(file: Path) -> str:
-    """SHA-256 of a file in hex."""
-    with file.open("rb") as stream:
-        digest = hashlib.sha256()
-        while chunk := stream.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _what(name: str) -> str:
+def _label(name: str) -> str:
     return "rFID (Inception v3)" if name == INCEPTION else f"LPIPS ({name})"
 
 
 def _download(name: str, url: str, file: Path) -> None:
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(20)  # seconds without a byte; a dead network must not hang the bench
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(20)  # seconds without a byte, so that a dead network does not block the bench
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(url, str(file), progress=False)  # through a temporary file
     except (OSError, RuntimeError) as error:  # URLError is an OSError
-        raise ModelError(f"{_what(name)}: {url} could not be fetched to {file} ({error}).") from None
+        raise ModelError(f"{_label(name)}: {url} could not be fetched to {file} ({error}).") from None
     finally:
-        socket.setdefaulttimeout(before)
+        socket.setdefaulttimeout(timeout)

@@ -1,7 +1,7 @@
-"""The rule for what is not taken: every command counts it by kind and reason, and names it.
+"""Files that a command does not use: counted by kind and reason, with their first names.
 
-Different from a ``Failure``, which is an image that should have been taken and could not be: it counts towards the
-error budget, and what is counted here does not.
+A ``Failure``, in contrast, is an image that should have been used and could not be; only failures count towards the
+error budget.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ _NAMED = 100  # names of a group that --json lists; the count is of all
 
 @dataclass
 class NotTaken:
-    """What inputs hold and a command left alone.  groups: by (kind, reason) the number, and the first names.
+    """The files of the inputs that a command does not use.  groups: by (kind, reason) the count and the first names.
 
-    lost: folders that could not be read. They may hold images, so they are failures, and are listed with those.
+    lost: folders that could not be read. They may hold images, so they are failures.
     """
 
     groups: dict[tuple[str, str], tuple[int, list[str]]] = field(default_factory=dict)
     lost: list[Failure] = field(default_factory=list)
 
     def add(self, name: str, kind: str, reason: str) -> None:
-        """One thing more.  kind: such as ``.heic files``; reason: why it is not taken."""
+        """Count one file.  kind: such as ``.heic files``; reason: why it is not used."""
         self._add(kind, reason, 1, [printable(name)])
 
     def merge(self, other: NotTaken) -> None:
@@ -45,7 +45,7 @@ class NotTaken:
         return bool(self.groups or self.lost)
 
     def lines(self) -> list[str]:
-        """One line a group: ``12 .heic files (a.heic, b.heic, c.heic and 9 more): not a format that is read``."""
+        """One line a group: ``12 .heic files (a.heic, b.heic, c.heic and 9 more): the format is not supported``."""
         lines = []
         for (kind, reason), (count, names) in sorted(self.groups.items()):
             more = f" and {count - _SHOWN:,} more" if count > _SHOWN else ""
@@ -54,7 +54,7 @@ class NotTaken:
         return lines
 
     def log(self, log: Callable[[str], None]) -> None:
-        """Say it, a line a group."""
+        """Log one line a group."""
         for line in self.lines():
             log(f"not taken: {line}")
 
@@ -66,7 +66,7 @@ class NotTaken:
         ]
 
     def dump(self) -> str:
-        """As text that another process can ``load``."""
+        """JSON that another process can ``load``."""
         return json.dumps(self.as_json())
 
     @classmethod

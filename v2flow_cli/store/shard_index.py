@@ -1,11 +1,11 @@
-"""The manifest of a set of shards and the index beside each: what ``shard`` promises and readers check.
+"""The manifest of a set of shards and the index beside each, which ``shard`` writes and readers check.
 
     shards/manifest.json             totals, schema; for each shard samples, bytes, SHA-256
     shards/set-000000.tar
     shards/set-000000.index.jsonl    a line a sample: {"key": "cats/1", "members": {"jpg": [offset, size, digest]}}
 
-A digest is the first 16 hex digits of the SHA-256 of the member's bytes, so that a damaged shard can say which of its
-samples are lost and which are whole.
+A digest is the first 16 hex digits of the SHA-256 of the member's bytes. It shows which samples of a damaged shard are
+lost.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from v2flow_cli.store.files import write_bytes
 from v2flow_cli.store.images import SUFFIXES
 
 FORMAT, FORMAT_VERSION, MANIFEST = "v2flow-shards", 1, "manifest.json"
-REPLACING = ".replacing"  # lies in a folder while a new set moves to the place of an old one
+REPLACING = ".replacing"  # marks a folder while a new set replaces an old one
 SCHEMA = {
     "jpg, png, webp": "one of them: the image, as encoded bytes",
     "txt": "its captions where it has any, one a line, UTF-8",
@@ -31,7 +31,7 @@ SCHEMA = {
 
 
 class Member(NamedTuple):
-    """Where a member's bytes lie in its shard, and their digest where an index gives one."""
+    """The position of a member's bytes in its shard, and their digest if the index has one."""
 
     offset: int
     size: int
@@ -40,7 +40,7 @@ class Member(NamedTuple):
 
 @dataclass(frozen=True)
 class SampleIndex:
-    """Where one sample of a shard lies.  members: by extension (``jpg``)."""
+    """The members of one sample of a shard, by extension (``jpg``)."""
 
     key: str
     members: dict[str, Member]
@@ -53,7 +53,7 @@ class SampleIndex:
 
     @property
     def image(self) -> str | None:
-        """The extension of the one that is taken, the shortest; None where the sample has no image."""
+        """The extension of the image that is used, the shortest; None if the sample has no image."""
         return next(iter(self.images), None)
 
     @property
@@ -64,7 +64,7 @@ class SampleIndex:
 
 @dataclass(frozen=True)
 class ShardInfo:
-    """One written shard, as the manifest lists it; index_sha256 is that of the index beside it."""
+    """One shard in the manifest; index_sha256 is that of its index."""
 
     name: str
     samples: int
@@ -78,7 +78,7 @@ def digest_of(content: bytes) -> str:
 
 
 def index_path(shard: Path) -> Path:
-    """The index that lies beside a shard."""
+    """The path of a shard's index."""
     return shard.with_name(f"{shard.stem}.index.jsonl")
 
 
@@ -101,16 +101,16 @@ def save_manifest(folder: Path, shards: Sequence[ShardInfo], captions: int) -> N
 
 
 def load_manifest(folder: Path) -> dict[str, ShardInfo]:
-    """The shards that ``folder/manifest.json`` lists, by name; none where there is no manifest of shards.
+    """The shards that ``folder/manifest.json`` lists, by name; empty if there is no manifest of shards.
 
-    Raises:  DataError for a manifest that is damaged, inconsistent, or of a newer format version, and for a set that
-             was being replaced when the process was killed.
+    Raises:  DataError for a manifest that is damaged, inconsistent, or of a newer format version, and for a set whose
+             replacement is in progress or was interrupted.
     """
     path = folder / MANIFEST
     if (folder / REPLACING).exists():
         raise DataError(
-            f"{folder}: a new set of shards is being moved in, or that was interrupted. If no `v2flow shard` runs now, "
-            "repeat the command that wrote it; it finishes the move."
+            f"{folder}: a new set of shards is replacing this one, or was interrupted. If no `v2flow shard` "
+            "is running, repeat its command, which finishes the replacement."
         )
     try:
         stamp = path.stat().st_mtime_ns
@@ -120,7 +120,7 @@ def load_manifest(folder: Path) -> dict[str, ShardInfo]:
 
 
 def check_manifest_is_ours(folder: Path) -> None:
-    """Raises: DataError where ``folder/manifest.json`` is not of shards, so that it is never overwritten."""
+    """Raises: DataError if ``folder/manifest.json`` is not that of a set of shards: it must not be overwritten."""
     path = folder / MANIFEST
     if not path.exists():
         return
@@ -128,19 +128,19 @@ def check_manifest_is_ours(folder: Path) -> None:
         record = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
         record = None
-    found = record.get("format") if isinstance(record, dict) else None
-    if found != FORMAT:
+    file_format = record.get("format") if isinstance(record, dict) else None
+    if file_format != FORMAT:
         raise DataError(
-            f"{path}: exists, and is not the manifest of a set of shards (format {found!r}; expected {FORMAT!r}). "
-            "It would be overwritten. Use another -o, or move it away."
+            f"{path}: exists, and is not the manifest of a set of shards (format {file_format!r}; expected {FORMAT!r})."
+            " It would be overwritten. Use another -o, or move it away."
         )
 
 
-def missing_shards(folder: Path, found: Iterable[Path]) -> list[Path]:
-    """Shards that the manifests in and under ``folder`` list, but that are not among ``found``."""
-    found = set(found)
-    places = {folder, *(path.parent for path in found if folder in path.parents)}
-    return sorted(place / name for place in places for name in load_manifest(place) if place / name not in found)
+def missing_shards(folder: Path, tars: Iterable[Path]) -> list[Path]:
+    """Shards that the manifests in and under ``folder`` list, but that are not among ``tars``."""
+    tars = set(tars)
+    folders = {folder, *(path.parent for path in tars if folder in path.parents)}
+    return sorted(parent / name for parent in folders for name in load_manifest(parent) if parent / name not in tars)
 
 
 @functools.lru_cache(maxsize=64)
@@ -148,7 +148,9 @@ def _load_manifest(path: Path, stamp: int) -> dict[str, ShardInfo]:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path}: cannot be read as JSON ({error}). Restore it, or remove it to go without.") from error
+        raise DataError(
+            f"{path}: cannot be read as JSON ({error}). Restore it, or remove it to read the shards without it."
+        ) from error
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         return {}
     version: Any = record.get("format_version")
@@ -158,21 +160,21 @@ def _load_manifest(path: Path, stamp: int) -> dict[str, ShardInfo]:
         raise DataError(f"{path}: format version {version}; this v2flow reads up to {FORMAT_VERSION}. Update v2flow.")
     shards = record.get("shards")
     if not isinstance(shards, list) or not all(isinstance(s, dict) for s in shards):
-        raise DataError(f"{path}: shards is not a list of objects. Restore it, or remove it to go without.")
-    listed = {}
+        raise DataError(f"{path}: shards is not a list of objects. Restore it, or remove it.")
+    infos: dict[str, ShardInfo] = {}
     for number, shard in enumerate(shards):
         info = _parse_shard(shard)
-        if info is None or info.name in listed:
+        if info is None or info.name in infos:
             raise DataError(
                 f"{path}: entry {number} of shards is damaged or repeated; expected a name without folders, samples, "
-                "bytes and sha256. Restore the manifest, or remove it to go without."
+                "bytes and sha256. Restore the manifest, or remove it."
             )
-        listed[info.name] = info
+        infos[info.name] = info
     for name in ("samples", "bytes"):
-        total = sum(getattr(info, name) for info in listed.values())
+        total = sum(getattr(info, name) for info in infos.values())
         if record.get(name) != total:
             raise DataError(f"{path}: {name} is {record.get(name)!r}, but the shards add up to {total}.")
-    return listed
+    return infos
 
 
 def _parse_shard(record: dict[str, Any]) -> ShardInfo | None:
@@ -188,7 +190,7 @@ def _parse_shard(record: dict[str, Any]) -> ShardInfo | None:
 
 
 def load_index(shard: Path, info: ShardInfo) -> list[SampleIndex] | None:
-    """The samples of ``shard`` by its index; None where the manifest names none, or it is missing or damaged."""
+    """The samples of ``shard`` by its index; None if the manifest names no index, or it is missing or damaged."""
     path = index_path(shard)
     if info.index_sha256 is None:
         return None
@@ -203,7 +205,7 @@ def load_index(shard: Path, info: ShardInfo) -> list[SampleIndex] | None:
     try:
         return [_parse_sample(json.loads(line)) for line in content.split(b"\n") if line]
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise DataError(f"{path}: not an index of samples ({error}). Write the shards again.") from error
+        raise DataError(f"{path}: not an index of samples ({error}). Run `v2flow shard` again.") from error
 
 
 def _parse_sample(record: dict[str, Any]) -> SampleIndex:
@@ -222,7 +224,7 @@ def read_member(file: BinaryIO, member: Member) -> bytes:
     except OSError as error:
         raise DataError(f"{file.name}: cannot be read at byte {member.offset:,} ({error.strerror}).") from error
     if len(content) != member.size:
-        raise DataError(f"{file.name}: cut short at byte {member.offset + len(content):,}, inside a member.")
+        raise DataError(f"{file.name}: truncated at byte {member.offset + len(content):,}, inside a member.")
     if member.digest is not None and digest_of(content) != member.digest:
         raise DataError(f"{file.name}: damaged in bytes {member.offset:,} to {member.offset + member.size:,}.")
     return content

@@ -1,7 +1,7 @@
-"""Reading WebDataset tars: any sample is one seek and one read away, and nothing lost goes unsaid.
+"""Reads WebDataset tars: any sample by one seek, and every lost sample is reported.
 
-A shard that its manifest lists is read by the index beside it, every member checked against its digest; any other
-by its headers. ``jobs/shard.py`` writes them.
+A shard in a manifest is read by its index, with every member checked against its digest; any other tar by its headers.
+``jobs/shard.py`` writes shards.
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ from v2flow_cli.store.not_taken import NotTaken
 from v2flow_cli.store.shard_index import Member, SampleIndex, ShardInfo, load_index, load_manifest, read_member
 from v2flow_cli.store.tar_scan import scan_tar
 
-Verify = Literal["quick", "full"]  # sizes, counts and the digest of what is read; or every byte's SHA-256 first
+Verify = Literal[
+    "quick", "full"
+]  # quick: sizes, counts and the digests of members that are read; full: every shard's SHA-256 first
 
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """The whole samples of a shard, what is known to be lost of it, and what no sample can be made of."""
+    """The intact samples of a shard, the lost ones, and the members that belong to no sample."""
 
     samples: list[SampleIndex]
     failures: list[Failure]
@@ -35,11 +37,11 @@ class ShardIndex:
 
 
 def index_shard(path: str | Path, verify: Verify = "quick") -> ShardIndex:
-    """The samples of a tar, gzipped or not, with safe keys, and what was lost of it.
+    """The samples of a tar, gzipped or not, with safe keys, and its lost samples.
 
-    The key is the name up to the first dot of its last part, as in WebDataset; members of one key need not be
-    neighbours. A sample has one image: further ones, hidden members and whatever is not a regular file are not taken.
-    Raises: DataError for a tar without manifest that is missing or no tar from its first byte.
+    The key is the name up to the first dot of its last part, as in WebDataset; members of one key need not be adjacent.
+    A sample has one image: further images, hidden members and special files are not used.
+    Raises: DataError for a tar without manifest that is missing, or is not a tar from its first byte.
     """
     path = Path(path)
     info = load_manifest(path.parent).get(path.name)
@@ -53,20 +55,20 @@ def index_shard(path: str | Path, verify: Verify = "quick") -> ShardIndex:
 
 
 def _further_images(path: Path, samples: Iterable[SampleIndex], not_taken: NotTaken) -> Iterator[Failure]:
-    """The images that are not the one of their sample.
+    """Failures for the further images of a sample.
 
-    Beside a plain ``KEY.jpg`` they are masks and the like, and are only counted. Where all have something between key
-    and suffix (``22.05.jpg``, ``22.06.jpg``) they are rather pictures whose names have dots: those are lost.
+    Beside a plain ``KEY.jpg`` they are masks and the like, which are only counted. If all have text between key and
+    suffix (``22.05.jpg``, ``22.06.jpg``), they are probably separate images whose names have dots: those are lost.
     """
     for sample in samples:
         images = sample.images
         if not images:
             suffixes = ", ".join(f".{extension}" for extension in sorted(sample.members))
-            not_taken.add(f"{path}/{sample.key}", f"samples of {suffixes} alone", "no image in them")
+            not_taken.add(f"{path}/{sample.key}", f"samples of only {suffixes}", "no image in them")
         for extension in images[1:]:
             if "." in images[0]:
                 reason = (
-                    f"{sample.key}.{extension} has the key of {sample.key}.{images[0]}, which is taken: a key ends at "
+                    f"{sample.key}.{extension} has the key of {sample.key}.{images[0]}, which is used: a key ends at "
                     "the first dot. Rename it, or pack the files with `v2flow shard`"
                 )
                 yield Failure(str(path), reason, sample.key)
@@ -79,25 +81,25 @@ def _by_index(path: Path, info: ShardInfo, samples: list[SampleIndex], verify: V
     size = path.stat().st_size if path.is_file() else None
     if size is None:
         return ShardIndex([], [Failure(str(path), "the shard is missing", s.key) for s in samples])
-    whole = [sample for sample in samples if sample.end <= size]
-    cut = f"cut short: the shard has {size:,} of {info.bytes:,} bytes"
+    intact = [sample for sample in samples if sample.end <= size]
+    cut = f"truncated: the shard has {size:,} of {info.bytes:,} bytes"
     failures = [Failure(str(path), cut, sample.key) for sample in samples if sample.end > size]
     damaged = size != info.bytes
     if verify == "full" and sha256_of(path) != info.sha256:
         damaged, checked = True, []
         with open_shard(path) as file:
-            for sample in whole:
+            for sample in intact:
                 try:
                     for member in sample.members.values():
                         read_member(file, member)
                     checked.append(sample)
                 except DataError as error:
                     failures.append(Failure(str(path), str(error).removeprefix(f"{path}: "), sample.key))
-        whole = checked
+        intact = checked
     if damaged and not failures:
-        reason = f"{size:,} bytes that differ from its manifest's {info.bytes:,}, but every sample in it is whole"
+        reason = f"{size:,} bytes that differ from its manifest's {info.bytes:,}, but every sample in it is intact"
         failures = [Failure(str(path), reason, samples=0)]
-    return ShardIndex(whole, failures)
+    return ShardIndex(intact, failures)
 
 
 def _by_headers(path: Path, info: ShardInfo | None, verify: Verify) -> ShardIndex:
@@ -113,33 +115,33 @@ def _by_headers(path: Path, info: ShardInfo | None, verify: Verify) -> ShardInde
         if suffix_of(name, SUFFIXES):
             not_taken.add(f"{path}/{name}", "members that are no files", reason)
     if scan.damaged_at is not None:
-        # Without an index nobody knows whether the last sample before the damage is whole: it goes too. Where
-        # members of a sample are apart, that is so of every sample.
-        cut = f"damaged or cut short at byte {scan.damaged_at:,}"
-        kept = [] if scattered else samples[:-1]
-        failures += [Failure(str(path), f"{cut}: it may be incomplete", s.key) for s in samples[len(kept) :]]
+        # Without an index the last sample before the damage may be incomplete, so it is lost too. If members of a
+        # sample are not adjacent, that holds for every sample.
+        cut = f"damaged or truncated at byte {scan.damaged_at:,}"
+        intact = [] if scattered else samples[:-1]
+        failures += [Failure(str(path), f"{cut}: it may be incomplete", s.key) for s in samples[len(intact) :]]
         if info is None:
-            failures.append(Failure(str(path), f"{cut}: nobody knows how many samples followed", samples=None))
-        samples = kept
+            failures.append(Failure(str(path), f"{cut}: an unknown number of samples followed", samples=None))
+        samples = intact
     if info is not None:
-        found = sum(sample.image is not None for sample in samples)
-        if found + len(failures) < info.samples:
-            lost = info.samples - found - len(failures)
+        count = sum(sample.image is not None for sample in samples)
+        lost = info.samples - count - len(failures)
+        if lost > 0:
             failures.append(
                 Failure(str(path), f"{lost} more samples are lost; its index would name them", samples=lost)
             )
         elif verify == "full" and not failures and sha256_of(path) != info.sha256:
-            reason = f"SHA-256 differs from its manifest; without its index any of {found} samples may be damaged"
-            return ShardIndex([], [Failure(str(path), reason, samples=found)])
+            reason = f"SHA-256 differs from its manifest; without its index any of {count} samples may be damaged"
+            return ShardIndex([], [Failure(str(path), reason, samples=count)])
     return ShardIndex(samples, failures, not_taken)
 
 
 def _group(
     path: Path, members: Iterable[tuple[str, int, int]], not_taken: NotTaken
 ) -> tuple[list[SampleIndex], list[Failure], bool]:
-    """Samples by first member, members that no sample can be made of, and whether samples are interleaved.
+    """Samples in the order of their first members, failures, and whether samples are interleaved.
 
-    Extensions are lower case, unless a sample has the same one in both.
+    Extensions are lower case, unless a sample has the same one in both cases.
     """
     samples: dict[str, dict[str, Member]] = {}
     repeated: dict[str, str] = {}
@@ -153,7 +155,7 @@ def _group(
         if not stem or not dot:
             if name and "." + extension.lower() not in SUFFIXES:
                 kind = "hidden members" if not stem else "members without a suffix"
-                not_taken.add(f"{path}/{full_name}", kind, "no sample can be made of them")
+                not_taken.add(f"{path}/{full_name}", kind, "they belong to no sample")
             continue
         key = f"{folder}/{stem}" if folder else stem
         scattered |= key in samples and key != last
@@ -168,7 +170,7 @@ def _group(
 
 
 def open_shard(path: str | Path) -> BinaryIO:
-    """The shard, open for reading, unpacked where it is gzipped.  Raises: DataError if it cannot be opened."""
+    """The shard, open for reading, unpacked if it is gzipped.  Raises: DataError if it cannot be opened."""
     try:
         return open_plain(path)
     except OSError as error:
@@ -178,10 +180,10 @@ def open_shard(path: str | Path) -> BinaryIO:
 def iterate_shard(
     path: str | Path, failures: list[Failure] | None = None, not_taken: NotTaken | None = None
 ) -> Iterator[tuple[str, bytes, tuple[str, ...]]]:
-    """(key, image bytes, captions) of each whole sample with an image, in order, one in memory at a time.
+    """(key, image bytes, captions) of each intact sample with an image, in order, one in memory at a time.
 
-    Args:   failures, which samples that are lost go to; not_taken, which what else lies in the tar goes to.
-    Raises: DataError; without ``failures`` also, after the last good sample, one that names the first that is lost.
+    Args:   failures, to which lost samples are added; not_taken, to which other members are added.
+    Raises: DataError; without ``failures`` also, after the last good sample, one that names the first lost sample.
     """
     index = index_shard(path)
     lost = [] if failures is None else failures

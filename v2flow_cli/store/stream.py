@@ -13,7 +13,7 @@ import numpy as np
 from v2flow_cli.errors import DataError
 from v2flow_cli.store.captions import captions_beside, captions_of, sidecar_of
 from v2flow_cli.store.failures import Failure, budget_error, over_budget
-from v2flow_cli.store.find import FoundFile, find_inputs
+from v2flow_cli.store.find import InputFile, find_inputs
 from v2flow_cli.store.images import read_bytes
 from v2flow_cli.store.not_taken import NotTaken
 from v2flow_cli.store.paths import same_place, user_path
@@ -25,17 +25,17 @@ _OPEN_FILES = 16  # most shards kept open at a time
 
 @dataclass(frozen=True)
 class SampleRef:
-    """A sample that is not read yet.  source: the shard or file it lies in; in_shard: which of them."""
+    """A sample that is not read yet.  source: its shard or file; in_shard: True for a shard."""
 
     key: str
     source: str
     in_shard: bool
-    load: Callable[[], Sample]  # raises DataError for one that is gone or damaged
+    load: Callable[[], Sample]  # raises DataError for a missing or damaged sample
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One image as it lies on disk, its captions, and the shard or file it came from (for messages)."""
+    """The encoded bytes of one image, its captions, and its shard or file (for messages)."""
 
     key: str
     image: bytes
@@ -49,13 +49,13 @@ class SampleStream:
     Each epoch permutes the shards, and within every window of ``shuffle_shards`` shards all samples; a folder
     of images counts as one shard. Rank r of R takes the positions r, r + R, r + 2R, ... of that one endless
     order, so every sample is seen once per epoch whatever the number of ranks. Memory holds one window's
-    indexes, and the listing of a folder of images. ``failures`` are the samples that damaged shards have lost,
-    ``not_taken`` is what else lies in the sources and in the shards that were indexed.
+    indexes, and the listing of a folder of images. ``failures`` are the lost samples of damaged shards, ``not_taken``
+    the files that are not used in the sources and in the shards that were indexed.
 
-    Args:   sources, paths; shuffle_shards, shards whose samples are mixed at a time; shuffle, False keeps the
+    Args:   sources, paths; shuffle_shards, shards whose samples are shuffled together; shuffle, False keeps the
             order of the disk; error_budget, share of the samples that damaged shards may have lost; output, the
-            folder of the run, in which nothing is searched.
-    Raises: DataError for a source that is missing, without images, the output itself, or has lost more than the budget.
+            folder of the run, which is not searched.
+    Raises: DataError for a source that is missing, has no images, is the output, or has lost more than the budget.
     """
 
     def __init__(
@@ -95,11 +95,11 @@ class SampleStream:
         return sum(shard.uncaptioned(self._index(i)) for i, shard in enumerate(self._shards))
 
     def samples(self, start: int = 0) -> Iterator[Sample]:
-        """This rank's samples from its ``start``-th on, epoch after epoch, endless; skips read no image."""
+        """This rank's samples from its ``start``-th on, endless; skipped samples are not read."""
         return (ref.load() for ref in self.refs(start))
 
     def refs(self, start: int = 0) -> Iterator[SampleRef]:
-        """As ``samples``, but not read."""
+        """As ``samples``, but without reading them."""
         total = len(self)
         if not total:
             raise DataError(f"{self._shards[0].name}: no sample with an image in it.")
@@ -115,7 +115,7 @@ class SampleStream:
                 epoch += 1
 
     def epoch(self) -> Iterator[Sample]:
-        """One pass over this rank's part: shards by name, samples as they lie in them."""
+        """One pass over this rank's part: shards by name, samples in the order of the shard."""
         with _Files() as files:
             offset = self._rank
             for i in range(len(self._shards)):
@@ -131,11 +131,11 @@ class SampleStream:
             size = sum(self._count(i) for i in window)
             if offset < size:
                 refs = [(i, ref) for i in window for ref in self._index(i)]
-                places = np.arange(size)
+                positions = np.arange(size)
                 if self._shuffle:
-                    places = np.random.default_rng([self._seed, epoch, first + 1]).permutation(places)
+                    positions = np.random.default_rng([self._seed, epoch, first + 1]).permutation(positions)
                 while offset < size:
-                    i, ref = refs[places[offset]]
+                    i, ref = refs[positions[offset]]
                     yield self._ref(i, ref, files)
                     offset += self._world_size
             offset -= size
@@ -147,8 +147,8 @@ class SampleStream:
 
     def _count(self, i: int) -> int:
         if i not in self._counts:
-            promised = self._shards[i].promised()
-            self._counts[i] = len(self._index(i)) if promised is None else promised
+            count = self._shards[i].manifest_count()
+            self._counts[i] = len(self._index(i)) if count is None else count
         return self._counts[i]
 
     def _index(self, i: int) -> list:
@@ -163,7 +163,7 @@ class SampleStream:
 
 
 class _Files:
-    """A few open shards, the longest unused closed first."""
+    """A few open shards, with the least recently used closed first."""
 
     def __init__(self) -> None:
         self._open: OrderedDict[Path, BinaryIO] = OrderedDict()
@@ -192,8 +192,8 @@ class _Tar:
     def name(self) -> str:
         return str(self.path)
 
-    def promised(self) -> int | None:
-        """Samples by the manifest, where the shard still has the size that it names."""
+    def manifest_count(self) -> int | None:
+        """Samples by the manifest, if the shard still has the size in it."""
         info = load_manifest(self.path.parent).get(self.path.name)
         if info is None or not index_path(self.path).is_file() or not self.path.is_file():
             return None
@@ -218,38 +218,38 @@ class _Tar:
 @dataclass(frozen=True)
 class _Folder:
     path: Path
-    images: list[FoundFile]
+    images: list[InputFile]
 
     @property
     def name(self) -> str:
         return str(self.path)
 
-    def promised(self) -> int:
+    def manifest_count(self) -> int:
         return len(self.images)
 
-    def index(self) -> tuple[list[FoundFile], list[Failure], NotTaken]:
+    def index(self) -> tuple[list[InputFile], list[Failure], NotTaken]:
         return self.images, [], NotTaken()
 
-    def uncaptioned(self, refs: Sequence[FoundFile]) -> int:
+    def uncaptioned(self, refs: Sequence[InputFile]) -> int:
         return sum(sidecar_of(ref.path) is None for ref in refs)
 
-    def source_of(self, ref: FoundFile) -> str:
+    def source_of(self, ref: InputFile) -> str:
         return str(ref.path)
 
-    def read(self, ref: FoundFile, files: _Files) -> Sample:
+    def read(self, ref: InputFile, files: _Files) -> Sample:
         return Sample(ref.key, read_bytes(ref.path), captions_beside(ref.path), str(ref.path))
 
 
 def _shards_of(source: str, output: Path | None, not_taken: NotTaken) -> list[_Tar] | list[_Folder]:
-    """What a source holds: its tars, sorted, or its images as one shard."""
+    """The tars of a source, sorted, or its images as one shard."""
     if output is not None and same_place(output, source):
         raise DataError(
-            f"{source}: the run's own output, so pictures that it writes would become data. Give another `output`, "
+            f"{source}: the run's own output, so images that it writes would become data. Use another `output`, "
             "which may lie inside the source."
         )
-    found = find_inputs([source], not_taken=not_taken, exclude=output)
-    if not found.tars:
-        return [_Folder(user_path(source), found.images)]
-    if found.images:
-        raise DataError(f"{source}: holds both tars and images. Give the tars, or a folder with one kind.")
-    return [_Tar(tar.path) for tar in found.tars]
+    files = find_inputs([source], not_taken=not_taken, exclude=output)
+    if not files.tars:
+        return [_Folder(user_path(source), files.images)]
+    if files.images:
+        raise DataError(f"{source}: holds both tars and images. Name the tars, or a folder with one kind.")
+    return [_Tar(tar.path) for tar in files.tars]

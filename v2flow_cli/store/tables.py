@@ -1,7 +1,7 @@
-"""Tables that users bring: captions of images as CSV, TSV or JSON lines, and names of class folders.
+"""Tables of users: captions of images as CSV, TSV or JSON lines, and names of class folders.
 
-Read strictly: a quote that is not closed, a field too many or a line that is no JSON is an error with its line, since
-each of them moves captions to other images or loses rows without a trace.
+They are read strictly: an open quote, an extra field or a line that is no JSON is an error with its line, because each
+of them would assign captions to other images or lose rows silently.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from v2flow_cli.store.text import lines_of, load_json, one_line, read_text
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")
 IMAGE_FIELDS = ("file", "image", "path", "file_name", "filename", "img_path")
 _DELIMITERS = (",", ";", "\t")
-_LONGEST_FIELD = 1_000_000  # characters; Python's own limit of 131,072 is less than some captions have
+_LONGEST_FIELD = 1_000_000  # characters; some captions exceed Python's own limit of 131,072
 
 csv.field_size_limit(_LONGEST_FIELD)
 
@@ -29,23 +29,23 @@ def read_caption_table(table: Path) -> Iterator[tuple[int, str, list[str]]]:
     """(line, image, captions) of each row of a table; blank captions left out.
 
     Its columns are one of IMAGE_FIELDS and one of CAPTION_FIELDS, in any case, delimited by commas, semicolons or tabs.
-    Raises: DataError that names the line for a table that is not whole, or lacks these columns.
+    Raises: DataError, with the line, for a table that is damaged or lacks these columns.
     """
     jsonl = table.suffix.lower() == ".jsonl"
     for number, row in _json_rows(table) if jsonl else _csv_rows(table):
-        named = {str(name).strip().lower(): value for name, value in row.items()}
-        image = next((named[c] for c in IMAGE_FIELDS if isinstance(named.get(c), str) and named[c].strip()), None)
-        text = next((named[c] for c in CAPTION_FIELDS if named.get(c) is not None), None)
+        fields = {str(name).strip().lower(): value for name, value in row.items()}
+        image = next((fields[c] for c in IMAGE_FIELDS if isinstance(fields.get(c), str) and fields[c].strip()), None)
+        text = next((fields[c] for c in CAPTION_FIELDS if fields.get(c) is not None), None)
         texts = [text] if isinstance(text, str) else text
         if image is None or not isinstance(texts, list) or not all(isinstance(t, str) for t in texts):
             raise DataError(
                 f"{table}: row {number} needs an image ({', '.join(IMAGE_FIELDS)}) and a caption or a list of them "
-                f"({', '.join(CAPTION_FIELDS)}); found {_shown(row)}."
+                f"({', '.join(CAPTION_FIELDS)}); found {_excerpt(row)}."
             )
         yield number, image.strip(), [one_line(t) for t in texts if t.strip()]
 
 
-def _shown(row: dict[str, Any]) -> str:
+def _excerpt(row: dict[str, Any]) -> str:
     text = ", ".join(f"{name}: {str(value)[:30]!r}" for name, value in list(row.items())[:6])
     return text or "nothing"
 
@@ -56,7 +56,7 @@ def _csv_rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     reader = csv.reader(
         (f"{line}\n" for line in lines), delimiter=delimiter, strict=True, skipinitialspace=delimiter != "\t"
     )
-    number = 1  # of the line that a row begins in
+    number = 1  # of the line in which a row begins
     try:
         for row in reader:
             first, number = number, reader.line_num + 1
@@ -64,21 +64,21 @@ def _csv_rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 continue
             if len(row) != len(header):
                 raise DataError(
-                    f"{table}: row {first} has {len(row)} fields, the header {len(header)} ({', '.join(header)}). Put "
-                    "captions with commas or quotes in them between quotes."
+                    f"{table}: row {first} has {len(row)} fields, the header {len(header)} ({', '.join(header)}). "
+                    "Quote captions that contain commas or quotes."
                 )
             _check_open_quote(table, first, row, delimiter)
             yield first, dict(zip(header, row))
     except csv.Error as error:
         last = f" to {reader.line_num}" if reader.line_num > number else ""
         raise DataError(
-            f"{table}: line {number}{last} cannot be read ({error}). A quote inside a field is written twice, and a "
-            f"field that begins with one ends with one; a field has at most {_LONGEST_FIELD:,} characters."
+            f"{table}: line {number}{last} cannot be read ({error}). A quote inside a field is doubled, and a "
+            f"field that begins with a quote ends with one; a field has at most {_LONGEST_FIELD:,} characters."
         ) from None
 
 
 def _header(table: Path, lines: Sequence[str]) -> tuple[list[str], str]:
-    """The names of the columns and the delimiter.  Raises: DataError where they lack those that are needed."""
+    """The names of the columns and the delimiter.  Raises: DataError if a required column is missing."""
     first = lines[0] if lines else ""
     for delimiter in _DELIMITERS:
         try:
@@ -93,19 +93,19 @@ def _header(table: Path, lines: Sequence[str]) -> tuple[list[str], str]:
     raise DataError(
         f"{table}: the first line is {first[:120]!r}; expected a header that names a column of images "
         f"({', '.join(IMAGE_FIELDS)}) and one of captions ({', '.join(CAPTION_FIELDS)}), with commas, semicolons or "
-        f"tabs between them.{' Its lines end in CR alone: save it with LF or CRLF.' if chr(13) in first else ''}"
+        f"tabs between them.{' Its lines end in CR: save it with LF or CRLF.' if chr(13) in first else ''}"
     )
 
 
 def _check_open_quote(table: Path, first: int, row: Sequence[str], delimiter: str) -> None:
-    """Raises: DataError where a field that runs over several lines has swallowed rows: its lines begin with images."""
+    """Raises: DataError if a field of several lines contains rows, that is, lines that begin with an image."""
     for field in row:
         for offset, line in enumerate(field.split("\n")[1:], 1):
-            start, found, _ = line.partition(delimiter)
-            if found and suffix_of(start.strip(), SUFFIXES):
+            start, separator, _ = line.partition(delimiter)
+            if separator and suffix_of(start.strip(), SUFFIXES):
                 raise DataError(
                     f"{table}: the quote that opens in line {first} is not closed before line {first + offset}, which "
-                    f"begins with {start.strip()!r}. Close it, or write a quote inside a field twice."
+                    f"begins with {start.strip()!r}. Close it, or double quotes inside a field."
                 )
 
 

@@ -1,7 +1,7 @@
-"""The headers of a tar, walked without trusting them: any damage that a tar can show is found, not skipped.
+"""Reads the headers of a tar and reports all damage that they show.
 
-Tars carry a checksum for each header and none for data. So without a manifest a cut, a damaged header, a zeroed
-block and a missing end are noticed; flipped bits inside a member, or in the long name of one, are not.
+Tars have a checksum for each header and none for data. Without a manifest, truncation, a damaged header, a zeroed block
+and a missing end are detected; flipped bits inside a member, or in its long name, are not.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _BLOCK = 512  # bytes; tar headers and data start at multiples of it
 
 @dataclass
 class TarScan:
-    """members: (name, offset, size) of every whole file; damaged_at: byte from which on nothing is known.
+    """members: (name, offset, size) of every intact file; damaged_at: byte after which the tar cannot be read.
 
-    Links have the place of the file that they lead to; left_out: (name, reason) of those that lead nowhere, and of
-    whatever else is no regular file.
+    Links have the position of their target; left_out: (name, reason) of links without a target, and of all members that
+    are no regular files.
     """
 
     members: list[tuple[str, int, int]] = field(default_factory=list)
@@ -33,9 +33,9 @@ class TarScan:
 
 
 def scan_tar(path: Path) -> TarScan:
-    """Every member of a tar up to its end, or to where it is damaged; a gzipped one is unpacked, else no data is read.
+    """Every member of a tar up to its end, or to its damage. A gzipped tar is unpacked; of others no data is read.
 
-    Raises:  DataError for a file that is missing, cannot be read, or does not begin as a plain tar.
+    Raises:  DataError for a file that is missing, cannot be read, or does not begin as a tar.
     """
     try:
         with open_plain(path) as file:
@@ -43,13 +43,13 @@ def scan_tar(path: Path) -> TarScan:
     except FileNotFoundError:
         raise DataError(f"{path}: no such shard.") from None
     except (OSError, tarfile.TarError, ValueError, EOFError) as error:
-        raise DataError(f"{path}: not a whole tar ({error}).") from error
+        raise DataError(f"{path}: not a complete tar ({error}).") from error
 
 
 def _scan(file: BinaryIO, size: int) -> TarScan:
     scan, end = TarScan(), 0
-    links: list[tuple[int, str, str]] = []  # how many members came before, name, name of the target
-    with tarfile.open(fileobj=file, mode="r:") as tar:  # raises for a first header that is none
+    links: list[tuple[int, str, str]] = []  # number of members before it, name, name of the target
+    with tarfile.open(fileobj=file, mode="r:") as tar:  # raises for an invalid first header
         try:
             while member := tar.next():
                 if member.size < 0 or tar.offset <= end or tar.offset > size:
@@ -63,13 +63,13 @@ def _scan(file: BinaryIO, size: int) -> TarScan:
                 elif not member.isdir():
                     scan.left_out.append((member.name, "sparse" if member.issparse() else "neither file nor link"))
                 end = tar.offset
-                tar.members = []  # type: ignore[attr-defined]  # the archive's own list would grow with it
+                tar.members = []  # type: ignore[attr-defined]  # else the archive's own list would grow
         except (tarfile.TarError, ValueError, EOFError, OverflowError):
             scan.damaged_at = end
     _follow(links, scan)
     if scan.damaged_at is not None:
         return scan
-    # tarfile takes a damaged or zeroed header, and the end of a cut file, for the end of the archive.
+    # tarfile treats a damaged or zeroed header, and the end of a truncated file, as the end of the archive.
     file.seek(end)
     if len(block := file.read(_BLOCK)) < _BLOCK:
         scan.damaged_at = end
@@ -82,7 +82,7 @@ def _scan(file: BinaryIO, size: int) -> TarScan:
 
 
 def _follow(links: list[tuple[int, str, str]], scan: TarScan) -> None:
-    """Put each link among the members, at its place, as the file that it leads to (another link in between is left)."""
+    """Insert each link among the members, with the position of its target; links to links are left out."""
     files = {posixpath.normpath(name): (offset, size) for name, offset, size in scan.members} if links else {}
     for before, name, target in reversed(links):
         if target in files:

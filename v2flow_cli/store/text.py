@@ -1,8 +1,8 @@
-"""The rule for text from outside: captions, tables, class names, prompts, lists of keys, and our own JSON lines.
+"""Decodes text: captions, tables, class names, prompts, lists of keys, and our own JSON lines.
 
-UTF-8 with or without a byte order mark, UTF-16 and UTF-32 by theirs. A line ends at ``\\n`` or ``\\r\\n`` and nowhere
-else: U+2028, U+0085, a form feed or a lone ``\\r`` are characters of a caption, where ``str.splitlines`` would cut.
-Surrogates, which stand for bytes that are no text, are made printable.
+Text is UTF-8 with or without a byte order mark, or UTF-16 or UTF-32 with one. A line ends only at ``\\n`` or
+``\\r\\n``: U+2028, U+0085, a form feed or a lone ``\\r``, at which ``str.splitlines`` splits, are characters of a
+caption. Surrogates, which represent bytes that are no text, are escaped.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ _BOMS = (  # the longer ones first: that of UTF-32 begins with that of UTF-16
     (codecs.BOM_UTF16_LE, "utf-16-le"),
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
-_SURROGATE = re.compile("[\ud800-\udfff]")
-_ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # as JSON may spell one
+SURROGATE = re.compile("[\ud800-\udfff]")
+_ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # in JSON
 
 
 def decode_text(content: bytes, name: str | Path, errors: str = "strict") -> str:
     """``content`` as text, by its byte order mark, else as UTF-8.
 
-    Args:   name, what messages call it; errors, "replace" puts U+FFFD for bytes that are not text.
+    Args:   name, of the content in messages; errors, "replace" puts U+FFFD for bytes that are not text.
     Raises: DataError with the line of the first byte that is not text.
     """
     mark, encoding = next(((m, e) for m, e in _BOMS if content.startswith(m)), (b"", "utf-8"))
@@ -37,10 +37,10 @@ def decode_text(content: bytes, name: str | Path, errors: str = "strict") -> str
     try:
         return printable(content.decode(encoding, errors))
     except UnicodeDecodeError as error:
-        before = content[: error.start].decode(encoding, "replace").count("\n")
+        lines_before = content[: error.start].decode(encoding, "replace").count("\n")
         label = encoding[:6].upper().rstrip("-")
         raise DataError(
-            f"{name}: cannot be read as {label} text (line {before + 1}: {error.reason}, byte "
+            f"{name}: cannot be read as {label} text (line {lines_before + 1}: {error.reason}, byte "
             f"0x{content[error.start]:02x}). Save it as UTF-8."
         ) from None
 
@@ -54,9 +54,9 @@ def read_text(path: Path, errors: str = "strict") -> str:
 
 
 def lines_of(text: str) -> list[str]:
-    """The lines of ``text`` without their ends, a byte order mark at the start of any of them left out.
+    """The lines of ``text`` without line ends and leading byte order marks, which joined files have inside.
 
-    Marks stand inside where files were joined. A last line without an end is one as well.
+    A last line without a line end is included.
     """
     lines = text.replace("\r\n", "\n").split("\n")
     if not lines[-1]:
@@ -65,21 +65,21 @@ def lines_of(text: str) -> list[str]:
 
 
 def whole_lines(content: bytes) -> list[str]:
-    """The lines of our own files that have an end; a killed process may leave half of a last one.
+    """The complete lines of our own files; a killed process may leave a last line without an end.
 
-    Raises: UnicodeDecodeError (a ValueError) for a file that is damaged.
+    Raises: UnicodeDecodeError (a ValueError) for a damaged file.
     """
     return content.decode("utf-8").split("\n")[:-1]
 
 
 def one_line(text: str) -> str:
-    """``text`` with every run of white space, line ends of any kind included, as one space."""
+    """``text`` with every run of white space, including line ends, replaced by one space."""
     return " ".join(text.split())
 
 
 def printable(text: str) -> str:
     """``text`` with surrogates as ``\\xNN`` (a byte of a file name or argument that is not UTF-8) or ``\\uNNNN``."""
-    return _SURROGATE.sub(_escape, text)
+    return SURROGATE.sub(_escape, text)
 
 
 def _escape(match: re.Match[str]) -> str:
@@ -88,7 +88,7 @@ def _escape(match: re.Match[str]) -> str:
 
 
 def load_json(text: str | bytes) -> Any:
-    """The value of a JSON text, its strings made printable.  Raises: ValueError, RecursionError."""
+    """The value of a JSON text, with surrogates in its strings escaped.  Raises: ValueError, RecursionError."""
     content = text if isinstance(text, str) else decode_text(text, "JSON")
     value = json.loads(content.removeprefix("\ufeff"))
     return _printable_in(value) if _ESCAPED_SURROGATE.search(content) else value

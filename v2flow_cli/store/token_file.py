@@ -1,17 +1,17 @@
 """Token files: plain ``.npy`` of ids, a ``manifest.json`` beside them, and the sets that ``encode`` writes.
 
-    tokens/manifest.json         whose tokens these are; files: {"cats/1": 1, ...}
+    tokens/manifest.json         the tokenizer's digest, sizes, and files: {"cats/1": 1, ...}
     tokens/cats/1.npy            (L,), one image; or
     tokens/set-000.npy           (N, L), one shard, and
     tokens/set-000.samples.jsonl N lines {"key": ..., "captions": [...]}, in the order of the rows
 
-Where pictures keep their shapes (``aspect`` is keep), each ``.npy`` has such lines, with {"size": [height, width]} too.
+If images keep their shapes (``aspect`` is keep), each ``.npy`` has such lines, with {"size": [height, width]} too.
 
-Where lengths vary (``variable_length``), L is that of the image, or of the longest row, and the other rows end in
-the id K, one more than the largest: a reader that knows nothing of it stops rather than read rubbish.
+If lengths vary (``variable_length``), L is that of the image, or of the longest row, and shorter rows are padded with
+the id K, one more than the largest id, so that a reader without support for it fails instead of decoding wrong tokens.
 
-Ids are little-endian uint16 where the codebook has at most 65,536 entries, else uint32. docs/file-formats.md has
-the rest.
+Ids are little-endian uint16 if the codebook has at most 65,536 entries, else uint32. docs/file-formats.md has the
+details.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ from v2flow_cli.store.text import decode_text, lines_of, load_json
 from v2flow_cli.store.unfinished import Unfinished
 
 FORMAT = "v2flow-tokens"
-FORMAT_VERSION = 3  # 2 where lengths vary but all images are square, 1 where neither: older readers go on reading them
+FORMAT_VERSION = 3  # 2 if lengths vary but all images are square, 1 if neither: older readers can still read those
 MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True)
 class TokenManifest:
-    """Whose tokens lie in a folder, and which files they are."""
+    """The tokenizer, sizes and files of the tokens in a folder."""
 
     tokenizer_digest: str  # V2FlowTokenizer.token_digest
-    image_size: tuple[int, int]  # height and width in pixels that the ids were made from
+    image_size: tuple[int, int]  # height and width in pixels of the encoded images
     codebook_size: int  # K: ids lie in [0, K)
-    tokens_per_image: int  # L; the most that an image can have where lengths vary
+    tokens_per_image: int  # L; the maximum if lengths vary
     files: dict[str, int] = field(default_factory=dict)  # path under the folder without .npy -> images in it
     variable_length: bool = False  # images have 1 to tokens_per_image tokens
-    min_psnr_db: float | None = None  # what the lengths were chosen by, if by that
-    sources: dict[str, str] = field(default_factory=dict)  # of files made of tars: the tar's fingerprint
-    keep_aspect: bool = False  # each image has a size of its own, whose area is near that of ``image_size``
+    min_psnr_db: float | None = None  # the PSNR by which the lengths were chosen, if they were
+    sources: dict[str, str] = field(default_factory=dict)  # of files that come from tars: the tar's fingerprint
+    keep_aspect: bool = False  # each image has its own size, with an area near that of ``image_size``
 
     @property
     def count(self) -> int:
@@ -56,7 +56,7 @@ class TokenManifest:
 
     @property
     def lengths(self) -> tuple[int, bool]:
-        """(L, whether lengths vary up to it), as ``load_token_ids`` takes them."""
+        """(L, whether lengths vary up to it), for ``load_token_ids``."""
         return self.tokens_per_image, self.variable_length
 
     def same_tokens(self, other: TokenManifest) -> bool:
@@ -69,12 +69,12 @@ class TokenManifest:
 
     @property
     def description(self) -> str:
-        """Whose tokens of what these are, for messages."""
-        shapes = ", each in its own shape" if self.keep_aspect else ""
+        """The tokenizer and image size, for messages."""
+        shapes = ", in their own shapes" if self.keep_aspect else ""
         return f"tokenizer {self.tokenizer_digest} at {self.image_size[0]} px{shapes}"
 
     def check_square(self, where: str | Path) -> None:
-        """Raises: TokenFileError for images that keep their shapes: a language model draws squares."""
+        """Raises: TokenFileError for images that keep their shapes, because a language model draws squares."""
         if self.keep_aspect:
             raise TokenFileError(
                 f"{where}: its images keep their shapes (`encode --aspect keep`), but a language model draws squares. "
@@ -82,20 +82,20 @@ class TokenManifest:
             )
 
     def check_tokenizer(self, digest: str, where: str | Path) -> None:
-        """Raises: TokenFileError if the ids were made by another tokenizer than the one with ``digest``."""
+        """Raises: TokenFileError if the ids are not those of the tokenizer with ``digest``."""
         if self.tokenizer_digest != digest:
             raise TokenFileError(
-                f"{where}: made by tokenizer {self.tokenizer_digest}, but the model at hand is {digest}. "
-                "Give the --model that encoded them."
+                f"{where}: encoded by tokenizer {self.tokenizer_digest}, but this tokenizer is {digest}. "
+                "Use the --model that encoded them."
             )
 
     def save(self, folder: Path) -> None:
-        """Write ``folder/manifest.json``.  Raises: DataError where one of something else lies there."""
+        """Write ``folder/manifest.json``.  Raises: DataError if a manifest of something else exists there."""
         check_manifest_is_ours(folder)
         write_bytes(folder / MANIFEST, json.dumps(self.record(), indent=1, ensure_ascii=False).encode())
 
     def record(self) -> dict[str, Any]:
-        """The manifest as it lies in JSON."""
+        """The manifest as a JSON object."""
         return {
             "format": FORMAT,
             "format_version": 3 if self.keep_aspect else 2 if self.variable_length else 1,
@@ -112,7 +112,7 @@ class TokenManifest:
 
     @classmethod
     def load(cls, folder: Path) -> TokenManifest | None:
-        """The manifest in ``folder``; None where there is none, or a file of that name with another purpose.
+        """The manifest in ``folder``; None if there is none, or a file of that name with another purpose.
 
         Raises: TokenFileError if it is damaged, inconsistent, or of a newer format version.
         """
@@ -129,7 +129,7 @@ class TokenManifest:
 
     @classmethod
     def of_record(cls, record: dict[str, Any], path: Path) -> TokenManifest:
-        """What ``record()`` gave, read from ``path``.  Raises: TokenFileError as ``load``."""
+        """The inverse of ``record``, for an object read from ``path``.  Raises: TokenFileError as ``load``."""
         version: Any = record.get("format_version")
         if not _is_count(version):
             raise TokenFileError(f"{path}: format_version is {version!r}; expected {FORMAT_VERSION}.")
@@ -175,7 +175,7 @@ class TokenManifest:
 
 
 def check_manifest_is_ours(folder: Path) -> None:
-    """Raises: DataError where ``folder/manifest.json`` is not of tokens, so that it is never overwritten."""
+    """Raises: DataError if ``folder/manifest.json`` is not that of a token set: it must not be overwritten."""
     if (folder / MANIFEST).exists() and TokenManifest.load(folder) is None:
         raise DataError(
             f"{folder / MANIFEST}: exists, and is not the manifest of a set of tokens. It would be overwritten. Use "
@@ -190,10 +190,10 @@ def _is_count(value: Any) -> bool:
 def find_manifest(
     file: Path, load: Callable[[Path], TokenManifest | None] = TokenManifest.load
 ) -> TokenManifest | None:
-    """The manifest that lists ``file`` (an ``.npy``), in its folder or one above it; None where none does.
+    """The manifest that lists ``file`` (an ``.npy``), in its folder or one above it; None if there is none.
 
-    Args:   load, as TokenManifest.load; a cached one saves time on many files.
-    Raises: TokenFileError for a damaged or newer manifest on the way.
+    Args:   load, as TokenManifest.load, possibly with a cache.
+    Raises: TokenFileError for a damaged or newer manifest in one of these folders.
     """
     file = file.absolute()
     for folder in file.parents:
@@ -205,7 +205,7 @@ def find_manifest(
 
 
 def check_finished(file: Path) -> None:
-    """Raises: TokenFileError for an ``.npy`` that an ``encode`` was to write, and had not when it was killed."""
+    """Raises: TokenFileError for an ``.npy`` that a running or killed ``encode`` has not written yet."""
     file = file.absolute()
     for folder in file.parents:
         journal = Unfinished(folder)
@@ -213,7 +213,7 @@ def check_finished(file: Path) -> None:
             key = file.relative_to(folder).with_suffix("").as_posix()
             if key in journal.planned() and key not in journal.finished():
                 raise TokenFileError(
-                    f"{file}: an encode that was to replace it is running, or was stopped. Repeat its command first."
+                    f"{file}: the encode that replaces it is running, or was stopped. Repeat its command first."
                 )
             return
 
@@ -221,7 +221,7 @@ def check_finished(file: Path) -> None:
 def save_token_ids(path: Path, token_ids: np.ndarray | Sequence[np.ndarray], codebook_size: int) -> None:
     """Write ids in [0, codebook_size), (L,) of one image or (N, L) of many, as a ``.npy`` of uint16 or uint32.
 
-    Many images of different lengths are rows that end in the id ``codebook_size``, or a list of (L,).
+    Images of different lengths are a list of (L,), or rows padded with the id ``codebook_size``.
     """
     if not isinstance(token_ids, np.ndarray):
         rows = np.full((len(token_ids), max(map(len, token_ids))), codebook_size)
@@ -229,7 +229,7 @@ def save_token_ids(path: Path, token_ids: np.ndarray | Sequence[np.ndarray], cod
             row[: len(ids)] = ids
         token_ids = rows
     buffer = io.BytesIO()
-    short = codebook_size <= 65_536 and token_ids.max() < 65_536  # the mark of a short row is one id more
+    short = codebook_size <= 65_536 and token_ids.max() < 65_536  # the padding is one id more
     np.save(buffer, token_ids.astype("<u2" if short else "<u4"), allow_pickle=False)
     write_bytes(path, buffer.getvalue())
 
@@ -237,11 +237,11 @@ def save_token_ids(path: Path, token_ids: np.ndarray | Sequence[np.ndarray], cod
 def load_token_ids(
     path: Path, codebook_size: int, tokens_per_image: int | None = None, variable_length: bool = False
 ) -> np.ndarray:
-    """Ids (L,) or (N, L) of any integer type, every one in [0, codebook_size); mapped, not held in memory.
+    """Ids (L,) or (N, L) of any integer type, all in [0, codebook_size), as a memory map.
 
-    With ``variable_length`` L is at most ``tokens_per_image``, and rows may end in the id ``codebook_size``.
-    Raises: TokenFileError for a file that is missing, damaged, not of integers, of another number of
-            dimensions, out of range, or (where ``tokens_per_image`` is given) of another length.
+    With ``variable_length`` L is at most ``tokens_per_image``, and rows may be padded with the id ``codebook_size``.
+    Raises: TokenFileError for a file that is missing, damaged, not of integers, of another number of dimensions, out of
+            range, or of another length than ``tokens_per_image``.
     """
     try:
         ids = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -249,7 +249,7 @@ def load_token_ids(
         raise TokenFileError(f"{path}: no such token file.") from None
     except Exception as error:  # NumPy's header parser raises ValueError, SyntaxError, EOFError, ...
         reason = " ".join(str(error).split())[:200]
-        raise TokenFileError(f"{path}: not a whole .npy of token ids ({reason}).") from error
+        raise TokenFileError(f"{path}: not a complete .npy of token ids ({reason}).") from error
     if not isinstance(ids, np.memmap):
         raise TokenFileError(f"{path}: an archive of arrays; expected one .npy of token ids.")
     if not np.issubdtype(ids.dtype, np.integer):
@@ -264,7 +264,7 @@ def load_token_ids(
     if padded:
         ends = ids == codebook_size
         if ends[:, 0].any() or (ends[:, :-1] & ~ends[:, 1:]).any():
-            raise TokenFileError(f"{path}: {codebook_size}, which ends a short row, stands before an id or alone.")
+            raise TokenFileError(f"{path}: the padding {codebook_size} comes before an id, or fills a row.")
     if low < 0 or (high >= codebook_size and not padded):
         bad = low if low < 0 else high
         raise TokenFileError(f"{path}: holds the id {bad}; the codebook has ids 0 to {codebook_size - 1}.")
@@ -272,19 +272,19 @@ def load_token_ids(
 
 
 def row_of(ids: np.ndarray, codebook_size: int) -> np.ndarray:
-    """The ids (L',) int64 of one row without what marks its end."""
+    """The ids (L',) int64 of one row without its padding."""
     return ids[ids < codebook_size].astype(np.int64)
 
 
 def samples_path(path: Path) -> Path:
-    """Where the keys and captions of the rows of ``path``, an (N, L) ``.npy``, lie."""
+    """The file of keys and captions of the rows of ``path``, an (N, L) ``.npy``."""
     return path.with_suffix(".samples.jsonl")
 
 
 def save_samples(
     path: Path, samples: Sequence[tuple[str, Sequence[str]]], sizes: Sequence[tuple[int, int]] | None = None
 ) -> None:
-    """Write the (key, captions) of each row of ``path`` beside it, and where given its (height, width) in pixels."""
+    """Write the (key, captions) of each row of ``path`` beside it, and its (height, width) in pixels from ``sizes``."""
     records: list[dict[str, Any]] = [{"key": key, "captions": list(captions)} for key, captions in samples]
     for record, size in zip(records, sizes or ()):
         record["size"] = list(size)
@@ -293,7 +293,7 @@ def save_samples(
 
 
 def load_samples(path: Path) -> list[tuple[str, tuple[str, ...]]] | None:
-    """(key, captions) of each row of ``path``; None where no such file lies beside it.
+    """(key, captions) of each row of ``path``; None if there is no such file beside it.
 
     Raises: TokenFileError for a line that is not {"key": string, "captions": [strings]}.
     """
@@ -302,9 +302,9 @@ def load_samples(path: Path) -> list[tuple[str, tuple[str, ...]]] | None:
 
 
 def load_sizes(path: Path) -> list[tuple[int, int]]:
-    """(height, width) in pixels of each row of ``path``, where pictures keep their shapes.
+    """(height, width) in pixels of each row of ``path``, if images keep their shapes.
 
-    Raises: TokenFileError as ``load_samples``, and where a size is missing.
+    Raises: TokenFileError as ``load_samples``, and for a missing size.
     """
     sizes = []
     for number, record in enumerate(_sample_records(path) or (), 1):
@@ -313,34 +313,34 @@ def load_sizes(path: Path) -> list[tuple[int, int]]:
             raise TokenFileError(f"{samples_path(path)}: line {number}: size is {size!r}; expected [height, width].")
         sizes.append((size[0], size[1]))
     if not sizes:
-        raise TokenFileError(f"{samples_path(path)}: missing or empty, and it alone knows the images' sizes.")
+        raise TokenFileError(f"{samples_path(path)}: missing or empty, but it holds the images' sizes.")
     return sizes
 
 
 def _sample_records(path: Path) -> list[dict[str, Any]] | None:
-    beside = samples_path(path)
+    file = samples_path(path)
     try:
-        lines = lines_of(decode_text(beside.read_bytes(), beside))
+        lines = lines_of(decode_text(file.read_bytes(), file))
     except FileNotFoundError:
         return None
     except (OSError, DataError) as error:
-        raise TokenFileError(f"{beside}: cannot be read ({error}).") from error
+        raise TokenFileError(f"{file}: cannot be read ({error}).") from error
     samples = []
     for number, line in enumerate(lines, 1):
         try:
             record = load_json(line)
         except (ValueError, RecursionError) as error:
-            raise TokenFileError(f"{beside}: line {number} is not JSON ({error}).") from error
+            raise TokenFileError(f"{file}: line {number} is not JSON ({error}).") from error
         record = record if isinstance(record, dict) else {}
         key, captions = record.get("key"), record.get("captions")
         if not isinstance(key, str) or not isinstance(captions, list) or set(map(type, captions)) - {str}:
-            raise TokenFileError(f'{beside}: line {number}: expected {{"key": string, "captions": strings}}.')
+            raise TokenFileError(f'{file}: line {number}: expected {{"key": string, "captions": strings}}.')
         samples.append(record)
     return samples
 
 
 class TokenSample(NamedTuple):
-    """One image of a token set.  token_ids: (L,) int64, of its own length where lengths vary."""
+    """One image of a token set.  token_ids: (L,) int64, without padding."""
 
     key: str
     captions: tuple[str, ...]
@@ -348,9 +348,9 @@ class TokenSample(NamedTuple):
 
 
 def read_token_set(folder: Path) -> Iterator[TokenSample]:
-    """Every image of a folder that ``encode`` wrote, by file and row, one file mapped at a time.
+    """Every image of a folder that ``encode`` wrote, by file and row, with one file mapped at a time.
 
-    Captions are those in the ``.txt`` beside an image file, or those in the tar.
+    Captions are those of the ``.txt`` beside an image file, or of the tar.
     Raises: TokenFileError for a folder without manifest, or a file that does not fit it.
     """
     return (sample for sample, _ in read_sized_token_set(folder))

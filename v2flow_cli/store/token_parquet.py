@@ -1,14 +1,15 @@
-"""Token sets as Parquet: a row an image, which ``datasets`` and every table tool read.
+"""Token sets as Parquet, one row per image, for ``datasets`` and other table tools.
 
     key: string | caption: string, the first one, or null | captions: list<string> | tokens: list<uint16 or uint32> |
     height, width: int32, pixels
 
-The file's metadata holds, under ``v2flow``, what ``manifest.json`` says of the set: above all the tokenizer's digest.
+The file's metadata holds, under ``v2flow``, the content of ``manifest.json``, such as the tokenizer's digest.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -28,7 +29,7 @@ COLUMNS = ("key", "caption", "captions", "tokens", "height", "width")
 
 
 def require_parquet() -> Any:
-    """``pyarrow.parquet``.  Raises: MissingExtra where it is not installed."""
+    """``pyarrow.parquet``.  Raises: MissingExtra if it is not installed."""
     with extra("parquet", "pyarrow", "Parquet"):
         import pyarrow.parquet
 
@@ -36,10 +37,10 @@ def require_parquet() -> Any:
 
 
 def write_parquet(folder: Path) -> list[Path]:
-    """Write the token set in ``folder`` as ``tokens-00000.parquet``, ... beside its files; returns these.
+    """Write the token set in ``folder`` as ``tokens-00000.parquet``, ... beside its files; their paths.
 
-    They get their names when all are whole; what an earlier call wrote is replaced.
-    Raises: TokenFileError and DataError for a set that cannot be read; ModelError where the files cannot be written.
+    They get their names when all are complete; files of an earlier call are replaced.
+    Raises: TokenFileError and DataError for a set that cannot be read; TokenFileError if they cannot be written.
     """
     parquet, manifest = require_parquet(), TokenManifest.load(folder)
     if manifest is None:
@@ -58,14 +59,14 @@ def write_parquet(folder: Path) -> list[Path]:
                 while group is not None and rows < ROWS_PER_FILE:
                     writer.write_table(_table(group, schema))
                     rows, group = rows + len(group), next(groups, None)
-    for old in folder.glob("tokens-*.parquet"):
-        if old.name not in names:
-            old.unlink()
+    for path in folder.glob("tokens-*.parquet"):
+        if path.name not in names:
+            path.unlink()
     return [folder / name for name in names]
 
 
 def parquet_files(source: str | Path) -> list[Path]:
-    """The Parquet files that ``source`` names, a file or a folder of them; empty where it names something else."""
+    """The Parquet files that ``source`` names, a file or a folder of them; empty for anything else."""
     path = Path(source)
     if path.is_dir():
         return sorted(path.glob("*.parquet"))
@@ -73,39 +74,40 @@ def parquet_files(source: str | Path) -> list[Path]:
 
 
 def load_parquet_manifest(files: Sequence[Path]) -> TokenManifest:
-    """Whose tokens ``files`` hold, by their metadata.
+    """The manifest in the metadata of ``files``.
 
     Raises: TokenFileError for a file that is missing, damaged, without our metadata or columns, or of another set than
             the first.
     """
     parquet = require_parquet()
-    found = []
+    manifests = []
     for path in files:
         if not path.is_file():
             raise TokenFileError(f"{path}: no such file.")
-        with foreign_errors(f"{path}: not a whole Parquet file", kind=TokenFileError):
+        with foreign_errors(f"{path}: not a complete Parquet file", kind=TokenFileError):
             file = parquet.ParquetFile(path)
             record = (file.schema_arrow.metadata or {}).get(METADATA)
             record = None if record is None else json.loads(record)
             columns, rows = set(file.schema_arrow.names), file.metadata.num_rows
         if not isinstance(record, dict):
             raise TokenFileError(
-                f"{path}: no tokenizer digest in its metadata; expected what `encode --parquet` wrote. A program "
-                "that rewrites such a file has to keep the schema's metadata."
+                f"{path}: no tokenizer digest in its metadata; expected a file of `encode --parquet`. A program "
+                "that rewrites it has to keep the schema's metadata."
             )
         missing = [name for name in COLUMNS if name not in columns]
         if missing:
             raise TokenFileError(f"{path}: no column {missing[0]}; expected {', '.join(COLUMNS)}.")
         if not rows:
             raise TokenFileError(f"{path}: no row in it.")
-        found.append(TokenManifest.of_record({**record, "files": {str(path): rows}, "count": rows}, path))
-    for path, manifest in zip(files, found):
-        if not manifest.same_tokens(found[0]):
+        manifests.append(TokenManifest.of_record({**record, "files": {str(path): rows}, "count": rows}, path))
+    first = manifests[0]
+    for path, manifest in zip(files, manifests):
+        if not manifest.same_tokens(first):
             raise TokenFileError(
-                f"{path}: tokens of {manifest.description}; {files[0]} has those of {found[0].description}. Keep them "
-                "in folders of their own."
+                f"{path}: tokens of {manifest.description}; {files[0]} has those of {first.description}. Use separate "
+                "folders."
             )
-    return dataclasses.replace(found[0], files={k: v for manifest in found for k, v in manifest.files.items()})
+    return dataclasses.replace(first, files={k: v for manifest in manifests for k, v in manifest.files.items()})
 
 
 def read_parquet(files: Sequence[Path]) -> Iterator[TokenSample]:
@@ -115,7 +117,7 @@ def read_parquet(files: Sequence[Path]) -> Iterator[TokenSample]:
     """
     parquet, manifest = require_parquet(), load_parquet_manifest(files)
     for path in files:
-        with foreign_errors(f"{path}: not a whole Parquet file", kind=TokenFileError):
+        with foreign_errors(f"{path}: not a complete Parquet file", kind=TokenFileError):
             for batch in parquet.ParquetFile(path).iter_batches(ROWS_PER_GROUP, columns=["key", "captions", "tokens"]):
                 for row in batch.to_pylist():
                     yield _sample(row, manifest, path)
@@ -137,13 +139,7 @@ Sized: TypeAlias = tuple[TokenSample, tuple[int, int]]  # with its height and wi
 
 
 def _groups(samples: Iterator[Sized]) -> Iterator[list[Sized]]:
-    group: list[Sized] = []
-    for sample in samples:
-        group.append(sample)
-        if len(group) == ROWS_PER_GROUP:
-            yield group
-            group = []
-    if group:
+    while group := list(itertools.islice(samples, ROWS_PER_GROUP)):
         yield group
 
 

@@ -1,4 +1,4 @@
-"""Token sets by the name that a recipe gives: a folder that ``encode`` wrote, a Parquet file, or a folder of these."""
+"""Token sets that a recipe names: a folder of ``encode``, a Parquet file, or a folder of Parquet files."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from v2flow_cli.store.token_parquet import load_parquet_manifest, parquet_files,
 
 
 def is_token_set(source: str | Path) -> bool:
-    """True if ``source`` holds tokens; photos are something else.  Raises: TokenFileError for a damaged manifest."""
+    """True if ``source`` holds tokens.  Raises: TokenFileError for a damaged manifest."""
     return TokenManifest.load(Path(source)) is not None or bool(parquet_files(source))
 
 
 def token_set_manifest(source: str | Path) -> TokenManifest:
-    """Whose tokens lie in ``source``.
+    """The manifest of the tokens in ``source``.
 
-    Raises: TokenFileError where there are none, or they are damaged; MissingExtra for Parquet without pyarrow.
+    Raises: TokenFileError if there are none, or they are damaged; MissingExtra for Parquet without pyarrow.
     """
     manifest = TokenManifest.load(Path(source))
     if manifest is not None:

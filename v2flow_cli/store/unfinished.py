@@ -1,10 +1,10 @@
-"""What an ``encode`` that has not ended has done so far: OUT/.unfinished/, from its beginning to its end.
+"""The journal of a running ``encode``: OUT/.unfinished/, which exists until it ends.
 
-    .unfinished/plan.jsonl   the keys that it is to write: what lies under them is its own
+    .unfinished/plan.jsonl   the keys that the run writes
     .unfinished/0.jsonl      of process 0, a line for each finished token file: key, rows, fingerprint of its input
 
-A repeated run keeps what is finished, if it was made of the same inputs; and a reader knows which of the token files
-that no manifest lists yet are whole.
+A repeated run keeps finished files whose inputs have not changed. A reader uses the journal to tell complete token
+files from others before a manifest lists them.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ _PLAN = "plan.jsonl"
 
 @dataclass(frozen=True)
 class Finished:
-    """A token file that is whole.  rows: images in it; source: the fingerprint of the file it was made of."""
+    """A complete token file.  rows: images in it; source: the fingerprint of its input."""
 
     rows: int
     source: str
 
 
 class Unfinished:
-    """The record of the run that is writing tokens into ``out``, if there is one."""
+    """The journal of the run that is writing tokens into ``out``, if there is one."""
 
     def __init__(self, out: Path) -> None:
         self.folder, self._removed = out / FOLDER, out / f"{FOLDER}.partial"
@@ -44,7 +44,7 @@ class Unfinished:
         return self.folder.is_dir()
 
     def begin(self, keys: Iterable[str], resumed: bool) -> None:
-        """By one process, before any token file is written."""
+        """Start the journal; one process calls it, before any token file is written."""
         shutil.rmtree(self._removed, ignore_errors=True)
         if self.exists and not resumed:
             self.remove()
@@ -52,11 +52,11 @@ class Unfinished:
         write_bytes(self.folder / _PLAN, "\n".join(lines).encode())
 
     def planned(self) -> set[str]:
-        """The keys that the run is to write, whichever of them are finished."""
+        """The keys that the run writes, finished or not."""
         return set(self._records(self.folder / _PLAN))
 
     def add(self, rank: int, key: str, finished: Finished) -> None:
-        """A token file more, once it is whole.  Raises: DataError where that cannot be written down."""
+        """Add a complete token file.  Raises: DataError if the journal cannot be written."""
         path = self.folder / f"{rank}.jsonl"
         record = {"key": key, "rows": finished.rows, "source": finished.source}
         try:
@@ -66,15 +66,15 @@ class Unfinished:
             raise DataError(f"{path}: cannot be written ({error.strerror}).") from error
 
     def finished(self) -> dict[str, Finished]:
-        """The token files that are whole, by key, of all processes."""
-        found = {}
+        """The complete token files of all processes, by key."""
+        files = {}
         for path in self.folder.glob("[0-9]*.jsonl"):
             for record in self._records(path):
-                found[record["key"]] = Finished(record["rows"], record["source"])
-        return found
+                files[record["key"]] = Finished(record["rows"], record["source"])
+        return files
 
     def remove(self) -> None:
-        """By one process, when everything is written and listed; at once, whenever it is killed."""
+        """Remove the journal atomically; one process calls it, when everything is written and listed."""
         os.replace(self.folder, self._removed)
         shutil.rmtree(self._removed)
 
