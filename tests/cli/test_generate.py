@@ -213,7 +213,7 @@ def test_a_file_of_prompts_is_drawn_once_and_gone_on_with(artist, tmp_path):
     assert {name for name in after if after[name] != before[name]} == {names[3]}
     assert [line["path"] for line in lines_of(out)] == names
     other = invoke(*common, "--temp", "1.0", "--llm-cfg", 3)
-    assert other.exit_code == 1 and "exists, made with llm_guidance_scale 1.0" in other.stderr
+    assert other.exit_code == 1 and "exists, drawn with llm_guidance_scale 1.0" in other.stderr
 
 
 def test_prompts_come_from_one_place(artist, tmp_path):

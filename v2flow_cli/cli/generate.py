@@ -100,13 +100,13 @@ def generate(
         seeds = list(range(seeds[0], seeds[0] + count))
 
     from v2flow_cli.jobs.generate import (
-        MadeList,
+        PictureList,
         Settings,
         about,
         check_tokens_folder,
         draw_pictures,
         figure,
-        is_made,
+        is_drawn_as,
         model_digests,
         plan_pictures,
         write_png,
@@ -143,10 +143,10 @@ def generate(
     )
     models = model_digests(llm, image_tokenizer)
     records = {p.name: about(p, settings, models) for p in pictures}
-    made = MadeList(out, [f"{p.name}.png" for p in pictures] if force else ()) if prompts else None
+    made = PictureList(out, [f"{p.name}.png" for p in pictures] if force else ()) if prompts else None
     kept = set()
     if made is not None and not force:  # a grid is drawn whole, since it is made of all its pictures
-        done = [p for p in pictures if is_made(out / f"{p.name}.png", records[p.name])]
+        done = [p for p in pictures if is_drawn_as(out / f"{p.name}.png", records[p.name])]
         whole = {p.group for p in pictures if not grids or (out / f"{p.group}-grid.png").exists()}
         kept = {p.name for p in done if p.group in whole and (not save_tokens or (out / f"{p.name}.npy").exists())}
         for picture in done:

@@ -1,5 +1,5 @@
-"""The work of the commands without the command line: a notebook can call any of it.
+"""The work of the commands without the command line, for notebooks too.
 
-``encode.py``, ``decode.py``, ``shard.py`` and ``generate.py`` each do what the command of that name does;
-``prefixes.py`` finds how many tokens of an ordered sequence are enough, ``shard_sources.py`` lists what gets packed.
+``encode.py``, ``decode.py``, ``shard.py`` and ``generate.py`` do the work of the commands of these names;
+``prefixes.py`` chooses how many tokens an image gets, ``shard_sources.py`` lists the images to pack.
 """

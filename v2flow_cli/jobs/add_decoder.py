@@ -1,4 +1,4 @@
-"""A second decoder for a tokenizer's ids: that of another trained folder, beside the one that is there."""
+"""Adds a second decoder to a tokenizer folder, from another trained folder with the same ids."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ NAME = re.compile(r"[a-z][a-z0-9-]*")
 
 
 def add_decoder(folder: str | Path, trained: str | Path, name: str = "sharp", *, default: bool = False) -> None:
-    """Put the decoder of the tokenizer folder ``trained`` into ``folder`` as ``name``; one of that name is replaced.
+    """Copy the decoder of the tokenizer folder ``trained`` to ``folder`` as ``name``, replacing one of that name.
 
-    Its weights keep their number format, and its sampling settings come along. With ``default`` it is what ``folder``
-    decodes with unless another is asked for. Nothing else in ``folder`` changes, digests of tokens included.
+    Its weights keep their number format, and its sampling settings are copied too. With ``default`` it becomes the
+    default decoder of ``folder``. Nothing else in ``folder`` changes; the token digest stays the same.
 
     Raises:  ModelError for folders whose token digests differ or that cannot be read, and for a bad name.
     """
     folder, trained = Path(folder), Path(trained)
     if not NAME.fullmatch(name) or name == FAITHFUL:
         raise ModelError(
-            f"A decoder cannot be named {name!r}: expected small letters, digits and hyphens, and {FAITHFUL} is the "
-            "name of the one in model.safetensors."
+            f"A decoder cannot be named {name!r}: expected lower-case letters, digits and hyphens. {FAITHFUL} is the "
+            "decoder in model.safetensors."
         )
-    mine, other = (V2FlowTokenizer.from_pretrained(place, decoder=FAITHFUL) for place in (folder, trained))
-    if mine.token_digest != other.token_digest:
+    target, other = (V2FlowTokenizer.from_pretrained(path, decoder=FAITHFUL) for path in (folder, trained))
+    if target.token_digest != other.token_digest:
         raise ModelError(
-            f"{trained}: its token digest is {other.token_digest}, that of {folder} is {mine.token_digest}; a decoder "
-            "reads the ids of one tokenizer alone. Train it with init_from and freeze_tokens: true."
+            f"{trained}: its token digest is {other.token_digest}, that of {folder} is {target.token_digest}; a "
+            "decoder reads the ids of one tokenizer. Train it with init_from and freeze_tokens: true."
         )
     weights = trained / "model.safetensors"
     try:

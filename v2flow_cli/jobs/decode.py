@@ -1,4 +1,4 @@
-"""Sets of tokens to PNG files: what ``v2flow decode`` does, without the command line."""
+"""Sets of tokens to PNG files: the work of ``v2flow decode``."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class TokenRows:
 
 @dataclass
 class DecodeReport:
-    """What a decoding wrote and left out."""
+    """The images that a decoding wrote, and its failures."""
 
     images: list[Path] = field(default_factory=list)
     without_manifest: int = 0  # token files that no manifest lists
@@ -64,10 +64,10 @@ def image_seed(seed: int, key: str) -> int:
 def open_token_files(
     tokenizer: V2FlowTokenizer, files: Sequence[InputFile], out: Path, *, force: bool
 ) -> tuple[list[TokenRows], DecodeReport]:
-    """The files that fit ``tokenizer``, and a report that lists those that do not.
+    """The files that fit ``tokenizer``, and a report that lists the others.
 
-    Args:   out, a folder; or the PNG where there is one image.
-    Raises: TokenFileError if another tokenizer made the ids; DataError for a PNG that exists.
+    Args:   out, a folder, or a PNG for a single image.
+    Raises: TokenFileError for the ids of another tokenizer; DataError for a PNG that exists.
     """
     report = DecodeReport()
     load, digest = functools.cache(TokenManifest.load), tokenizer.token_digest
@@ -91,7 +91,7 @@ def open_token_files(
 def _open(
     tokenizer: V2FlowTokenizer, file: InputFile, manifest: TokenManifest | None, out: Path, taken: set[str]
 ) -> TokenRows:
-    """The rows of a checked file and where their PNGs go, under names that are in ``taken`` from now on."""
+    """The rows of a checked file and the paths of their PNGs, whose names are added to ``taken``."""
     if manifest is None:
         check_finished(file.path)
     length, variable = (None, tokenizer.flexible) if manifest is None else manifest.lengths
@@ -110,17 +110,18 @@ def _open(
     keys = [f"{i:06d}" for i in range(len(ids))] if samples is None else [key for key, _ in samples]
     if len(keys) != len(ids):
         raise TokenFileError(f"{file.path}: {len(ids)} rows, but {len(keys)} keys. Encode it again.")
-    folder, inside = out / safe_key(file.key, taken), set[str]()
-    targets = [folder / f"{safe_key(key, inside)}.png" for key in keys]
+    folder, folder_keys = out / safe_key(file.key, taken), set[str]()
+    targets = [folder / f"{safe_key(key, folder_keys)}.png" for key in keys]
     return TokenRows(file.path, keys, targets, sizes, manifest is not None)
 
 
 def _sizes(
     tokenizer: V2FlowTokenizer, path: Path, rows: np.ndarray, manifest: TokenManifest | None
 ) -> list[tuple[int, int]]:
-    """Height and width in pixels of the image of each row, whose number of tokens fits them.
+    """Height and width in pixels of the image of each row.
 
-    Raises: ValueError for a number that does not; TokenFileError where pictures keep their shapes and these are lost.
+    Raises: ValueError for a number of tokens that does not fit; TokenFileError if the sizes of images that keep their
+            shapes are missing.
     """
     if manifest is None or not manifest.keep_aspect:
         size = tokenizer.grid_of(rows.shape[1]) if manifest is None else manifest.image_size
@@ -147,21 +148,21 @@ def decode_files(
 ) -> None:
     """Write the PNG of every row and list it in ``report``; an image does not depend on its batch.
 
-    The files are written in threads, one a core, while the next batch is decoded.
+    Threads, one per core, write the files while the next batch is decoded.
 
     Args:   batch_size, images (default: by the device); sampling, as V2FlowTokenizer.decode takes it.
     """
     sides = (side for rows in opened for size in rows.sizes for side in size)
     size = max(sides, default=tokenizer.config.image_size)
     batch_size = batch_size or pick_batch_size(tokenizer.device, size)
-    images = _decoded(tokenizer, opened, seed, batch_size, dtype, sampling)
+    images = _decode_batches(tokenizer, opened, seed, batch_size, dtype, sampling)
     workers = cpu_cores()
     for target in map_ahead(_write_png, images, workers, batch_size + workers):
         report.images.append(target)
         tick(1)
 
 
-def _decoded(
+def _decode_batches(
     tokenizer: V2FlowTokenizer,
     opened: Sequence[TokenRows],
     seed: int,
@@ -169,11 +170,11 @@ def _decoded(
     dtype: torch.dtype,
     sampling: Mapping[str, Any],
 ) -> Iterator[tuple[Image.Image, Path]]:
-    """The picture of every row, and where it is to be written."""
+    """The image of every row, and the path of its PNG."""
     device = tokenizer.device
     for batch, (height, width) in _batches(opened, tokenizer, batch_size):
         rows = [torch.from_numpy(row_of(ids, tokenizer.config.codebook_size)) for ids, _, _ in batch]
-        token_ids = pad_sequence(rows, batch_first=True).to(device)  # (B, L), of which ``lengths`` count
+        token_ids = pad_sequence(rows, batch_first=True).to(device)  # (B, L), padded after ``lengths``
         lengths = [len(row) for row in rows]
         seeds = [image_seed(seed, key) for _, key, _ in batch]
         with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -194,7 +195,7 @@ def _batches(
     waiting: dict[tuple[int, int], list[tuple[np.ndarray, str, Path]]] = {}
     for rows in opened:
         codes = tokenizer.config.codebook_size
-        ids = np.atleast_2d(load_token_ids(rows.path, codes, variable_length=True))  # one open at a time, checked
+        ids = np.atleast_2d(load_token_ids(rows.path, codes, variable_length=True))  # one file open at a time
         for size, *row in zip(rows.sizes, ids, rows.keys, rows.targets):
             batch = waiting.setdefault(size, [])
             batch.append((row[0], row[1], row[2]))

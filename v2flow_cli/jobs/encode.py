@@ -1,8 +1,8 @@
-"""Sets of images to sets of tokens: what ``v2flow encode`` does, without the command line.
+"""Sets of images to sets of tokens: the work of ``v2flow encode``.
 
-Images are read and decoded a few batches ahead in threads; the set is never in memory, a shard's ids are. Of R
-processes number r takes every R-th shard (or image), and the first one writes the manifest when all are done: what is
-written depends neither on R nor on how often the run was stopped.
+Threads read and decode images a few batches ahead; only the ids of one shard are in memory. Of R processes number r
+takes every R-th shard (or image), and the first one writes the manifest at the end: the output depends neither on R nor
+on how often the run was stopped.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ WHOLE = Prefixes()
 
 
 class Encoded(NamedTuple):
-    """One image.  token_ids: (L,) int64; size: (height, width) in pixels that they were made from."""
+    """One image.  token_ids: (L,) int64; size: (height, width) of the encoded image in pixels."""
 
     key: str
     token_ids: np.ndarray
@@ -51,10 +51,10 @@ class Encoded(NamedTuple):
 class ShardIds:
     """The keys, sizes and ids of a shard's images, the ids in one array.
 
-    Kept one by one they would lie between the buffers of a batch, megabytes each: every one takes the beginning of a
-    block that the next batch's buffer then no longer fits into, and the heap grows by a buffer a batch.
+    Separate arrays would be allocated between the buffers of a batch, megabytes each, and fragment the heap, which then
+    grows by a buffer per batch.
 
-    Args:   capacity, images at most; manifest, of the set.
+    Args:   capacity, the most images; manifest, of the set.
     """
 
     def __init__(self, capacity: int, manifest: TokenManifest) -> None:
@@ -62,11 +62,11 @@ class ShardIds:
         self.tokens = 0
         self.sizes: list[tuple[int, int]] = []  # (height, width) in pixels
         self._longest = 0
-        codes = manifest.codebook_size  # as an id it ends a short row
+        codes = manifest.codebook_size  # as an id it is padding
         self._ids = np.full((capacity, manifest.tokens_per_image), codes, np.uint16 if codes < 65_536 else np.uint32)
 
     def append(self, image: Encoded) -> None:
-        """Take an image's ids."""
+        """Add an image's ids."""
         length = len(image.token_ids)
         self._ids[len(self.keys), :length] = image.token_ids
         self.keys.append(image.key)
@@ -76,17 +76,17 @@ class ShardIds:
 
     @property
     def ids(self) -> np.ndarray:
-        """The ids (N, L) of all images, shorter rows filled with the codebook's size."""
+        """The ids (N, L) of all images, shorter rows padded with the codebook's size."""
         return self._ids[: len(self.keys), : self._longest]
 
 
 class SetEncoder:
-    """Images to ids in batches, the bad ones put aside.
+    """Images to ids in batches; bad images become failures.
 
-    Args:   image_size, side in pixels (default: the tokenizer's); keep_aspect, fit each image to the grid at about
-            that side squared instead of cropping a square; batch_size, images (default: by the device); workers,
-            threads that read and decode while the model computes (default: one a core); dtype, what the tokenizer
-            computes in; prefixes, how many tokens of an image are kept.
+    Args:   image_size, side in pixels (default: the tokenizer's); keep_aspect, resize each image to about that side
+            squared instead of cropping a square; batch_size, images (default: by the device); workers, threads that
+            read and decode while the model computes (default: one per core); dtype, of the computation; prefixes, how
+            many tokens of an image are kept.
     Raises: DataError for an image size or prefixes that the tokenizer does not have.
     """
 
@@ -108,7 +108,12 @@ class SetEncoder:
         self.batch_size = batch_size or pick_batch_size(tokenizer.device, self.image_size)
         self.workers = workers or cpu_cores()
         try:
-            longest = (_longest_of_any_shape if keep_aspect else _longest_square)(tokenizer, self.image_size, prefixes)
+            side = self.image_size
+            longest = (
+                _longest_of_any_shape(tokenizer, side, prefixes)
+                if keep_aspect
+                else prefixes.longest(tokenizer, side, side)
+            )
         except ValueError as error:
             raise DataError(f"--res {self.image_size}: {error}") from error
         self.empty_manifest = TokenManifest(
@@ -124,9 +129,9 @@ class SetEncoder:
     def encode(
         self, items: Iterable[tuple[str, str, Path | bytes | DataError]], failures: list[Failure], tick: Tick
     ) -> Iterator[Encoded]:
-        """The ids of each good (key, source, image) in order; bad ones go to ``failures``.
+        """The ids of each good (key, source, image) in order; bad ones are added to ``failures``.
 
-        Args:   items, images as files, as bytes from the tar ``source``, or the error that reading them gave.
+        Args:   items, images as files, as bytes from the tar ``source``, or the error from reading them.
         """
         batch: list[tuple[str, Tensor]] = []
         ahead = 2 * self.batch_size + self.workers
@@ -157,15 +162,15 @@ class SetEncoder:
         return key, image_to_tensor(image, self.image_size)
 
     def _encode_batch(self, batch: list[tuple[str, Tensor]], tick: Tick) -> Iterator[Encoded]:
-        """In the order of ``batch``; images of one size are encoded together."""
-        places: dict[tuple[int, int], list[int]] = {}
-        for place, (_, pixels) in enumerate(batch):
-            places.setdefault((pixels.shape[1], pixels.shape[2]), []).append(place)
+        """The images in the order of ``batch``; those of one size are encoded together."""
+        indices: dict[tuple[int, int], list[int]] = {}
+        for i, (_, pixels) in enumerate(batch):
+            indices.setdefault((pixels.shape[1], pixels.shape[2]), []).append(i)
         encoded: dict[int, Encoded] = {}
-        for size, here in places.items():
-            encoded.update(zip(here, self._encode_size([batch[place] for place in here], size)))
+        for size, rows in indices.items():
+            encoded.update(zip(rows, self._encode_size([batch[i] for i in rows], size)))
         tick(len(batch))
-        yield from (encoded[place] for place in range(len(batch)))
+        yield from (encoded[i] for i in range(len(batch)))
 
     def _encode_size(self, batch: list[tuple[str, Tensor]], size: tuple[int, int]) -> Iterator[Encoded]:
         device = self.tokenizer.device
@@ -184,20 +189,15 @@ class SetEncoder:
             yield Encoded(key, ids[:length], size)
 
 
-def _longest_square(tokenizer: V2FlowTokenizer, side: int, prefixes: Prefixes) -> int:
-    """The most tokens that a square image has.  Raises: DataError as ``Prefixes``; ValueError for a side."""
-    return prefixes.longest(tokenizer, side, side)
-
-
 def _longest_of_any_shape(tokenizer: V2FlowTokenizer, side: int, prefixes: Prefixes) -> int:
-    """The most tokens that an image has which keeps its shape.
+    """The most tokens of an image that keeps its shape.
 
-    Raises:  DataError for a number of tokens that only some shapes have; ValueError for a side that fits none.
+    Raises:  DataError for a number of tokens that only some shapes have; ValueError for a side that does not fit.
     """
     if prefixes.tokens is not None and not tokenizer.flexible:
         raise DataError(
-            f"--aspect keep and --tokens {prefixes.tokens}: an image has as many tokens as its shape gives. Leave "
-            "--tokens out; prefixes need a tokenizer of flexible length."
+            f"--aspect keep and --tokens {prefixes.tokens}: the shape of an image determines its number of tokens. "
+            "Leave --tokens out; prefixes need a tokenizer of flexible length."
         )
     shapes = {tokenizer.fitted_size(wide, 1000, side) for wide in range(1000, round(1000 * MAX_ASPECT) + 1, 10)}
     return max(prefixes.longest(tokenizer, *shape) for shape in shapes)
@@ -213,20 +213,20 @@ def encode_files(
     ranks: Processes = ALONE,
     not_taken: NotTaken | None = None,
 ) -> EncodeReport:
-    """One ``.npy`` (L,) per image, the input's tree mirrored under ``out``, and the manifest.
+    """Write one ``.npy`` (L,) per image, in the input's folder tree under ``out``, and the manifest.
 
-    Captions in the ``.txt`` beside an image lie beside its tokens. Images that a stopped run of the same tokenizer and
-    size has finished are kept, unless ``force``.
-    Args:   not_taken, what else the inputs hold, for the report.
+    Captions in the ``.txt`` beside an image are written beside its tokens. Tokens of a stopped run of the same
+    tokenizer and size are kept, unless ``force``.
+    Args:   not_taken, other files of the inputs, for the report.
     Raises: DataError for an output that exists, and for finished tokens of other images of the same names;
-            TokenFileError where ``out`` holds other tokens (all unless ``force``). Bad images end in the report's
+            TokenFileError if ``out`` holds other tokens (all unless ``force``). Bad images are in the report's
             failures.
     """
     inputs = {image.key: image.path for image in images}
     report, kept = begin_run(encoder.empty_manifest, inputs, out, force, ranks, not_taken, tars=False)
-    mine = images[ranks.rank :: ranks.count]
-    todo = [image for image in mine if image.key not in kept]
-    report.kept_files = len(mine) - len(todo)
+    rank_images = images[ranks.rank :: ranks.count]
+    todo = [image for image in rank_images if image.key not in kept]
+    report.kept_files = len(rank_images) - len(todo)
     tick(report.kept_files)
     journal = Unfinished(out)
     items = ((image.key, str(image.path), image.path) for image in todo)
@@ -251,11 +251,11 @@ def encode_files(
 
 
 def _save_captions(target: Path, key: str, captions: Sequence[str], size: tuple[int, int] | None) -> None:
-    """Before the ids, so that where they are, all is; nothing lies there for a square image without captions."""
+    """Written before the ids, so that ids are never without captions. A square image without captions has no file."""
     if captions or size:
         save_samples(target, [(key, captions)], [size] if size else None)
     else:
-        samples_path(target).unlink(missing_ok=True)  # of an image that had some, and is encoded again
+        samples_path(target).unlink(missing_ok=True)  # of an earlier version of the image
 
 
 def encode_shards(
@@ -270,15 +270,15 @@ def encode_shards(
     max_minutes: float = 0.0,
     not_taken: NotTaken | None = None,
 ) -> EncodeReport:
-    """One ``.npy`` (N, L) per shard with keys and captions beside it, and the manifest.
+    """Write one ``.npy`` (N, L) per shard with keys and captions beside it, and the manifest.
 
-    Shards that an earlier run of the same tokenizer and size finished are kept, unless ``force``. What was left out
-    of a shard lies in ``NAME.bad.jsonl`` beside its tokens. With ``max_minutes`` a process begins no further
-    shard after so long; the manifest then lists those that are done, and a second run goes on.
-    Args:   not_taken, what else the inputs hold, for the report.
+    Tokens that an earlier run of the same tokenizer and size finished are kept, unless ``force``. The bad samples of a
+    shard are listed in ``NAME.bad.jsonl`` beside its tokens. After ``max_minutes`` a process begins no further shard;
+    the manifest then lists the finished ones, and a second run continues.
+    Args:   not_taken, other files of the inputs, for the report.
     Raises: DataError for an output that exists and is not of such a run, for shards that have changed since, and for
-            fewer shards than ranks; TokenFileError where ``out`` holds other tokens. Bad images and damaged shards end
-            in the report's failures.
+            fewer shards than ranks; TokenFileError if ``out`` holds other tokens. Bad images and damaged shards are in
+            the report's failures.
     """
     if len(shards) < ranks.count:
         raise DataError(
@@ -321,7 +321,7 @@ def _bad_path(target: Path) -> Path:
 def _encode_shard(
     encoder: SetEncoder, shard: InputFile, target: Path, verify: Verify, tick: Tick, report: EncodeReport
 ) -> int:
-    """Write a shard's tokens, keys and bad samples, and count them in ``report``; returns the number of good ones."""
+    """Write a shard's tokens, keys and bad samples, and count them in ``report``; the number of good samples."""
     captions: dict[str, tuple[str, ...]] = {}
     try:
         index = index_shard(shard.path, verify)
@@ -340,7 +340,7 @@ def _encode_shard(
         save_failures(_bad_path(target), failures)
     elif _bad_path(target).exists():
         _bad_path(target).unlink()
-    if rows.keys:  # the ids last: where they are, all is
+    if rows.keys:  # the ids last, so that they are never without the rest
         sizes = rows.sizes if encoder.keep_aspect else None
         save_samples(target, [(key, captions[key]) for key in rows.keys], sizes)
         save_token_ids(target, rows.ids, encoder.empty_manifest.codebook_size)
@@ -355,12 +355,12 @@ def _encode_shard(
 def _images_of(
     path: Path, samples: Sequence[SampleIndex], captions: dict[str, tuple[str, ...]]
 ) -> Iterator[tuple[str, str, bytes | DataError]]:
-    """(key, shard, image bytes or what reading them gave) of each sample; its captions go to ``captions``."""
+    """(key, shard, image bytes or the error from reading them) of each sample; adds its captions to ``captions``."""
     if not samples:
         return
     with open_shard(path) as file:
         for sample in samples:
-            assert sample.image is not None  # the caller keeps no other
+            assert sample.image is not None  # the caller passes no other samples
             try:
                 captions[sample.key] = captions_of(file, sample)
                 yield sample.key, str(path), read_member(file, sample.members[sample.image])

@@ -1,6 +1,6 @@
-"""The beginning and the end of an ``encode``: what an earlier run has finished, and the manifest of everything.
+"""The beginning and the end of an ``encode``: the files of an earlier run, and the manifest of all files.
 
-A token file is kept where a run that was stopped has finished it and its input is still the same file.
+A token file is kept if a stopped run finished it and its input is unchanged.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from v2flow_cli.store.unfinished import Unfinished
 
 @dataclass
 class EncodeReport:
-    """What an encoding wrote, kept and left out."""
+    """The files and images that an encoding wrote and kept, and its failures."""
 
     manifest: TokenManifest
     images: int = 0  # encoded by this call
     files: int = 0  # token files written by this call
-    kept_files: int = 0  # finished ones of an earlier call
+    kept_files: int = 0  # finished by an earlier call
     tokens: int = 0  # written by this call
-    later: int = 0  # tars that a time limit left for another call
-    short: int = 0  # images of this call whose every token does not reach the PSNR asked for
-    good: int = 0  # images in all files of this set, earlier calls included
+    later: int = 0  # tars left for another call by the time limit
+    short: int = 0  # images of this call that miss the PSNR even with all tokens
+    good: int = 0  # images in all files of this set, including earlier calls
     captioned: int = 0  # images of this call that have a caption
     failures: list[Failure] = field(default_factory=list)
-    not_taken: NotTaken = field(default_factory=NotTaken)  # what else the inputs hold
+    not_taken: NotTaken = field(default_factory=NotTaken)  # other files of the inputs
 
 
 def begin_run(
@@ -48,8 +48,8 @@ def begin_run(
 ) -> tuple[EncodeReport, set[str]]:
     """A report with the manifest in ``out``, and the keys of the token files that are kept.
 
-    Args:   tokens, a manifest of what the run writes, without files; inputs, the image or tar of each key; not_taken,
-            what else the inputs hold.
+    Args:   tokens, the run's manifest without files; inputs, the image or tar of each key; not_taken, other files of
+            the inputs.
     """
     journal = Unfinished(out)
     existing = _manifest_of(out, tokens, force, inputs)
@@ -61,18 +61,18 @@ def begin_run(
         check_absent(targets.values(), force)
     elif not force:
         kept = _finished(existing, journal, inputs, targets, tars)
-    if existing is not None:  # what is to be written again is listed again when it is whole
-        gone = inputs.keys() - kept
-        files = {key: count for key, count in existing.files.items() if key not in gone}
-        sources = {key: source for key, source in existing.sources.items() if key not in gone}
+    if existing is not None:  # files that are written again are listed again when they are complete
+        rewritten = inputs.keys() - kept
+        files = {key: count for key, count in existing.files.items() if key not in rewritten}
+        sources = {key: source for key, source in existing.sources.items() if key not in rewritten}
         existing = dataclasses.replace(existing, files=files, sources=sources)
-    ranks.wait()  # every rank has seen the folder as it was
+    ranks.wait()  # until every rank has read the folder
     report = EncodeReport(tokens if existing is None else existing)
     if ranks.rank == 0:
         report.not_taken.merge(not_taken or NotTaken())
         report.failures += report.not_taken.lost
         journal.begin(inputs, resumed)
-        report.manifest.save(out)  # from here on a re-run knows the files as its own
+        report.manifest.save(out)  # from here on a repeated run recognises the files
         remove_partials(out)
     ranks.wait()
     return report, kept
@@ -85,13 +85,13 @@ def _finished(
     targets: Mapping[str, Path],
     tars: bool,
 ) -> set[str]:
-    """The keys whose tokens an earlier run has finished; of ``tars`` also a run that has ended.
+    """The keys whose tokens a stopped run has finished; for ``tars`` also those of a complete run.
 
-    Raises: DataError for tokens that it made of other inputs, and for files that are not of such a run.
+    Raises: DataError for tokens of other inputs, and for files that are not of such a run.
     """
     sources = manifest.sources | {key: finished.source for key, finished in journal.finished().items()}
     planned = journal.planned()
-    kept, strange = set(), []
+    kept, foreign = set(), []
     for key, target in targets.items():
         if not target.exists():
             continue
@@ -99,25 +99,25 @@ def _finished(
             if sources[key] != fingerprint(inputs[key]):
                 raise DataError(
                     f"{target}: holds the tokens of another file of that name, or {inputs[key]} has changed since "
-                    "they were made. Use another -o, or --force to encode everything again."
+                    "then. Use another -o, or --force to encode everything again."
                 )
             kept.add(key)
-        elif key in manifest.files and tars:  # listed by a version that knew no fingerprints
+        elif key in manifest.files and tars:  # listed by a version without fingerprints
             kept.add(key)
         elif key in manifest.files or key not in planned:
-            strange.append(target)
-    check_absent(strange, False)
+            foreign.append(target)
+    check_absent(foreign, False)
     return kept
 
 
 def end_run(
     report: EncodeReport, inputs: Mapping[str, Path], out: Path, ranks: Processes, *, tars: bool
 ) -> EncodeReport:
-    """Add the ranks' reports up; the first one writes the manifest of what is finished and what lay there before."""
+    """Sum the ranks' reports; the first rank writes the manifest of all finished and earlier files."""
     journal = Unfinished(out)
-    left_out = journal.folder / f"failures-{ranks.rank}.jsonl"
+    failures_file = journal.folder / f"failures-{ranks.rank}.jsonl"
     if ranks.rank:
-        save_failures(left_out, report.failures)
+        save_failures(failures_file, report.failures)
     counts = ("images", "files", "kept_files", "tokens", "short", "captioned", "later")
     for name, total in zip(counts, ranks.sum([getattr(report, name) for name in counts])):
         setattr(report, name, total)
@@ -125,7 +125,7 @@ def end_run(
         report.not_taken.merge(NotTaken.load(text))
     if ranks.rank == 0:
         for rank in range(1, ranks.count):
-            report.failures += load_failures(left_out.with_name(f"failures-{rank}.jsonl"))
+            report.failures += load_failures(failures_file.with_name(f"failures-{rank}.jsonl"))
         report.failures.sort(key=lambda failure: (failure.source, failure.key or ""))
         finished = {key: done for key, done in journal.finished().items() if (out / f"{key}.npy").exists()}
         files = report.manifest.files | {key: done.rows for key, done in finished.items()}
@@ -143,15 +143,15 @@ def end_run(
 
 
 def _manifest_of(out: Path, tokens: TokenManifest, force: bool, inputs: Mapping[str, Path]) -> TokenManifest | None:
-    """The manifest in ``out`` if it is of the same tokens; None where there is none or it may go."""
+    """The manifest in ``out`` if it is of the same tokens; None if there is none or it may be replaced."""
     existing = TokenManifest.load(out)
     if existing is None or existing.same_tokens(tokens):
         return existing
     others = existing.files.keys() - inputs.keys()
     if force and not others:
         return None
-    what = f" Of these, {len(others)} would not be replaced." if force else ""
+    rest = f" Of these, {len(others)} would not be replaced." if force else ""
     raise TokenFileError(
-        f"{out}: holds tokens of {existing.description}; these are of {tokens.description}.{what} Use another -o"
+        f"{out}: holds tokens of {existing.description}; these are of {tokens.description}.{rest} Use another -o"
         f"{'' if force else ', or --force'}."
     )

@@ -1,4 +1,4 @@
-"""Prompts to PNG files: what ``v2flow generate`` does, without the command line. Here LLM ids meet the decoder."""
+"""Prompts to PNG files: the work of ``v2flow generate``. The LLM's ids go through the decoder here."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from v2flow_cli.errors import DataError
 from v2flow_cli.llm.sample import STOPPED, DrawingLM
+from v2flow_cli.recipe.schema import SAMPLING_OPTIONS
 from v2flow_cli.store.files import write_bytes
 from v2flow_cli.store.images import png_bytes
 from v2flow_cli.store.text import printable, whole_lines
@@ -39,7 +40,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Settings:
-    """How pictures are drawn; None is the decoder's own."""
+    """How pictures are drawn; None takes the decoder's own value."""
 
     top_k: int = 0
     top_p: float = 1.0
@@ -55,7 +56,7 @@ class Settings:
 
 
 def plan_pictures(prompts: Sequence[str], seeds: Sequence[int], temperatures: Sequence[float]) -> list[Picture]:
-    """Every prompt at every seed and temperature, under file names that differ.
+    """Every prompt at every seed and temperature, with different file names.
 
     Raises:  DataError for an empty prompt.
     """
@@ -63,7 +64,7 @@ def plan_pictures(prompts: Sequence[str], seeds: Sequence[int], temperatures: Se
     groups: set[str] = set()
     for number, prompt in enumerate(dict.fromkeys(map(printable, prompts)), 1):
         if not prompt.strip():
-            raise DataError(f'prompt {number} is empty; say what to draw, such as "a red fox".')
+            raise DataError(f'prompt {number} is empty; describe a picture, such as "a red fox".')
         group = base = re.sub(r"\W+", "-", prompt.lower()).strip("-_")[:40].strip("-_") or "picture"
         while group in groups:
             group = f"{base}-{number}"
@@ -80,13 +81,13 @@ def check_pair(llm: DrawingLM, image_tokenizer: V2FlowTokenizer) -> None:
 
 
 def model_digests(llm: DrawingLM, image_tokenizer: V2FlowTokenizer) -> dict[str, str]:
-    """Which weights draw a picture; computed once for all pictures, since it reads every weight."""
+    """The digests of the models. Compute them once for all pictures: this reads every weight."""
     models = {"tokenizer_digest": image_tokenizer.token_digest, "decoder_digest": image_tokenizer.digest}
     return models | {"llm_digest": llm.digest}
 
 
 def about(picture: Picture, settings: Settings, models: Mapping[str, str]) -> dict[str, Any]:
-    """All that says how to make the picture again; it stands in the PNG's text and in the JSONL.
+    """Everything needed to draw the picture again, for the PNG's metadata and the JSONL.
 
     Args:  models, see ``model_digests``.
     """
@@ -115,24 +116,16 @@ def draw_images(
     )
     kind = image_tokenizer.device.type
     lengths = (token_ids != STOPPED).sum(1).tolist()
-    drawn: dict[int, tuple[torch.Tensor, Image.Image]] = {}
+    sampling = {name: getattr(settings, name) for name in SAMPLING_OPTIONS.values()}
+    results: dict[int, tuple[torch.Tensor, Image.Image]] = {}
     with torch.inference_mode(), torch.autocast(kind, dtype, enabled=dtype != torch.float32):
         for length in sorted(set(lengths)):
-            rows = [i for i, found in enumerate(lengths) if found == length]
-            decoded = image_tokenizer.decode(
-                token_ids[rows, :length],
-                guidance_scale=settings.guidance_scale,
-                num_mask_steps=settings.num_mask_steps,
-                num_flow_steps=settings.num_flow_steps,
-                solver=settings.solver,
-                guidance_schedule=settings.guidance_schedule,
-                guidance=settings.guidance,
-                noise_temperature=settings.noise_temperature,
-                seeds=[pictures[i].seed for i in rows],
-            )
-            for i, image in zip(rows, to_pil(decoded)):
-                drawn[i] = token_ids[i, :length].cpu(), image
-    return [drawn[i] for i in range(len(pictures))]
+            rows = [i for i, row_length in enumerate(lengths) if row_length == length]
+            seeds = [pictures[i].seed for i in rows]
+            images = image_tokenizer.decode(token_ids[rows, :length], seeds=seeds, **sampling)
+            for i, image in zip(rows, to_pil(images)):
+                results[i] = token_ids[i, :length].cpu(), image
+    return [results[i] for i in range(len(pictures))]
 
 
 def draw_pictures(
@@ -147,45 +140,45 @@ def draw_pictures(
     save_tokens: bool = False,
     tick: Callable[[int], None] = lambda advance: None,
 ) -> Iterator[tuple[Picture, Image.Image]]:
-    """Draws and writes ``pictures`` as ``out``/NAME.png in batches, and yields each with its image."""
+    """Draw ``pictures`` in batches, write them as ``out``/NAME.png, and yield each with its image."""
     models = model_digests(llm, image_tokenizer)
     for first in range(0, len(pictures), batch_size):
         batch = pictures[first : first + batch_size]
-        drawn = draw_images(llm, image_tokenizer, batch, settings, dtype)
+        results = draw_images(llm, image_tokenizer, batch, settings, dtype)
         if save_tokens:
-            rows_of = {p.name: ids.numpy() for p, (ids, _) in zip(batch, drawn)}
-            _save_tokens(out, rows_of, image_tokenizer, llm.length(settings.num_tokens))
-        for picture, (_, image) in zip(batch, drawn):
+            ids_by_name = {p.name: ids.numpy() for p, (ids, _) in zip(batch, results)}
+            _save_tokens(out, ids_by_name, image_tokenizer, llm.length(settings.num_tokens))
+        for picture, (_, image) in zip(batch, results):
             write_png(out / f"{picture.name}.png", image, about(picture, settings, models))
             yield picture, image
         tick(len(batch))
 
 
 def write_png(path: Path, image: Image.Image, record: dict[str, Any]) -> None:
-    """``image`` with ``record`` as text metadata; settings left to the model are not written."""
+    """Write ``image`` with ``record`` as text metadata; None values are left out."""
     info = PngInfo()
     for key, value in _texts(record).items():
         info.add_text(key, value)
     write_bytes(path, png_bytes(image, info))
 
 
-def is_made(path: Path, record: dict[str, Any]) -> bool:
-    """True if ``path`` is a picture made as ``record`` says, by its own metadata; False where there is none.
+def is_drawn_as(path: Path, record: dict[str, Any]) -> bool:
+    """True if the metadata of the picture ``path`` equals ``record``; False if there is no such file.
 
-    Raises:  DataError for a file that is something else.
+    Raises:  DataError for any other file.
     """
     if not path.exists():
         return False
     try:
         with Image.open(path, formats=("PNG",)) as image:
-            found = {str(key): value for key, value in image.info.items() if str(key).startswith("v2flow:")}
+            texts = {str(key): value for key, value in image.info.items() if str(key).startswith("v2flow:")}
     except OSError as error:
         raise DataError(f"{path}: exists, and is no picture ({error}). Use --force to overwrite it.") from None
-    wanted = _texts(record)
-    different = sorted(key for key in wanted.keys() | found.keys() if wanted.get(key) != found.get(key))
+    expected = _texts(record)
+    different = sorted(key for key in expected.keys() | texts.keys() if expected.get(key) != texts.get(key))
     if different:
-        said = ", ".join(f"{key.removeprefix('v2flow:')} {found.get(key)}" for key in different)
-        raise DataError(f"{path}: exists, made with {said}. Use --force to draw it again, or another -o.")
+        settings = ", ".join(f"{key.removeprefix('v2flow:')} {texts.get(key)}" for key in different)
+        raise DataError(f"{path}: exists, drawn with {settings}. Use --force to draw it again, or another -o.")
     return True
 
 
@@ -193,23 +186,23 @@ def _texts(record: dict[str, Any]) -> dict[str, str]:
     return {f"v2flow:{key}": str(value) for key, value in record.items() if value is not None}
 
 
-class MadeList:
+class PictureList:
     """``generated.jsonl``: a line {"path": ..., "prompt": ..., "seed": ..., ...} for every picture in a folder."""
 
     def __init__(self, folder: Path, redrawn: Collection[str] = ()) -> None:
-        """Reads what is listed; pictures that will be ``redrawn`` are taken off the list.  Raises: DataError."""
+        """Read the list, and remove pictures that will be ``redrawn`` from it.  Raises: DataError."""
         self.path = folder / RECORD
-        listed: dict[str, str] = {}
+        lines: dict[str, str] = {}
         if self.path.exists():
             content = self.path.read_bytes()
             try:
-                listed = {json.loads(line)["path"]: line for line in whole_lines(content)}
+                lines = {json.loads(line)["path"]: line for line in whole_lines(content)}
             except (ValueError, KeyError, TypeError) as error:
                 raise DataError(f"{self.path}: a line is no record of a picture ({error!r}). Remove it.") from None
-            if not content.endswith(b"\n") or listed.keys() & set(redrawn):
-                listed = {name: line for name, line in listed.items() if name not in redrawn}
-                write_bytes(self.path, "".join(f"{line}\n" for line in listed.values()).encode())
-        self.paths = set(listed)
+            if not content.endswith(b"\n") or lines.keys() & set(redrawn):
+                lines = {name: line for name, line in lines.items() if name not in redrawn}
+                write_bytes(self.path, "".join(f"{line}\n" for line in lines.values()).encode())
+        self.paths = set(lines)
 
     def add(self, name: str, record: dict[str, Any]) -> None:
         """Append a picture, unless it is listed already."""
@@ -227,7 +220,7 @@ def figure(
     temperatures: Sequence[float],
     seeds: Sequence[int],
 ) -> Image.Image:
-    """The pictures of one prompt as Figure 6: a row for each seed, a column for each temperature, labelled."""
+    """The pictures of one prompt as in Figure 6: a row for each seed, a column for each temperature, with labels."""
     width, height = images[0].size
     left, top, gap = 90, 56, 4
     size = (left + len(temperatures) * (width + gap), top + len(seeds) * (height + gap))
@@ -246,8 +239,8 @@ def figure(
 
 def check_tokens_folder(out: Path, image_tokenizer: V2FlowTokenizer, length: int) -> None:
     """Raises: DataError if ``out`` holds the tokens of another tokenizer."""
-    before = TokenManifest.load(out)
-    if before is not None and not before.same_tokens(_manifest(image_tokenizer, length)):
+    existing = TokenManifest.load(out)
+    if existing is not None and not existing.same_tokens(_manifest(image_tokenizer, length)):
         raise DataError(f"{out}/manifest.json belongs to tokens of another tokenizer. Use another -o, or --force.")
 
 
@@ -257,11 +250,11 @@ def _manifest(image_tokenizer: V2FlowTokenizer, length: int) -> TokenManifest:
 
 
 def _save_tokens(out: Path, ids: dict[str, np.ndarray], image_tokenizer: V2FlowTokenizer, length: int) -> None:
-    """One ``.npy`` a picture beside its PNG; those of ``length`` tokens, as all of a set, are in ``manifest.json``."""
+    """Write one ``.npy`` per picture beside its PNG; ``manifest.json`` lists those of ``length`` tokens."""
     manifest = _manifest(image_tokenizer, length)
-    before = TokenManifest.load(out)
-    if before is not None and before.same_tokens(manifest):
-        manifest.files.update(before.files)
+    existing = TokenManifest.load(out)
+    if existing is not None and existing.same_tokens(manifest):
+        manifest.files.update(existing.files)
     for name, row in ids.items():
         save_token_ids(out / f"{name}.npy", row, manifest.codebook_size)
         if len(row) == length:

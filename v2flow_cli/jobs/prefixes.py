@@ -1,4 +1,4 @@
-"""How many tokens an image gets: all, K of them, or the fewest whose picture is close enough."""
+"""How many tokens an image gets: all, the first K, or the fewest that reach a PSNR."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from v2flow_cli.tokenizer.preprocess import psnr, to_uint8
 
 @dataclass(frozen=True)
 class Prefixes:
-    """What ``encode --tokens`` and ``--max-error`` ask for; neither keeps every token.
+    """The settings of ``encode --tokens`` and ``--max-error``; without both, every token is kept.
 
-    tokens: keep the first so many, or encode at that length where the tokenizer has several; min_psnr_db: keep the
-    fewest that reach this PSNR.
+    tokens: keep the first so many, or encode at that length if the tokenizer has several; min_psnr_db: keep the fewest
+    that reach this PSNR.
     """
 
     tokens: int | None = None
     min_psnr_db: float | None = None
 
     def longest(self, tokenizer: V2FlowTokenizer, height: int, width: int) -> int:
-        """The longest sequence that is written of an image of ``height`` x ``width`` pixels.
+        """The longest sequence that is written for an image of ``height`` x ``width`` pixels.
 
         Raises:  DataError for a tokenizer without prefixes, or without that many tokens.
         """
@@ -39,8 +39,8 @@ class Prefixes:
             option = "--max-error" if self.tokens is None else f"--tokens {self.tokens}"
             possible = " or ".join(str(length) for length in sorted((whole, *others)))
             raise DataError(
-                f"{option}: this tokenizer writes {possible} tokens an image. Prefixes need one of flexible "
-                "length, such as recipes/flextok/small.yaml trains."
+                f"{option}: this tokenizer writes {possible} tokens an image. Prefixes need a tokenizer of "
+                "flexible length, such as that of recipes/flextok/small.yaml."
             )
         if self.tokens is not None and not 1 <= self.tokens <= whole:
             raise DataError(f"--tokens {self.tokens}: this tokenizer has 1 to {whole} tokens an image.")
@@ -52,22 +52,22 @@ def shortest_prefixes(
 ) -> list[int | None]:
     """For each image the length of the shortest prefix of its ids (B, L) that reaches ``min_psnr_db``; None if none.
 
-    Each is decoded as ``v2flow decode`` decodes it by default, its seed 0 and key included. The lengths 1, 2, 4, ...
-    and L are tried until one is good enough, then those between it and the one before it are halved down: at
-    most 2 log2 L pictures an image. The PSNR need not rise with every token, so a shorter prefix may do by chance.
+    Each prefix is decoded with the defaults of ``v2flow decode``, including seed 0 and the key. The lengths 1, 2, 4,
+    ... and L are tried until one is good enough, then a bisection between it and the one before it follows: at most
+    2 log2 L images per image. The PSNR need not rise with every token, so an even shorter prefix may suffice.
     """
     reference = to_uint8(images)
     height, width = images.shape[-2:]
     longest = token_ids.shape[1]
     seeds = [image_seed(0, key) for key in keys]
 
-    def good(chosen: list[int], lengths: list[int]) -> list[bool]:
-        found = tokenizer.decode(
-            token_ids[chosen], lengths=lengths, height=height, width=width, seeds=[seeds[i] for i in chosen]
+    def good(rows: list[int], lengths: list[int]) -> list[bool]:
+        decoded = tokenizer.decode(
+            token_ids[rows], lengths=lengths, height=height, width=width, seeds=[seeds[i] for i in rows]
         )
-        return (psnr(reference[chosen], to_uint8(found)) >= min_psnr_db).tolist()
+        return (psnr(reference[rows], to_uint8(decoded)) >= min_psnr_db).tolist()
 
-    bad_at, good_at = [0] * len(keys), [0] * len(keys)  # the longest that failed, the shortest that did
+    bad_at, good_at = [0] * len(keys), [0] * len(keys)  # the longest length that failed, the shortest that was good
     open_ = list(range(len(keys)))
     for length in doublings(longest):
         results = good(open_, [length] * len(open_)) if open_ else []

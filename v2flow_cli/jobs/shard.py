@@ -1,7 +1,7 @@
-"""Writing WebDataset tars: what ``v2flow shard`` does, without the command line.
+"""Writes WebDataset tars: the work of ``v2flow shard``.
 
-The same images and captions give the same bytes, whatever the number of workers and however often the run was stopped:
-members carry no time, user or group of this machine. ``shard_sources.py`` lists what is to be written.
+The same images and captions give the same bytes, for any number of workers and interruptions: members carry no time,
+user or group. ``shard_sources.py`` lists the images.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from v2flow_cli.errors import DataError
 from v2flow_cli.jobs.shard_sources import Source
 from v2flow_cli.jobs.shard_staging import ShardReport, StagedSet, check_folder, check_free, shards_of_prefix
 from v2flow_cli.store.files import map_ahead, remove_partials, replacing, sha256_of, write_bytes
-from v2flow_cli.store.images import open_image
+from v2flow_cli.store.images import open_image, png_bytes
 from v2flow_cli.store.names import safe_key
 from v2flow_cli.store.paths import check_apart
 from v2flow_cli.store.shard_index import (
@@ -51,15 +51,14 @@ def write_shards(
     report: ShardReport | None = None,
     tick: Callable[[int], None] = lambda advance: None,
 ) -> ShardReport:
-    """Write ``PREFIX-000000.tar``, ... of about ``shard_bytes`` at most, an index each, and ``manifest.json``.
+    """Write ``PREFIX-000000.tar``, ... of at most about ``shard_bytes``, an index each, and ``manifest.json``.
 
-    They are written aside and take their place, and that of an older set, when the last one is whole.
-    JPEG, PNG and WebP files are stored as they are, others as PNG; with ``short_side`` (pixels), those whose
-    shorter side is longer are made smaller and stored as JPEG. A run that was stopped goes on after its last whole
-    shard when it is repeated.
-    Returns: a report that lists bad images as failures; where all are bad, nothing is written or replaced.
+    They are written to a hidden folder, and replace an older set when the last one is complete. JPEG, PNG and WebP
+    files are stored unchanged, others as PNG; with ``short_side`` (pixels), images with a longer shorter side are
+    reduced and stored as JPEG. A repeated run continues after the last complete shard of a stopped run.
+    Returns: a report that lists bad images as failures; if all are bad, nothing is written or replaced.
     Raises:  DataError if ``out`` holds shards (unless ``force``), cannot be written, holds a stopped run of other
-             images or options, the manifest of something else, or the images that are to be read.
+             images or options, the manifest of something else, or the input images.
     """
     report = report or ShardReport()
     staged = StagedSet(out, prefix, {"shard_bytes": shard_bytes, "short_side": short_side})
@@ -67,12 +66,12 @@ def write_shards(
     check_folder(out, prefix)
     staged.finish_moving()
     if staged.exists and not force:
-        count, seen = staged.resume(report)
+        count, digest = staged.resume(report)
         if count:
-            listed = len(report.failures)
-            if samples.skip(count, {failure.name for failure in report.failures}) != seen:
-                raise staged.others()
-            del report.failures[listed:]  # what the listing of those sources has said again
+            num_failures = len(report.failures)
+            if samples.skip(count, {failure.name for failure in report.failures}) != digest:
+                raise staged.other_images()
+            del report.failures[num_failures:]  # those of the listing, which are in the report already
     elif not force:
         check_free(out, shards_of_prefix(out, prefix))
     stream = iter(samples)
@@ -96,8 +95,8 @@ def write_shards(
             report.shards.append(_finish(path))
             report.captions += captions
             report.captioned += captioned
-            staged.add(report, last.ordinal + 1, last.seen, last.failures)
-    report.failures[:] = dict.fromkeys(report.failures)  # a resumed listing says some twice
+            staged.add(report, last.ordinal + 1, last.digest, last.failures)
+    report.failures[:] = dict.fromkeys(report.failures)  # a resumed listing repeats some
     staged.publish(report)
     return report
 
@@ -108,7 +107,7 @@ def _tar_writer(file: Any) -> TarWriter:
 
 
 def _finish(path: Path) -> ShardInfo:
-    """Read a written shard back, write the index beside it, and say what the manifest will list."""
+    """Read a written shard back, write its index, and return its entry for the manifest."""
     samples = []
     with open(path, "rb") as file:
         for sample in index_shard(path).samples:
@@ -123,17 +122,17 @@ def _finish(path: Path) -> ShardInfo:
 
 @dataclass(frozen=True)
 class _Sample:
-    """A WebDataset sample to be written.  ordinal: of its source; seen: digest of all sources up to it."""
+    """A WebDataset sample to write.  ordinal: of its source; digest: of all sources up to it."""
 
     members: dict[str, Any]
     captions: int
     ordinal: int
-    seen: str
+    digest: str
     failures: int  # listed before it
 
     @property
     def tar_bytes(self) -> int:
-        """A header block each (three where the name is long), and data in whole blocks of 512 bytes."""
+        """A header block per member (three for a long name), and data in blocks of 512 bytes."""
         key, total = self.members["__key__"], 0
         for name, content in self.members.items():
             if name != "__key__":
@@ -143,7 +142,7 @@ class _Sample:
 
 
 class _Samples:
-    """The good images as samples, in order, under safe keys; ``skip`` passes over those of an earlier run."""
+    """The good images as samples, in order, with safe keys; ``skip`` skips those of an earlier run."""
 
     def __init__(
         self,
@@ -158,23 +157,23 @@ class _Samples:
         self.out = out
         self.report, self.tick = report, tick
         self.taken: set[str] = set()
-        self.folder: Path | None = None  # that the last image lay in
-        self.seen = hashlib.sha256()
+        self.folder: Path | None = None  # of the last image
+        self.digest = hashlib.sha256()
 
     def skip(self, count: int, left_out: set[str]) -> str:
-        """Pass over ``count`` sources, of which those named in ``left_out`` took no key; returns their digest."""
+        """Skip ``count`` sources, of which those named in ``left_out`` have no key; returns their digest."""
         for _, source in itertools.islice(self.sources, count):
-            self._see(source)
+            self._check_source(source)
             self.tick(1)
             if source.name not in left_out:
                 self._key(source)
-        return self.seen.hexdigest()
+        return self.digest.hexdigest()
 
     def __iter__(self) -> Iterator[_Sample]:
         ahead = _BATCH_AHEAD * self.workers
         for (ordinal, source), loaded in map_ahead(self._load, self.sources, self.workers, ahead):
             self.tick(1)
-            self._see(source)
+            self._check_source(source)
             if isinstance(loaded, DataError):
                 self.report.failures.append(source.failed(loaded))
                 continue
@@ -182,16 +181,16 @@ class _Samples:
             members: dict[str, Any] = {"__key__": self._key(source), extension: content}
             if captions:
                 members["txt"] = "\n".join(captions).encode()
-            yield _Sample(members, len(captions), ordinal, self.seen.hexdigest(), len(self.report.failures))
+            yield _Sample(members, len(captions), ordinal, self.digest.hexdigest(), len(self.report.failures))
 
-    def _see(self, source: Source) -> None:
+    def _check_source(self, source: Source) -> None:
         if source.image.path.parent != self.folder:  # once for each folder, not for each image
             self.folder = source.image.path.parent
             check_apart(self.out, [self.folder])
-        self.seen.update(source.identity.encode())
+        self.digest.update(source.identity.encode())
 
     def _key(self, source: Source) -> str:
-        # Keys out of a tar are unique in it and carry its name: remembering every one would take a set's memory.
+        # Keys from a tar are unique in it and contain its name, so they need not be stored.
         return safe_key(source.image.key, self.taken if source.member is None else None)
 
     def _load(
@@ -205,12 +204,12 @@ class _Samples:
 
 
 def _stored_form(content: bytes, name: str, short_side: int | None) -> tuple[str, bytes]:
-    """Extension and bytes to store.  Raises: DataError for a bad image, which is decoded here in full."""
+    """Extension and bytes to store; the image is decoded completely.  Raises: DataError for a bad image."""
     image = open_image(content, name)
-    buffer = io.BytesIO()
     if short_side is not None and min(image.size) > short_side:
         scale = short_side / min(image.size)
         size = (max(short_side, round(image.width * scale)), max(short_side, round(image.height * scale)))
+        buffer = io.BytesIO()
         image.resize(size, Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=95, subsampling=0)
         return "jpg", buffer.getvalue()
     if content.startswith(b"\xff\xd8"):
@@ -219,5 +218,4 @@ def _stored_form(content: bytes, name: str, short_side: int | None) -> tuple[str
         return "png", content
     if content.startswith(b"RIFF") and content[8:12] == b"WEBP":
         return "webp", content
-    image.save(buffer, "PNG")
-    return "png", buffer.getvalue()
+    return "png", png_bytes(image)

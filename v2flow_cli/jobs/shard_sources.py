@@ -1,4 +1,4 @@
-"""What ``v2flow shard`` packs: images with captions, from folders, tables, class folders or other tars."""
+"""The images and captions that ``v2flow shard`` packs: from folders, tables, class folders or other tars."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from v2flow_cli.store.text import printable
 
 @dataclass(frozen=True)
 class Source:
-    """An image to be written, and its captions; with ``member`` both lie in the tar ``image.path``.
+    """An image to write, and its captions; with ``member`` both are in the tar ``image.path``.
 
-    stamp: the fingerprint of the file, where it is known; problem: why its captions could not be read, which ``read``
+    stamp: the fingerprint of the file, if it is known; problem: the error from reading its captions, which ``read``
     raises.
     """
 
@@ -39,12 +39,12 @@ class Source:
 
     @property
     def name(self) -> str:
-        """What messages call it."""
+        """Its name in messages."""
         return printable(str(self.image.path) if self.member is None else f"{self.image.path}/{self.member.key}")
 
     @property
     def identity(self) -> str:
-        """What tells, when a stopped run goes on, whether this is still the same image with the same captions."""
+        """Text that changes with the image or its captions, by which a resumed run checks its sources."""
         return json.dumps([self.image.key, self.captions, self.stamp or fingerprint(self.image.path)])
 
     def read(self) -> tuple[bytes, tuple[str, ...]]:
@@ -53,12 +53,12 @@ class Source:
             raise self.problem
         if self.member is None:
             return read_bytes(self.image.path), self.captions
-        assert self.member.image is not None  # sources_from_tars keeps no other
+        assert self.member.image is not None  # sources_from_tars yields no other
         with open_shard(self.image.path) as file:
             return read_member(file, self.member.members[self.member.image]), captions_of(file, self.member)
 
     def failed(self, error: DataError) -> Failure:
-        """``error`` as the reason why this image was left out."""
+        """The failure of this image for the reason ``error``."""
         path = str(self.image.path)
         key = None if self.member is None else self.member.key
         return Failure(path, str(error).removeprefix(f"{self.name}: ").removeprefix(f"{path}: "), key)
@@ -86,25 +86,25 @@ def sources_from_classes(
     not_taken: NotTaken | None = None,
     exclude: Path | None = None,
 ) -> Iterator[Source]:
-    """Each image of ``folder`` with the caption "a photo of NAME" after the folder it lies in.
+    """Each image of ``folder`` with the caption "a photo of NAME", where NAME is that of its own folder.
 
-    Args:   names, of folders that are not called by their names (``n02119022``); the others as ``find_inputs``.
+    Args:   names, of folders whose names are codes (``n02119022``); the others as ``find_inputs``.
     """
     for image in find_images([folder], not_taken=not_taken, exclude=exclude):
-        place = image.path.parent.name
-        name = (names or {}).get(place, printable(place.replace("_", " ").strip()))
+        parent = image.path.parent.name
+        name = (names or {}).get(parent, printable(parent.replace("_", " ").strip()))
         yield Source(image, (f"a photo of {name}",) if image.path.parent != folder else ())
 
 
 def sources_from_tars(
-    given: Path | str, failures: list[Failure], *, not_taken: NotTaken | None = None, exclude: Path | None = None
+    source: Path | str, failures: list[Failure], *, not_taken: NotTaken | None = None, exclude: Path | None = None
 ) -> Iterator[Source]:
-    """Each image in the tars of an input, with its captions; keys begin with the tar's own, so they stay apart.
+    """Each image in the tars of an input, with its captions; keys begin with the tar's own, so that they are unique.
 
-    What the tars have lost goes to ``failures``, what else lies there to ``not_taken``.
+    Lost samples are added to ``failures``, other files to ``not_taken``.
     """
     left = NotTaken() if not_taken is None else not_taken
-    tars = find_tars([given], not_taken=left, exclude=exclude)
+    tars = find_tars([source], not_taken=left, exclude=exclude)
     for shard, prefix in zip(tars, safe_prefixes([tar.key for tar in tars])):
         try:
             index = index_shard(shard.path)
@@ -127,32 +127,33 @@ def sources_from_table(
     not_taken: NotTaken | None = None,
     exclude: Path | None = None,
 ) -> Iterator[Source]:
-    """The images that a table lists, with their captions; several rows of one image add up, equal captions once.
+    """The images that a table lists, with the different captions of all their rows.
 
-    Files are named as they lie under ``folder`` or beside the table, accents composed or not, ``/`` or ``\\`` between.
-    Listed images that are missing go to ``failures``, images that no row lists to ``not_taken``.
+    Names are relative to ``folder`` or to the table's folder, with composed or decomposed accents, and ``/`` or ``\\``.
+    Listed images that are missing are added to ``failures``, images in no row to ``not_taken``.
     Raises: DataError for a table that cannot be read or lacks its columns.
     """
     left = NotTaken() if not_taken is None else not_taken
     images = find_images([folder], not_taken=left, exclude=exclude)
-    found = {os.path.abspath(image.path): image for image in images}
-    composed = {_composed(path): image for path, image in found.items()}
+    by_path = {os.path.abspath(image.path): image for image in images}
+    by_composed_path = {_composed(path): image for path, image in by_path.items()}
     captions: dict[str, list[str]] = {}
     missing: dict[str, str] = {}
     for number, name, texts in read_caption_table(table):
-        places = [os.path.abspath(root / n) for root in (folder, table.parent) for n in (name, name.replace("\\", "/"))]
-        image = next((found[p] for p in places if p in found), None)
-        image = image or next((composed[_composed(p)] for p in places if _composed(p) in composed), None)
+        names = (name, name.replace("\\", "/"))
+        paths = [os.path.abspath(root / n) for root in (folder, table.parent) for n in names]
+        image = next((by_path[path] for path in paths if path in by_path), None)
+        image = image or next(filter(None, (by_composed_path.get(_composed(path)) for path in paths)), None)
         if image is None:
-            missing.setdefault(places[0], f"listed in {table}, row {number}, but not an image in {folder}")
+            missing.setdefault(paths[0], f"listed in {table}, row {number}, but not an image in {folder}")
         else:
             captions.setdefault(os.path.abspath(image.path), []).extend(texts)
     failures += [Failure(path, reason) for path, reason in missing.items()]
-    for path, image in found.items():
+    for path, image in by_path.items():
         if path not in captions:
             left.add(str(image.path), "images", f"no row of {table} lists them")
     for path, texts in captions.items():
-        yield Source(found[path], tuple(dict.fromkeys(texts)))
+        yield Source(by_path[path], tuple(dict.fromkeys(texts)))
 
 
 def _composed(path: str) -> str:
