@@ -237,7 +237,7 @@ def test_base_models_are_the_hub_ids_among_what_a_model_is_made_from(tmp_path, m
     names = ("Qwen/Qwen3-0.6B", "runs/tokenizer", "none", "", "/models/llama", "Qwen/Qwen3-0.6B")
     figures = {"loss": 1.23456, "psnr_db": float("inf"), "other": float("nan")}
     kind = dict(library="transformers", task="text-to-image", split="validation")
-    text = front_matter(Card(), "runs/llm", made_from=names, data=("/home/me/tokens",), metrics=figures, **kind)
+    text = front_matter(Card(), "runs/llm", base_models=names, data=("/home/me/tokens",), metrics=figures, **kind)
     card = yaml.safe_load(text.split("---\n")[1])
     assert card["base_model"] == ["Qwen/Qwen3-0.6B"]
     (entry,) = card["model-index"]

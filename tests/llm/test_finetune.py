@@ -25,10 +25,12 @@ from v2flow_cli.recipe.load import dump_recipe
 from v2flow_cli.recipe.schema import Lora
 from v2flow_cli.store.token_parquet import write_parquet
 from v2flow_cli.training.llm_checkpoints import list_checkpoints
-from v2flow_cli.training.llm_trainer import save_folder, training_arguments, weights_digest
+from v2flow_cli.training.llm_folder import save_folder, weights_digest
+from v2flow_cli.training.llm_setup import choose_trained
+from v2flow_cli.training.llm_trainer import training_arguments
 from v2flow_cli.training.muon import ADAMW_RMS
 from v2flow_cli.training.objectives import drawing as finetuning
-from v2flow_cli.training.objectives.drawing import DrawingTrainer, choose_trained, finetune, plan
+from v2flow_cli.training.objectives.drawing import DrawingTrainer, finetune, plan
 
 LORA = Lora(rank=2, alpha=4.0, dropout=0.0)
 

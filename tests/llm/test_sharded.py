@@ -80,4 +80,4 @@ def test_no_skipping_where_deepspeed_moves_the_weights(launch):
     if launch.engine != "deepspeed":
         pytest.skip("FSDP can skip")
     done = launch(skip_bad_steps=1)
-    assert done.returncode == 1 and "train.skip_bad_steps is 1; DeepSpeed moves the weights before" in done.stderr
+    assert done.returncode == 1 and "train.skip_bad_steps is 1; DeepSpeed changes the weights before" in done.stderr

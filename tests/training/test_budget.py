@@ -20,9 +20,9 @@ from v2flow_cli.recipe.budget import load_budget
 from v2flow_cli.recipe.schema import Recipe
 from v2flow_cli.training import budget_stage
 from v2flow_cli.training.budget import check_inputs, figures, stages_to_do
-from v2flow_cli.training.budget_stage import StageRun, Trained, train_stage
+from v2flow_cli.training.budget_stage import StageResult, StageRun, train_stage
 from v2flow_cli.training.flops import training_flop
-from v2flow_cli.training.schedule import goes_on, whole, window
+from v2flow_cli.training.schedule import is_continued, planned_windows, window
 
 TINY = RECIPES / "tiny"
 
@@ -56,7 +56,7 @@ def diamond(tmp_path):
 
 
 def test_shares_are_of_the_longest_way(diamond):
-    seconds = whole(diamond.stages, list(diamond.stages), 1000.0)
+    seconds = planned_windows(diamond.stages, list(diamond.stages), 1000.0)
     assert seconds == {"autoencoder": 100, "lm": 50, "tokenizer": 500, "tokens": 100, "llm": 300}
 
 
@@ -67,7 +67,7 @@ def test_a_stage_gets_its_share_of_what_is_left(diamond):
 
 
 def test_what_a_later_training_starts_from_stays_as_it_is(diamond):
-    assert {name: goes_on(diamond.stages, name) for name in diamond.stages} == {
+    assert {name: is_continued(diamond.stages, name) for name in diamond.stages} == {
         "autoencoder": False,
         "lm": False,
         "tokenizer": False,
@@ -85,7 +85,7 @@ class Engine:
     def __init__(self, second: float = 0.01, fits: float = math.inf) -> None:
         self.second, self.fits, self.steps, self.calls = second, fits, 0, []
 
-    def __call__(self, recipe: Recipe, log, probe) -> Trained:
+    def __call__(self, recipe: Recipe, log, probe) -> StageResult:
         loop = recipe.train
         self.calls.append(loop)
         assert loop.budgeted
@@ -97,7 +97,7 @@ class Engine:
             self.steps += max(1, int(probe[0] / self.second))
         while probe is None and self.steps < loop.steps and self.steps * self.second < limit:
             self.steps += 1
-        return Trained(self.steps, self.steps * self.second, {"loss": 1.0}, self.second)
+        return StageResult(self.steps, self.steps * self.second, {"loss": 1.0}, self.second)
 
 
 def stage(seconds=100.0):
@@ -139,7 +139,7 @@ def test_more_minutes_go_on_from_the_first_run():
 
 def test_too_little_time_for_a_step_is_one_sentence():
     state, engine = stage(seconds=2.0), Engine(second=3.0)
-    with pytest.raises(V2FlowError, match=r"one step takes 3.0 s, but its share of the budget is 2.0 s. Give more"):
+    with pytest.raises(V2FlowError, match=r"one step takes 3.0 s, but its share of the budget is 2.0 s. Use more"):
         run(state, engine)
     assert not state.done
     state.seconds = state.planned_seconds = 100.0
@@ -152,7 +152,7 @@ def test_too_little_memory_halves_the_batch_and_keeps_the_recipes():
     said = run(state, engine)
     assert [call.accumulate for call in engine.calls] == [1, 2, 4, 4] and state.accumulate == 4
     assert {call.batch_size for call in engine.calls} == {4}
-    assert "2 at a time, 2 times a step, which keeps the recipe's batch of 4" in said[0]
+    assert "now 2 micro-batches of 2 per step, with the recipe's batch of 4" in said[0]
     with pytest.raises(V2FlowError, match=r"too little memory even for micro-batches of 1 \(CUDA out of memory"):
         run(stage(), Engine(fits=0))
 
@@ -196,7 +196,7 @@ def test_a_bad_budget_is_refused(tmp_path, change, message):
 def test_data_that_nobody_makes_is_told_before_anything_starts(tmp_path):
     stages = {"autoencoder": training(tmp_path, "autoencoder", 1, (), f"data.sources=[{tmp_path / 'photos'}]")}
     budget = load_budget(write(tmp_path, stages))
-    with pytest.raises(DataError, match=r"photos is not there, .* --set autoencoder.data.sources=\[PATH\]"):
+    with pytest.raises(DataError, match=r"photos does not exist, .* --set autoencoder.data.sources=\[PATH\]"):
         check_inputs(budget, stages_to_do(budget))
     stages["make"] = {"run": f"python make.py --out {tmp_path / 'photos'}", "share": 1}
     budget = load_budget(write(tmp_path, stages))
@@ -283,7 +283,7 @@ def test_a_rehearsal_from_autoencoder_to_llm_and_a_second_run(tmp_path):
     assert {folder.name for folder in runs.iterdir() if folder.is_dir()} >= {"autoencoder", "lm", "tokenizer", "llm"}
     assert (runs / "llm" / "model.safetensors").is_file() and first["llm"]["figure"].startswith("loss")
     second, said = command(path, 0.1)
-    assert "tokenizer: done by an earlier run" in said and "goes on from step" in said
+    assert "tokenizer: done by an earlier run" in said and "continues from step" in said
     assert second["llm"]["steps"] > first["llm"]["steps"]
     assert all(second[name]["steps"] == first[name]["steps"] for name in ("autoencoder", "lm", "tokenizer"))
     assert [row.stage for row in figures(load_budget(path))] == list(stages)

@@ -92,7 +92,7 @@ def test_the_autoencoder_rests_once_the_cache_is_there(world, tmp_path, monkeypa
 )
 def test_stale_latents_are_refused(world, tmp_path, change, named):
     opened(cached(world, tmp_path / "t", tmp_path / "cache"))
-    with pytest.raises(ModelError, match=f"were made with {named}"):
+    with pytest.raises(ModelError, match=f"were computed with {named}"):
         opened(cached(world, tmp_path / "t", tmp_path / "cache", change))
 
 
@@ -100,7 +100,7 @@ def test_latents_of_another_autoencoder_and_damaged_ones_are_refused(world, tmp_
     made = cached(world, tmp_path / "t", tmp_path / "cache")
     _, objective = opened(made)
     objective.model.latents.autoencoder.encoder[1].weight.data += 1
-    with pytest.raises(ModelError, match="were made with autoencoder"):
+    with pytest.raises(ModelError, match="were computed with autoencoder"):
         open_cache(made, objective.model, rank=0, ranks=1, device=torch.device("cpu"))
     (tmp_path / "cache" / "rank-0-of-1.safetensors").write_bytes(b"rubbish")
     with pytest.raises(ModelError, match="cached latents cannot be read"):

@@ -1,8 +1,8 @@
-"""A whole set of models in a given wall time: what ``v2flow budget`` does, without the command line.
+"""A set of models within a wall time: the work of ``v2flow budget``.
 
-Every stage is a process of its own; one starts when those that it needs are done, so stages that need nothing from
-each other run side by side. Its time is its share of what is left at that moment. ``budget.json`` in the budget's
-folder says what is done: the same command goes on after any stop, and with more minutes after the end.
+Every stage runs in its own process, and starts when the stages that it needs are done; independent stages run at the
+same time. Its time is its share of the time left at that moment. ``budget.json`` in the budget's folder records the
+finished commands: the same command continues after any stop, and with more minutes after the end.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from v2flow_cli.store.files import write_bytes
 from v2flow_cli.store.lock import locked
 from v2flow_cli.training.budget_stage import StageRun
 from v2flow_cli.training.resume import check_same_recipe
-from v2flow_cli.training.schedule import goes_on, whole, window
+from v2flow_cli.training.schedule import is_continued, planned_windows, window
 
-STATE = "budget.json"  # {command stage: seconds it took}; each training has a file of its own, budget-NAME.json
-LEAST = 0.1  # of its share that a stage gets also where earlier ones were late
-PATIENCE = 60.0  # seconds that a stage has to save after a signal
+STATE = "budget.json"  # {command stage: its seconds}; each training has its own file, budget-NAME.json
+LEAST = 0.1  # the part of its share that a stage gets even if earlier stages were late
+PATIENCE = 60.0  # seconds to save after a signal
 Log = Callable[[str], None]
 
 
@@ -44,10 +44,10 @@ class StageFigures:
     """One row of the table at the end."""
 
     stage: str
-    steps: int  # 0 of a command
-    images_per_s: float | None  # sequences, of an LLM
-    peak_share: float | None  # of the device's peak in dense bf16 products, where it is known
-    figure: str  # the last loss or metric, by name
+    steps: int  # 0 for a command
+    images_per_s: float | None  # sequences for an LLM
+    peak_share: float | None  # of the device's peak in dense bf16 products, if it is known
+    figure: str  # the name and value of the last loss or metric
     seconds: float  # of this and earlier runs
 
 
@@ -57,13 +57,13 @@ class _Running:
     process: subprocess.Popen[str]
     started: float
     reader: threading.Thread
-    last: list[str] = field(default_factory=list)  # the last lines that it said
+    last_lines: list[str] = field(default_factory=list)  # of its output
 
 
 def run_budget(budget: Budget, minutes: float, log: Log) -> list[StageFigures]:
-    """Run what is to do of ``budget`` within ``minutes`` of wall time; the figures of all stages.
+    """Run the unfinished stages of ``budget`` within ``minutes`` of wall time; the figures of all stages.
 
-    Raises:  what ``check_inputs`` raises; V2FlowError naming the stage that failed, when the others are saved; and
+    Raises:  as ``check_inputs``; V2FlowError, with the name of the stage that failed, after the others are saved; and
              KeyboardInterrupt, likewise.
     """
     to_do = stages_to_do(budget)
@@ -74,7 +74,7 @@ def run_budget(budget: Budget, minutes: float, log: Log) -> list[StageFigures]:
     for name in done:
         log(f"{name}: done by an earlier run")
     running: dict[str, _Running] = {}
-    # The stages inherit the lock: one that outlives a killed budget keeps the next one from starting it twice.
+    # The stages inherit the lock, so that no second run starts a stage that outlives a killed budget.
     with locked(budget.folder) as lock, _stopping(running):
         while len(done) < len(budget.stages):
             ready = [n for n in to_do if n not in done and n not in running and set(budget.stages[n].after) <= done]
@@ -96,7 +96,7 @@ def run_budget(budget: Budget, minutes: float, log: Log) -> list[StageFigures]:
 
 
 def stages_to_do(budget: Budget) -> list[str]:
-    """The stages that a run would start: those that are not done, and those that go on with more minutes."""
+    """The stages that a run would start: unfinished ones, and those that more minutes continue."""
     finished = _commands_done(budget)
 
     def is_done(stage: Stage) -> bool:
@@ -105,34 +105,34 @@ def stages_to_do(budget: Budget) -> list[str]:
         return _state(budget, stage).exists() and StageRun.load(_state(budget, stage)).done
 
     stages = budget.stages
-    return [name for name, stage in stages.items() if not is_done(stage) or goes_on(stages, name)]
+    return [name for name, stage in stages.items() if not is_done(stage) or is_continued(stages, name)]
 
 
 def planned_seconds(budget: Budget, minutes: float) -> dict[str, float]:
-    """Wall time of each stage that a run would start, if every one took its share."""
+    """Wall time of each stage that a run would start, if each takes its share."""
     to_do = stages_to_do(budget)
-    return whole(budget.stages, to_do, 60 * minutes) if to_do else {}
+    return planned_windows(budget.stages, to_do, 60 * minutes) if to_do else {}
 
 
 def check_inputs(budget: Budget, to_do: Iterable[str]) -> None:
-    """Look at what the trainings read and would go on from, before any of them starts.
+    """Check the data and outputs of the trainings before any of them starts.
 
-    Raises:  DataError for data that is not there and that no stage makes; ModelError for an output that holds the run
-             of another recipe.
+    Raises:  DataError for missing data that no stage writes; ModelError for an output that holds the run of another
+             recipe.
     """
     recipes = {name: stage.recipe for name, stage in budget.stages.items() if stage.recipe is not None}
-    made = [Path(recipe.output) for recipe in recipes.values()]
-    # What a command writes is among its words.
-    made += [Path(word) for stage in budget.stages.values() for word in stage.run if not word.startswith("-")]
+    outputs = [Path(recipe.output) for recipe in recipes.values()]
+    # The output of a command is one of its words.
+    outputs += [Path(word) for stage in budget.stages.values() for word in stage.run if not word.startswith("-")]
     for name in to_do:
         recipe = recipes.get(name)
         if recipe is None:
             continue
         for source in _sources(recipe):
-            if not any(Path(source) == place or place in Path(source).parents for place in made):
+            if not any(Path(source) == output or output in Path(source).parents for output in outputs):
                 if not Path(source).exists() and not glob.glob(source, recursive=True):
                     raise DataError(
-                        f"{budget.stages[name].recipe_path}: the data {source} is not there, and no stage makes it. "
+                        f"{budget.stages[name].recipe_path}: the data {source} does not exist, and no stage writes it. "
                         f"Name yours with --set {name}.{_sources_key(recipe)}=[PATH]."
                     )
         _check_output(budget, budget.stages[name])
@@ -148,14 +148,14 @@ def _check_output(budget: Budget, stage: Stage) -> None:
     state = _state(budget, stage)
     if not state.exists():
         raise ModelError(
-            f"{folder}: already holds a run, which is not one of this budget. Give {stage.name} another place with "
-            f"--set {stage.name}.output=FOLDER, or move that one away."
+            f"{folder}: already holds a run, which is not one of this budget. Choose another folder with "
+            f"--set {stage.name}.output=FOLDER, or move that run away."
         )
     if saved.exists():
-        was = yaml.safe_load(saved.read_text(encoding="utf-8"))
-        wanted = yaml.safe_load(dump_recipe(stage.recipe))
-        wanted["train"]["budgeted"] = was["train"]["budgeted"] = True
-        check_same_recipe(folder, yaml.safe_dump(was), yaml.safe_dump(wanted))
+        old = yaml.safe_load(saved.read_text(encoding="utf-8"))
+        new = yaml.safe_load(dump_recipe(stage.recipe))
+        new["train"]["budgeted"] = old["train"]["budgeted"] = True
+        check_same_recipe(folder, yaml.safe_dump(old), yaml.safe_dump(new))
 
 
 def _sources(recipe: Any) -> list[str]:
@@ -177,6 +177,11 @@ def _state(budget: Budget, stage: Stage) -> Path:
     return budget.folder / f"budget-{stage.name}.json"
 
 
+def _load_run(budget: Budget, stage: Stage) -> StageRun:
+    file = _state(budget, stage)
+    return StageRun.load(file) if file.exists() else StageRun(str(stage.recipe_path), [], 0.0)
+
+
 def _commands_done(budget: Budget) -> dict[str, float]:
     try:
         return dict(json.loads((budget.folder / STATE).read_text(encoding="utf-8")))
@@ -195,12 +200,11 @@ def _start(
         words = [word.replace("{minutes}", f"{seconds / 60:.4f}") for word in stage.run]
         command = [*names.get(words[0], words[:1]), *words[1:]]
     else:
-        place = _state(budget, stage)
-        run = StageRun.load(place) if place.exists() else StageRun(str(stage.recipe_path), [], 0.0)
+        file, run = _state(budget, stage), _load_run(budget, stage)
         run.recipe, run.overrides = str(stage.recipe_path), list(stage.overrides)
         run.seconds, run.planned_seconds = seconds, planned
-        run.save(place)
-        command = [sys.executable, "-m", "v2flow_cli.training.budget_stage", str(place)]
+        run.save(file)
+        command = [sys.executable, "-m", "v2flow_cli.training.budget_stage", str(file)]
     environment = os.environ | ({} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(threads)})
     try:
         process = subprocess.Popen(
@@ -212,40 +216,41 @@ def _start(
             errors="replace",
             env=environment,
             pass_fds=() if lock is None else (lock,),
-            start_new_session=True,  # Ctrl-C is for this process, which ends the stages one by one
+            start_new_session=True,  # Ctrl-C goes to this process, which then stops the stages
         )
     except OSError as error:
         raise V2FlowError(f"stage {stage.name}: {command[0]} cannot be run ({error.strerror}).") from None
     job = _Running(stage, process, time.monotonic(), threading.Thread())
     assert process.stderr is not None
-    job.reader = threading.Thread(target=_pass_on, args=(process.stderr, job, budget, log), daemon=True)
+    job.reader = threading.Thread(target=_copy_output, args=(process.stderr, job, budget, log), daemon=True)
     job.reader.start()
     return job
 
 
-def _pass_on(lines: TextIO, job: _Running, budget: Budget, log: Log) -> None:
-    """What a stage says, to the log and to a file of its own."""
+def _copy_output(lines: TextIO, job: _Running, budget: Budget, log: Log) -> None:
+    """Copy the output of a stage to the log and to its own file."""
     with open(budget.folder / f"budget-{job.stage.name}.log", "a", encoding="utf-8") as file:
         for line in lines:
             file.write(line)
             file.flush()
-            job.last = [*job.last, line.strip()][-20:]
+            job.last_lines = [*job.last_lines, line.strip()][-20:]
             log(f"{job.stage.name}: {line.rstrip()}")
 
 
 def _finish(budget: Budget, job: _Running) -> None:
     if job.process.returncode:
-        said = [line.removeprefix("error: ") for line in job.last if line.startswith("error: ")] or job.last[-1:]
-        how = said[-1] if said else f"it ended with exit code {job.process.returncode}."
-        raise V2FlowError(f"stage {job.stage.name}: {how}")
+        errors = [line.removeprefix("error: ") for line in job.last_lines if line.startswith("error: ")]
+        lines = errors or job.last_lines
+        reason = lines[-1] if lines else f"it ended with exit code {job.process.returncode}."
+        raise V2FlowError(f"stage {job.stage.name}: {reason}")
     if job.stage.recipe is None:
-        took = _commands_done(budget) | {job.stage.name: time.monotonic() - job.started}
-        write_bytes(budget.folder / STATE, json.dumps(took, indent=1).encode())
+        seconds = _commands_done(budget) | {job.stage.name: time.monotonic() - job.started}
+        write_bytes(budget.folder / STATE, json.dumps(seconds, indent=1).encode())
 
 
 @contextlib.contextmanager
 def _stopping(running: dict[str, _Running]) -> Iterator[None]:
-    """However the block ends, no stage is left behind: each one saves what it has."""
+    """At the end of the block, also after an error, stop all running stages; each of them saves."""
     try:
         yield
     finally:
@@ -262,15 +267,14 @@ def _stopping(running: dict[str, _Running]) -> Iterator[None]:
 
 
 def figures(budget: Budget) -> list[StageFigures]:
-    """The table: what each stage has come to so far."""
+    """One row for each stage, with its figures so far."""
     rows = []
     seconds_of = _commands_done(budget)
     for name, stage in budget.stages.items():
         if stage.recipe is None:
             rows.append(StageFigures(name, 0, None, None, "", seconds_of.get(name, 0.0)))
             continue
-        place = _state(budget, stage)
-        run = StageRun.load(place) if place.exists() else StageRun(str(stage.recipe_path), [], 0.0)
+        run = _load_run(budget, stage)
         speed = run.images / run.trained_seconds if run.trained_seconds else None
         share = speed * run.flop_per_image / run.peak if speed and run.flop_per_image and run.peak else None
         rows.append(StageFigures(name, run.steps_done, speed, share, _main_figure(run.figures), run.trained_seconds))
@@ -278,9 +282,9 @@ def figures(budget: Budget) -> list[StageFigures]:
 
 
 def _main_figure(values: dict[str, float]) -> str:
-    """The most telling of a run's last figures."""
-    for wanted in ("psnr", "held-out loss", "loss"):
+    """The most informative of a run's last figures."""
+    for key in ("psnr", "held-out loss", "loss"):
         for name, value in values.items():
-            if name.split("/")[-1] == wanted:
-                return f"{wanted} {value:.4g}"
+            if name.split("/")[-1] == key:
+                return f"{key} {value:.4g}"
     return ""

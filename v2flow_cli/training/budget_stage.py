@@ -1,8 +1,8 @@
-"""One training of a budget, in a process of its own: ``python -m v2flow_cli.training.budget_stage REQUEST.json``.
+"""One training of a budget, in its own process: ``python -m v2flow_cli.training.budget_stage REQUEST.json``.
 
-The first steps of a stage are a measurement: they run with a schedule that has no end, so that the learning rate warms
-up and stays. By the time that they took, the stage's number of steps is set, and the same run goes on with it. The
-number lies in the request's file from then on, so a stage that was killed resumes with it, exactly.
+The first steps of a stage are a measurement, with an endless schedule: the learning rate warms up and stays constant.
+Their time determines the stage's number of steps, and the same run continues with it. The number is then stored in the
+request's file, so that a killed stage resumes with it exactly.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from v2flow_cli.recipe.schema import Recipe
 from v2flow_cli.store.files import write_bytes
 from v2flow_cli.training.checkpoint import Interrupted
 
-ENDLESS = 10**9  # steps of a schedule whose end is not known yet
+ENDLESS = 10**9  # steps of a schedule whose end is not yet known
 PROBE_STEPS = 3  # after the first one
-PROBE_SHARE, PROBE_SECONDS = 0.05, 30.0  # of a stage's time, that these and more steps take at least
-PROBE_MOST = 0.5  # of a stage's time, after which the measurement ends whatever there is
-MARGIN = 0.95  # of the time that is left after it, for steps that are slower than the first
+PROBE_SHARE, PROBE_SECONDS = 0.05, 30.0  # of a stage's time: the shortest measurement
+PROBE_MOST = 0.5  # of a stage's time: the longest measurement
+MARGIN = 0.95  # of the remaining time, because later steps may be slower
 EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
 
 Log = Callable[[str], None]
@@ -37,14 +37,14 @@ Log = Callable[[str], None]
 
 @dataclass
 class StageRun:
-    """What is known of one training of a budget, and kept in a file from one process to the next."""
+    """The state of one training of a budget, stored in a file between processes."""
 
     recipe: str  # path
     overrides: list[str]
-    seconds: float  # wall time for it, the start of its process included
-    planned_seconds: float = 0.0  # its share when the budget began; less is left where earlier stages were late
-    steps: int = 0  # planned; 0: not known yet
-    accumulate: int = 0  # micro-batches a step, where memory asked for more than the recipe has; 0: the recipe's
+    seconds: float  # its wall time, including the start of its process
+    planned_seconds: float = 0.0  # its share when the budget began; ``seconds`` is less if earlier stages were late
+    steps: int = 0  # planned; 0: not yet known
+    accumulate: int = 0  # micro-batches a step, if memory requires more than the recipe has; 0: the recipe's
     done: bool = False
     steps_done: int = 0
     images: int = 0  # or sequences
@@ -63,8 +63,8 @@ class StageRun:
 
 
 @dataclass(frozen=True)
-class Trained:
-    """What a training came to: steps and wall time with the resumed parts, figures by name, and its pace now."""
+class StageResult:
+    """The result of a training: steps and wall time including resumed parts, figures by name, seconds per step."""
 
     steps: int
     seconds: float
@@ -72,52 +72,52 @@ class Trained:
     seconds_per_step: float
 
 
-# Recipe, log, and either None or the (least, most) seconds of a measurement, after which the run is saved and left.
-Engine = Callable[[Recipe, Log, tuple[float, float] | None], Trained]
+# Recipe, log, and either None or the (least, most) seconds of a measurement, after which the run is saved and stops.
+Engine = Callable[[Recipe, Log, tuple[float, float] | None], StageResult]
 
 
 def train_stage(run: StageRun, save: Callable[[], None], log: Log, engine: Engine | None = None) -> None:
-    """Train the recipe of ``run`` in the time that it has; ``run`` holds what came of it, and ``save`` keeps it.
+    """Train the recipe of ``run`` within its time; updates ``run`` and calls ``save``.
 
-    Raises:  V2FlowError where not one step fits into the time or into memory, and what the training raises.
+    Raises:  V2FlowError if not a single step fits into the time or into memory, and the errors of the training.
     """
     started = time.monotonic()
     recipe = load_recipe(run.recipe, run.overrides)
     engine = engine or run_recipe
-    before, cut_off = run.steps_done, run.steps > 0 and not run.done
+    steps_before, was_killed = run.steps_done, run.steps > 0 and not run.done
     if not run.steps:
         probe = min(PROBE_SECONDS, PROBE_SHARE * run.seconds), PROBE_MOST * run.seconds
-        found = _with_memory(run, save, recipe, ENDLESS, 0.0, probe, log, engine)
-        run.seconds_per_step = found.seconds_per_step
-        took = time.monotonic() - started
-        setup = max(0.0, took - found.steps * found.seconds_per_step)
-        left = run.seconds - took - setup  # the run goes on in a moment, and starts anew
-        run.steps = found.steps + max(0, int(MARGIN * left / run.seconds_per_step))
-        _record(run, recipe, found)
+        result = _with_memory(run, save, recipe, ENDLESS, 0.0, probe, log, engine)
+        run.seconds_per_step = result.seconds_per_step
+        elapsed = time.monotonic() - started
+        setup = max(0.0, elapsed - result.steps * result.seconds_per_step)
+        left = run.seconds - elapsed - setup  # the run is set up again to continue
+        run.steps = result.steps + max(0, int(MARGIN * left / run.seconds_per_step))
+        _record(run, recipe, result)
         if run.planned_seconds < run.seconds_per_step:
             run.steps = 0  # so that more minutes measure it again
             save()
             raise V2FlowError(
                 f"one step takes {run.seconds_per_step:.1f} s, but its share of the budget is "
-                f"{run.planned_seconds:.1f} s. Give more --minutes."
+                f"{run.planned_seconds:.1f} s. Use more --minutes."
             )
         log(f"{run.seconds_per_step:.3g} s a step: {run.steps:,} steps in {run.seconds / 60:.1f} minutes")
-    elif run.done:  # a second run with more minutes: the first one has measured it
-        run.steps = before + max(1, int(MARGIN * run.seconds / max(run.seconds_per_step, 1e-9)))
-        log(f"goes on from step {before:,} to step {run.steps:,}")
+    elif run.done:  # a second run with more minutes: the first one measured the speed
+        run.steps = steps_before + max(1, int(MARGIN * run.seconds / max(run.seconds_per_step, 1e-9)))
+        log(f"continues from step {steps_before:,} to step {run.steps:,}")
     run.done = False
     save()
-    # Slower steps than the first must not take other stages' time. A stage that was killed takes the steps it had left.
-    most = 0.0 if cut_off else max(1e-3, run.trained_seconds + run.seconds - (time.monotonic() - started))
-    found = _with_memory(run, save, recipe, run.steps, most, None, log, engine)
+    # Steps that are slower than the first must not use other stages' time. A killed stage takes its remaining steps.
+    limit = 0.0 if was_killed else max(1e-3, run.trained_seconds + run.seconds - (time.monotonic() - started))
+    result = _with_memory(run, save, recipe, run.steps, limit, None, log, engine)
     run.done = True
-    _record(run, recipe, found)
+    _record(run, recipe, result)
     save()
 
 
-def _record(run: StageRun, recipe: Recipe, found: Trained) -> None:
-    run.steps_done, run.trained_seconds, run.figures = found.steps, found.seconds, found.figures
-    run.images = found.steps * recipe.train.batch_size
+def _record(run: StageRun, recipe: Recipe, result: StageResult) -> None:
+    run.steps_done, run.trained_seconds, run.figures = result.steps, result.seconds, result.figures
+    run.images = result.steps * recipe.train.batch_size
 
 
 def _with_memory(
@@ -129,8 +129,8 @@ def _with_memory(
     probe: tuple[float, float] | None,
     log: Log,
     engine: Engine,
-) -> Trained:
-    """Train to ``steps`` or ``seconds``; where memory is too small the micro-batch is halved, and the batch is not."""
+) -> StageResult:
+    """Train to ``steps`` or ``seconds``; if memory is too small, halve the micro-batch but not the batch."""
     while True:
         accumulate = run.accumulate or recipe.train.accumulate
         loop = dataclasses.replace(
@@ -139,31 +139,31 @@ def _with_memory(
         try:
             return engine(dataclasses.replace(recipe, train=cast(Any, loop)), log, probe)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if not _is_memory(error):
+            if not _is_out_of_memory(error):
                 raise
             reason = str(error).strip().splitlines()[0]
         batch = recipe.train.batch_size
         if batch % (2 * accumulate):
             raise V2FlowError(
-                f"too little memory even for micro-batches of {batch // accumulate} ({reason}). Make the recipe's "
-                "crops, model or train.batch_size smaller."
+                f"too little memory even for micro-batches of {batch // accumulate} ({reason}). Reduce the recipe's "
+                "crops, model or train.batch_size."
             )
         run.accumulate = 2 * accumulate
         save()
         log(
-            f"too little memory for {batch // accumulate} at a time: {batch // run.accumulate} at a time, "
-            f"{run.accumulate} times a step, which keeps the recipe's batch of {batch}"
+            f"too little memory for micro-batches of {batch // accumulate}: now {run.accumulate} micro-batches of "
+            f"{batch // run.accumulate} per step, with the recipe's batch of {batch}"
         )
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
 
-def _is_memory(error: BaseException) -> bool:
+def _is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
-def run_recipe(recipe: Recipe, log: Log, probe: tuple[float, float] | None) -> Trained:
-    """Train ``recipe``, of whichever kind, from its newest checkpoint."""
+def run_recipe(recipe: Recipe, log: Log, probe: tuple[float, float] | None) -> StageResult:
+    """Train a ``recipe`` of any kind from its newest checkpoint."""
     if isinstance(recipe, AutoencoderRecipe | TokenizerRecipe):
         return _train(recipe, log, probe)
     if probe is not None:
@@ -180,10 +180,10 @@ def run_recipe(recipe: Recipe, log: Log, probe: tuple[float, float] | None) -> T
     figures = {"loss": report.train_loss}
     if report.eval_loss is not None:
         figures["held-out loss"] = report.eval_loss
-    return Trained(report.steps, report.minutes * 60, figures, report.minutes * 60 / max(1, report.steps))
+    return StageResult(report.steps, report.minutes * 60, figures, report.minutes * 60 / max(1, report.steps))
 
 
-def _train(recipe: AutoencoderRecipe | TokenizerRecipe, log: Log, probe: tuple[float, float] | None) -> Trained:
+def _train(recipe: AutoencoderRecipe | TokenizerRecipe, log: Log, probe: tuple[float, float] | None) -> StageResult:
     from v2flow_cli.training.loop import train
 
     started, ends, measured = time.monotonic(), list[float](), False
@@ -193,22 +193,22 @@ def _train(recipe: AutoencoderRecipe | TokenizerRecipe, log: Log, probe: tuple[f
         if probe is None or measured:
             return
         if torch.cuda.is_available():
-            torch.cuda.synchronize()  # else the host is some steps ahead
+            torch.cuda.synchronize()  # else the host runs some steps ahead
         ends.append(time.monotonic())
         least, most = probe
-        # The first step compiles and warms up: it is no measure of the others.
+        # The first step compiles and warms up, so it does not count.
         enough = len(ends) > PROBE_STEPS and ends[-1] - ends[0] >= least
         if enough or (len(ends) > 1 and ends[-1] - started >= most):
             measured = True
-            signal.raise_signal(signal.SIGTERM)  # the loop saves, and leaves without writing a model
+            signal.raise_signal(signal.SIGTERM)  # the loop saves and stops without writing a model
 
     try:
-        done = train(recipe, resume=True, log=log, at_step=at_step)
+        result = train(recipe, resume=True, log=log, at_step=at_step)
     except Interrupted as stop:
         if not measured:
             raise
-        return Trained(stop.step, ends[-1] - started, {}, (ends[-1] - ends[0]) / (len(ends) - 1))
-    return Trained(done.steps, done.seconds, done.metrics, done.seconds / max(1, done.steps))
+        return StageResult(stop.step, ends[-1] - started, {}, (ends[-1] - ends[0]) / (len(ends) - 1))
+    return StageResult(result.steps, result.seconds, result.metrics, result.seconds / max(1, result.steps))
 
 
 def _log(message: str) -> None:

@@ -1,4 +1,4 @@
-"""Model cards: what the hub reads at their top, and for ``train`` what was run, on what, for how long."""
+"""Model cards: the hub's front matter, and for ``train`` the facts of the run."""
 
 from __future__ import annotations
 
@@ -20,16 +20,15 @@ def front_matter(
     *,
     library: str,
     task: str,
-    made_from: Iterable[str],
+    base_models: Iterable[str],
     data: Iterable[str],
     metrics: Mapping[str, float],
     split: str,
 ) -> str:
     """The YAML at the top of a model card: licence, library, task, data sets, base models, metrics as model-index.
 
-    Args:    output, folder of the model, whose name it gets; library and task, as the hub calls them; made_from, names
-             of models, of which hub ids become base models; data, sources that the metrics were taken on, and their
-             split, "train" or "validation".
+    Args:    output, folder of the model, whose name the model gets; library and task, the hub's names; base_models, of
+             which only hub ids are listed; data, sources of the metrics, and their split, "train" or "validation".
     """
     names = ", ".join(map(source_name, data))
     results = [
@@ -44,14 +43,14 @@ def front_matter(
         for name, value in metrics.items()
         if math.isfinite(value)
     ]
-    base_models = [name for name in dict.fromkeys(made_from) if "/" in name and may_be_hub_id(name)]
+    hub_ids = [name for name in dict.fromkeys(base_models) if "/" in name and may_be_hub_id(name)]
     card = ModelCardData(
         license=facts.license,
         library_name=library,
         pipeline_tag=task,
         tags=["v2flow"],
         datasets=list(facts.datasets) or None,
-        base_model=base_models or None,
+        base_model=hub_ids or None,
         model_name=Path(output).name if results else None,
         eval_results=results or None,
     )
@@ -59,7 +58,7 @@ def front_matter(
 
 
 def source_name(source: str) -> str:
-    """A source of data as a card names it: of an absolute path its last part, since the rest is of no use elsewhere."""
+    """The name of a data source on a card: only the last part of an absolute path."""
     return Path(source).name if Path(source).is_absolute() else source
 
 
@@ -73,8 +72,8 @@ def write_card(
     precision: str,
     metrics: dict[str, float],
 ) -> str:
-    """Markdown with the facts of a run; figures on held-out photos are for ``v2flow bench`` to add."""
-    made_from: tuple[str, ...]
+    """Markdown with the facts of a run; ``v2flow bench`` measures figures on held-out photos."""
+    base_models: tuple[str, ...]
     if isinstance(recipe, TokenizerRecipe):
         title = "A V2Flow image tokenizer"
         resampler, words = recipe.resampler, recipe.vocabulary.llm
@@ -87,12 +86,12 @@ def write_card(
             f"of `{recipe.latents.autoencoder}`."
         )
         use = "v2flow encode imgs/ -o tokens/ --model FOLDER"
-        task, made_from = "image-feature-extraction", (recipe.latents.autoencoder, words, recipe.init_from)
+        task, base_models = "image-feature-extraction", (recipe.latents.autoencoder, words, recipe.init_from)
     else:
         title = "An image autoencoder"
         what = f"{recipe.model.latent_channels} latent channels at 1/8 resolution, for v2flow tokenizers."
         use = "v2flow train recipes/default/tokenizer.yaml --set latents.autoencoder=FOLDER"
-        task, made_from = "image-to-image", ()
+        task, base_models = "image-to-image", ()
     metrics = {name.removeprefix("train/"): value for name, value in metrics.items()}
     losses = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
     rows = {
@@ -102,7 +101,7 @@ def write_card(
         "hardware, wall time": f"{processes} process(es) on {describe_hardware()}, {precision}, "
         f"{seconds / 60:.1f} minutes",
         "last logged means": losses or "none",
-        "made by": "`v2flow train` with `recipe.yaml` in this folder",
+        "trained by": "`v2flow train` with `recipe.yaml` in this folder",
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     head = front_matter(
@@ -110,7 +109,7 @@ def write_card(
         recipe.output,
         library="v2flow",
         task=task,
-        made_from=made_from,
+        base_models=base_models,
         data=recipe.data.sources,
         metrics={name: value for name, value in metrics.items() if name != "grad_norm"},
         split="train",

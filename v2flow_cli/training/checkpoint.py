@@ -1,9 +1,9 @@
-"""Training checkpoints: safetensors and JSON in one folder per step, atomic and hashed; signals that ask for one.
+"""Training checkpoints: safetensors and JSON in one folder per step, atomic and hashed; signals that request one.
 
     checkpoints/step-00000500/{model,ema,optimizer}.safetensors, state.json
 
-A folder appears under its final name only when every file in it is complete and on the disk; ``state.json`` holds the
-SHA-256 of each, so that the newest good one is found by itself.
+A folder gets its final name only when every file in it is complete and on the disk; ``state.json`` holds the SHA-256 of
+each, so that the newest intact checkpoint can be found.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ def save_checkpoint(
 ) -> Path:
     """Write ``groups`` (name -> tensors) and ``state`` (JSON) for ``step`` and drop all but the newest ``keep``.
 
-    Raises:  ModelError when it cannot be written.
+    Raises:  ModelError if it cannot be written.
     """
     final = root / f"step-{step:08d}"
     partial = root / f".{final.name}.partial"
     try:
         root.mkdir(parents=True, exist_ok=True)
-        for stale in root.glob(".step-*.partial"):  # of a run that was killed while it wrote
+        for stale in root.glob(".step-*.partial"):  # of a run that was killed while writing
             shutil.rmtree(stale)
         partial.mkdir()
         hashes = {}
@@ -60,7 +60,7 @@ def save_checkpoint(
         (partial / "state.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
         for path in (*partial.iterdir(), partial):
             flush(path)
-        if final.exists():  # a damaged one, that the run went back behind
+        if final.exists():  # a damaged one, from which the run did not resume
             shutil.rmtree(final)
         os.replace(partial, final)
         flush(root)
@@ -74,37 +74,37 @@ def save_checkpoint(
 
 def list_checkpoints(root: Path) -> list[Path]:
     """Checkpoint folders under ``root``, oldest first."""
-    # A user's copy, such as step-00000500-best, is neither resumed from nor dropped.
+    # A user's copy, such as step-00000500-best, is ignored.
     return sorted(path for path in root.glob("step-*") if path.name[5:].isdigit() and path.is_dir())
 
 
 def load_newest(
     root: Path, log: Callable[[str], None] = lambda message: None
 ) -> tuple[Path, dict[str, dict[str, Tensor]], dict[str, Any]] | None:
-    """(folder, groups, state) of the newest checkpoint whose files match their hashes; None where there is none.
+    """(folder, groups, state) of the newest checkpoint whose files match their hashes; None if there is none.
 
-    Damaged ones are passed over, and named to ``log``.
+    Damaged ones are skipped and logged.
 
-    Raises:  ModelError when checkpoints exist but every one is damaged.
+    Raises:  ModelError if all checkpoints are damaged.
     """
-    found = list_checkpoints(root)
-    for folder in reversed(found):
+    folders = list_checkpoints(root)
+    for folder in reversed(folders):
         record = _read_state(folder)
         if record is None or any(
             not (folder / name).is_file() or sha256_of(folder / name) != digest
             for name, digest in record["sha256"].items()
         ):
-            log(f"{folder}: damaged, passed over for an older checkpoint")
+            log(f"{folder}: damaged, skipped for an older checkpoint")
             continue
         groups = {Path(name).stem: load_file(folder / name) for name in record["sha256"]}
         return folder, groups, record["state"]
-    if found:
-        raise ModelError(f"{root}: all {len(found)} checkpoints are damaged; remove the folder to start afresh.")
+    if folders:
+        raise ModelError(f"{root}: all {len(folders)} checkpoints are damaged; remove the folder to start again.")
     return None
 
 
 def _read_state(folder: Path) -> dict[str, Any] | None:
-    """The checked ``state.json`` of a checkpoint; None when it is missing or damaged."""
+    """The checked ``state.json`` of a checkpoint; None if it is missing or damaged."""
     try:
         record = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -131,7 +131,7 @@ def stop_requested() -> Iterator[list[int]]:
     try:
         for number in (signal.SIGTERM, signal.SIGINT):
             previous[number] = signal.signal(number, handler)
-    except ValueError:  # not the main thread: a notebook or a test runner keeps its own handlers
+    except ValueError:  # not the main thread, as in some notebooks and test runners
         pass
     try:
         yield received

@@ -1,4 +1,4 @@
-"""Training crops in a fixed order: batch b is the same whatever the workers, and whenever a run resumes."""
+"""Training crops in a fixed order: batch b does not depend on the number of workers, nor on resumes."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from v2flow_cli.store.images import open_image
 from v2flow_cli.store.stream import Sample, SampleRef, SampleStream
 from v2flow_cli.tokenizer.preprocess import crop_to_uint8, fitted_size, from_uint8
 
-TRIES = 16  # samples in a row that may be bad before a batch is given up
+TRIES = 16  # successive bad samples that stop the training
 
 
 @dataclass(frozen=True)
 class CropBatch:
-    """``pixels`` (B, H, W, 3), 8-bit, the ``keys`` of the photos they come from, and bad ones passed over.
+    """``pixels`` (B, H, W, 3), 8-bit, and the ``keys`` of their photos.
 
-    total: samples in the set; failures: bad ones met while this batch was made.
+    total: samples in the set; failures: bad samples that were skipped for this batch.
     """
 
     pixels: Tensor
@@ -43,21 +43,21 @@ class CropBatch:
         return from_uint8(self.pixels)
 
     def inputs(self, device: torch.device) -> dict[str, Tensor]:
-        """What the objective takes; pixels become floats on the device, so that few bytes are copied."""
+        """Inputs of the objective; pixels become floats on the device, so that fewer bytes are copied."""
         return {"images": from_uint8(self.pixels.to(device, non_blocking=True))}
 
     def pin_memory(self) -> CropBatch:
-        """The batch in memory that a GPU copies from while the host goes on; DataLoader calls this."""
+        """The batch in pinned memory, for asynchronous copies; DataLoader calls this."""
         return dataclasses.replace(self, pixels=self.pixels.pin_memory())
 
 
 class CropBatches(IterableDataset[CropBatch | V2FlowError]):
-    """Endless batches of random crops; loader worker w of W makes batches w, w + W, ... after ``start``.
+    """Endless batches of random crops; loader worker w of W yields batches w, w + W, ... after ``start``.
 
-    Crops are square; or, where the recipe lists ``aspects``, each batch draws one of them and has about the same area.
+    Crops are square; or, if the recipe lists ``aspects``, each batch draws one of them and has about the same area.
 
-    A sample that cannot be read is replaced by the next good one of the stream, so that batch b stays the same
-    whoever makes it. What stops the stream is its last item: raised in a worker it would become another text.
+    A sample that cannot be read is replaced by the next good one of the stream, so that batch b is the same for any
+    worker. The last item of the stream is its error: raised in a worker, its text would change.
     """
 
     def __init__(
@@ -72,9 +72,9 @@ class CropBatches(IterableDataset[CropBatch | V2FlowError]):
         multiple: int = 8,
         output: str | None = None,
     ) -> None:
-        """``multiple``: sides of crops that are not square are multiples of so many pixels.
+        """``multiple``, in pixels, of the sides of crops that are not square.
 
-        ``output``: the folder of the run, in which no photos are searched.
+        ``output``: the folder of the run, which is not searched for photos.
         """
         self.data, self.batch_size, self.seed, self.start = data, batch_size, seed, start
         self.rank, self.world_size, self.output = rank, world_size, output
@@ -103,7 +103,7 @@ class CropBatches(IterableDataset[CropBatch | V2FlowError]):
         ahead: deque[SampleRef] = deque(itertools.islice(refs, TRIES))
         crops: list[Tensor] = []
         keys: list[str] = []
-        failures = list(stream.failures)  # what damaged shards have lost, once
+        failures = list(stream.failures)  # lost samples of damaged shards, in the first batch only
         for ordinal in itertools.count(first):
             if (ordinal // self.batch_size - self.start) % workers == worker:
                 sample, image = _first_good(ahead, failures)
@@ -117,16 +117,16 @@ class CropBatches(IterableDataset[CropBatch | V2FlowError]):
             ahead.append(next(refs))
 
     def _size(self, batch: int) -> tuple[int, int]:
-        """(height, width) of the crops of a batch: the same on every rank, which so have as much to do."""
+        """(height, width) of the crops of a batch: the same on every rank, so that all have the same work."""
         if not self.sizes:
             return self.data.crop_size, self.data.crop_size
         return random.Random(f"{self.seed}/size/{batch}").choice(self.sizes)
 
 
 def _first_good(refs: Iterable[SampleRef], failures: list[Failure]) -> tuple[Sample, Image.Image]:
-    """The first of ``refs`` that can be read and decoded; bad ones before it go to ``failures``.
+    """The first of ``refs`` that can be read and decoded; bad ones before it are added to ``failures``.
 
-    Raises: DataError where all are bad.
+    Raises: DataError if all are bad.
     """
     for ref in refs:
         try:
@@ -135,7 +135,9 @@ def _first_good(refs: Iterable[SampleRef], failures: list[Failure]) -> tuple[Sam
         except DataError as error:
             reason = str(error).removeprefix(f"{ref.source}: ")
             failures.append(Failure(ref.source, reason, ref.key if ref.in_shard else None))
-    raise DataError(f"{failures[-1].name}: {failures[-1].reason} So are {TRIES - 1} samples before it. Check the data.")
+    raise DataError(
+        f"{failures[-1].name}: {failures[-1].reason} The {TRIES - 1} samples before it are bad too. Check the data."
+    )
 
 
 def random_crop(image: Image.Image, data: ImageData, rng: random.Random, size: tuple[int, int]) -> Tensor:
@@ -184,30 +186,30 @@ def first_crops(
     per_photo: int = 1,
     output: str | None = None,
 ) -> Iterator[CropBatch]:
-    """Batches of the first crops of the stream, ``per_photo`` of each photo of this rank's part; the last one is cut.
+    """Batches of the first crops of the stream, ``per_photo`` of each photo of this rank; the last may be smaller.
 
-    Raises:  V2FlowError, what stopped the stream.
+    Raises:  V2FlowError, the error of the stream.
     """
     done = 0
     for batch in crop_loader(data, batch_size, seed=seed, start=0, rank=rank, world_size=world_size, output=output):
         if isinstance(batch, V2FlowError):
             raise batch
-        wanted = max(1, batch.total // world_size) * per_photo
-        left = wanted - done
+        count = max(1, batch.total // world_size) * per_photo
+        left = count - done
         yield dataclasses.replace(batch, pixels=batch.pixels[:left], keys=batch.keys[:left])
         done += batch_size
-        if done >= wanted:
+        if done >= count:
             return
 
 
 def shuffled_rows(total: int, batch_size: int, *, seed: int, start: int) -> Iterator[np.ndarray]:
-    """Endless batches of row numbers (B,) in [0, total), from batch ``start`` on; each time round is a permutation."""
-    around, order = -1, np.empty(0, int)
+    """Endless batches of row numbers (B,) in [0, total), from batch ``start`` on; each epoch is a permutation."""
+    epoch, order = -1, np.empty(0, int)
     for first in itertools.count(start * batch_size, batch_size):
         rows = np.empty(batch_size, int)
-        for place in range(batch_size):
-            if (first + place) // total != around:
-                around = (first + place) // total
-                order = np.random.default_rng([seed, around]).permutation(total)
-            rows[place] = order[(first + place) % total]
+        for i in range(batch_size):
+            if (first + i) // total != epoch:
+                epoch = (first + i) // total
+                order = np.random.default_rng([seed, epoch]).permutation(total)
+            rows[i] = order[(first + i) % total]
         yield rows

@@ -1,4 +1,4 @@
-"""What a training costs in operations, and what the card at hand could do: the share of peak in a budget's table."""
+"""Floating-point operations of a training and the peak of the GPU, for the share of peak in a budget's table."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from v2flow_cli.training.objectives.autoencoder import AutoencoderObjective
 from v2flow_cli.training.objectives.tokenizer import TokenizerObjective, build_config
 from v2flow_cli.training.plan import named_models
 
-# FLOP/s in dense bf16 products by the makers' data sheets; the first that the card's name contains.
+# FLOP/s in dense bf16 products, from data sheets; the first entry that the GPU's name contains counts.
 PEAKS = {
     "H100 PCIe": 756e12,
     "H100": 989e12,
@@ -24,13 +24,13 @@ PEAKS = {
 
 
 def peak_flop_per_s(device: torch.device) -> float:
-    """Of the card; 0 where it is not known, as for CPUs."""
+    """Peak FLOP/s of a device in dense bf16 products; 0 if it is not known, as for CPUs."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return next((peak for card, peak in PEAKS.items() if card in name), 0.0)
 
 
 def training_flop(recipe: Recipe) -> float:
-    """Of one training image or text block, forward and backward, from shapes alone; 0 where it is not known."""
+    """FLOP of one training image or text block, forward and backward, from shapes alone; 0 if not known."""
     if isinstance(recipe, LMRecipe):
         model = recipe.model
         head = model.hidden_size // model.num_heads

@@ -1,4 +1,4 @@
-"""What stops a training or lets it pass: steps that are not finite, and samples that cannot be read."""
+"""Bad steps and samples: what stops a training, and what is skipped."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from v2flow_cli.training.latent_cache import LatentBatch
 
 
 def on_samples(what: str, keys: Sequence[str]) -> str:
-    """``what`` happened on which samples, the first eight by name; alone where they have none."""
+    """``what`` with the samples on which it happened, the first eight by name; unchanged without keys."""
     more = f" and {len(keys) - 8} more" if len(keys) > 8 else ""
     return f"{what} on samples {', '.join(keys[:8])}{more}" if keys else what
 
 
 def what_is_wrong(where: str, loss: float, grad_norm: float, keys: Sequence[str], device: torch.device) -> str:
-    """Why this step cannot be taken, the same text on every rank; empty where it can.
+    """Why this step cannot be taken, the same text on every rank; empty if it can.
 
-    Args:  loss, of this rank; grad_norm, of the mean gradient; keys, of the samples that this rank saw in the step.
+    Args:  loss, of this rank; grad_norm, of the mean gradient; keys, of this rank's samples in the step.
     """
-    mine = "" if math.isfinite(loss) else on_samples(f"{where}: the loss is not finite ({loss})", keys)
-    texts = [text for text in gather_texts(mine, device) if text]
+    problem = "" if math.isfinite(loss) else on_samples(f"{where}: the loss is not finite ({loss})", keys)
+    texts = [text for text in gather_texts(problem, device) if text]
     if not texts and not math.isfinite(grad_norm):  # of the mean gradient, so every rank sees it
         texts = [t for t in gather_texts(on_samples(f"{where}: the gradient is not finite", keys), device) if t]
     return "; ".join(texts)
@@ -38,9 +38,9 @@ def what_is_wrong(where: str, loss: float, grad_norm: float, keys: Sequence[str]
 
 @dataclass
 class UnreadSteps:
-    """Terms of the steps since the host last looked at them: reading a number makes it wait for all the GPU has to do.
+    """Terms of the steps since the host last read them, because reading a number waits for all work of the GPU.
 
-    Terms are tensors () by name, ``loss`` and ``grad_norm`` among them; keys are those of a step's samples.
+    Terms are tensors () by name, including ``loss`` and ``grad_norm``; keys are those of a step's samples.
     """
 
     steps: list[tuple[str, dict[str, Tensor], list[str]]] = field(default_factory=list)
@@ -49,7 +49,7 @@ class UnreadSteps:
         self.steps.append((where, terms, keys))
 
     def read(self) -> Iterator[tuple[dict[str, float], str]]:
-        """Terms of each step, and what is wrong with it, "" where nothing is; one transfer for all."""
+        """Terms of each step, and its problem or ""; in one transfer."""
         if not self.steps:
             return
         device = self.steps[0][1]["loss"].device
@@ -62,9 +62,9 @@ class UnreadSteps:
 
 
 def skip_or_stop(wrong: str, bad_steps: int, allowed: int, checkpoints: Path, log: Callable[[str], None]) -> None:
-    """Say that step number ``bad_steps`` of the bad ones is skipped.
+    """Log that a bad step is skipped, number ``bad_steps`` of them.
 
-    Raises:  SharedError when that is more than are ``allowed``.
+    Raises:  SharedError for more than the ``allowed`` number.
     """
     if bad_steps > allowed:
         raise SharedError(
@@ -74,7 +74,7 @@ def skip_or_stop(wrong: str, bad_steps: int, allowed: int, checkpoints: Path, lo
 
 
 class BadSamples:
-    """Every bad sample that any rank has met, once, the same on all ranks; the first rank writes them to ``path``.
+    """Every bad sample of any rank, once, the same on all ranks; the first rank writes them to ``path``.
 
     Args:   budget, share of the set that may be bad.
     """
@@ -83,22 +83,22 @@ class BadSamples:
         self, path: Path, budget: float, log: Callable[[str], None], enabled: bool, device: torch.device
     ) -> None:
         self.path, self.budget, self.log, self.enabled, self.device = path, budget, log, enabled, device
-        self.seen = dict.fromkeys(load_failures(path))  # of the run that this one continues
+        self.failures = dict.fromkeys(load_failures(path))  # of the run that this one continues
 
     def add(self, batch: CropBatch | LatentBatch) -> None:
-        """Take up what all ranks met while they made ``batch``.
+        """Add the failures of ``batch`` on all ranks.
 
-        Raises: SharedError, on every rank, when the budget is spent; ModelError where the list cannot be written.
+        Raises: SharedError, on every rank, if the budget is exceeded; ModelError if the list cannot be written.
         """
         text = json.dumps([failure.as_json() for failure in batch.failures]) if batch.failures else ""
         records = [r for part in gather_texts(text, self.device) if part for r in json.loads(part)]
-        new = [failure for failure in map(Failure.from_json, records) if failure not in self.seen]
+        new = [failure for failure in map(Failure.from_json, records) if failure not in self.failures]
         if not new:
             return
-        self.seen.update(dict.fromkeys(new))
+        self.failures.update(dict.fromkeys(new))
         if self.enabled:
             self._append(new)
-        lost = list(self.seen)
+        lost = list(self.failures)
         if over_budget(lost, batch.total - len(lost), self.budget):
             raise SharedError(str(budget_error(lost, self.budget)))
 
@@ -109,4 +109,6 @@ class BadSamples:
             with open(self.path, "a", encoding="utf-8", errors="backslashreplace") as file:
                 file.writelines(json.dumps(f.as_json(), ensure_ascii=False) + "\n" for f in failures)
         except OSError as error:
-            raise ModelError(f"{self.path}: cannot be written ({error.strerror}). Make room and resume.") from None
+            raise ModelError(
+                f"{self.path}: cannot be written ({error.strerror}). Free some space and resume."
+            ) from None

@@ -1,7 +1,7 @@
-"""Latents of fixed crops, computed once: the autoencoder then has no part in the training steps.
+"""Latents of fixed crops, computed once, so that training steps do not run the autoencoder.
 
-The first crops of the ordinary stream are kept, ``crops`` a photo; from then on these are all there is, in another
-order each time round. Batch b is the same whenever a run resumes.
+The first crops of the normal stream are stored, ``cache_crops`` per photo; training uses only these, in another order
+in each epoch. Batch b does not depend on resumes.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ IN_MEMORY = ("memory", "device")
 
 @dataclass(frozen=True)
 class LatentBatch:
-    """``latents`` (B, C, h, w), scaled, and the ``keys`` of the photos they come from; else as ``CropBatch``.
+    """``latents`` (B, C, h, w), scaled, and the ``keys`` of their photos; else as ``CropBatch``.
 
-    pixels: (B, S, S, 3), 8-bit, for the losses of pictures; token_ids: of frozen tokens, (B, n) for each rate of the
+    pixels: (B, S, S, 3), 8-bit, for the losses in pixels; token_ids: of frozen tokens, (B, n) for each rate of the
     resampler. Either may be missing.
     """
 
@@ -52,7 +52,7 @@ class LatentBatch:
     token_ids: tuple[Tensor, ...] = ()
 
     def inputs(self, device: torch.device) -> dict[str, Any]:
-        """What the objective takes."""
+        """Inputs of the objective."""
         inputs: dict[str, Any] = {"latents": self.latents.to(device, torch.float32, non_blocking=True)}
         if self.pixels is not None:
             inputs["images"] = from_uint8(self.pixels.to(device, non_blocking=True))
@@ -64,8 +64,8 @@ class LatentBatch:
 class LatentCache:
     """Latents (N, C, h, w) in float16 and their keys: an indexable tensor in memory, or a slice of a file.
 
-    failures: bad photos met while it was made, told with the first batch; total: photos in the set; pixels and
-    token_ids, as in ``LatentBatch``, kept in the same way.
+    failures: bad photos, reported with the first batch; total: photos in the set; pixels and token_ids, as in
+    ``LatentBatch``, stored in the same way.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class LatentCache:
         self.pixels, self.token_ids = pixels, tuple(token_ids)
 
     def batches(self, batch_size: int, *, seed: int, start: int) -> Iterator[LatentBatch]:
-        """Endless batches from batch ``start`` on; each time round is a permutation of its own."""
+        """Endless batches from batch ``start`` on; each epoch is another permutation."""
         for rows in shuffled_rows(len(self.keys), batch_size, seed=seed, start=start):
             yield LatentBatch(
                 _rows(self.latents, rows),
@@ -94,16 +94,16 @@ class LatentCache:
             self.failures = []
 
     def tensors(self) -> dict[str, Tensor]:
-        """All that is kept, by name; for a file."""
+        """All tensors by name, for a file."""
         named = {"latents": self.latents} | ({} if self.pixels is None else {"pixels": self.pixels})
         return named | {f"token_ids.{rate}": ids for rate, ids in enumerate(self.token_ids)}
 
 
-def _rows(kept: Any, rows: np.ndarray) -> Tensor:
-    """``kept[rows]`` of a tensor, or of a safetensors slice, which gives one row at a time."""
-    if isinstance(kept, Tensor):
-        return kept.index_select(0, torch.from_numpy(rows).to(kept.device, non_blocking=True))
-    return torch.stack([kept[int(row)] for row in rows])
+def _rows(array: Any, rows: np.ndarray) -> Tensor:
+    """``array[rows]`` of a tensor, or of a safetensors slice, which is read row by row."""
+    if isinstance(array, Tensor):
+        return array.index_select(0, torch.from_numpy(rows).to(array.device, non_blocking=True))
+    return torch.stack([array[int(row)] for row in rows])
 
 
 def cached_batches(
@@ -114,7 +114,7 @@ def cached_batches(
     start: int,
     log: Callable[[str], None],
 ) -> Iterator[LatentBatch]:
-    """This rank's batches from batch ``start`` on. Raises: SharedError, on every rank, where one has no cache."""
+    """This rank's batches from batch ``start`` on. Raises: SharedError, on every rank, if one has no cache."""
     problem, rank, ranks = "", accelerator.process_index, accelerator.num_processes
     try:
         cache = open_cache(recipe, model, rank=rank, ranks=ranks, device=accelerator.device)
@@ -128,40 +128,40 @@ def cached_batches(
 def open_cache(
     recipe: TokenizerRecipe, model: V2FlowTokenizer, *, rank: int, ranks: int, device: torch.device
 ) -> LatentCache:
-    """The cache that ``recipe.latents`` asks for: this rank's part, made now unless it lies on disk.
+    """This rank's part of the cache of ``recipe.latents``, computed now unless it is on disk.
 
-    Raises:  ModelError for a folder whose latents come from another autoencoder, crop, or set of photos.
+    Raises:  ModelError for a folder with latents of another autoencoder, crop, or set of photos.
     """
-    place = recipe.latents.cache
+    target = recipe.latents.cache
     facts = cache_facts(recipe, model, rank, ranks)
-    if place in IN_MEMORY:
-        return _compute(recipe, model, rank, ranks, device, device if place == "device" else torch.device("cpu"))
-    part = Path(place) / f"rank-{rank}-of-{ranks}"
+    if target in IN_MEMORY:
+        return _compute(recipe, model, rank, ranks, device, device if target == "device" else torch.device("cpu"))
+    part = Path(target) / f"rank-{rank}-of-{ranks}"
     file, record = part.with_suffix(".safetensors"), part.with_suffix(".json")
     if not record.exists():
-        made = _compute(recipe, model, rank, ranks, device, torch.device("cpu"))
-        write_bytes(file, save(made.tensors()))
-        bad = [failure.as_json() for failure in made.failures]
-        whole = {**facts, "photos": made.total, "failures": bad, "keys": made.keys}
-        write_bytes(record, json.dumps(whole).encode())  # the last one: it makes the cache whole
+        cache = _compute(recipe, model, rank, ranks, device, torch.device("cpu"))
+        write_bytes(file, save(cache.tensors()))
+        bad = [failure.as_json() for failure in cache.failures]
+        content = {**facts, "photos": cache.total, "failures": bad, "keys": cache.keys}
+        write_bytes(record, json.dumps(content).encode())  # last: it marks the cache as complete
     try:
-        found = json.loads(record.read_text(encoding="utf-8"))
-        _check(record, found, facts)
-        opened = safe_open(file, framework="pt")
-        kept = {name: opened.get_slice(name) for name in opened.keys()}
-        ids = [kept[name] for name in sorted(kept) if name.startswith("token_ids.")]
-        failures = [Failure.from_json(failure) for failure in found["failures"]]
-        return LatentCache(kept["latents"], found["keys"], failures, found["photos"], kept.get("pixels"), ids)
+        content = json.loads(record.read_text(encoding="utf-8"))
+        _check(record, content, facts)
+        tensors = safe_open(file, framework="pt")
+        slices = {name: tensors.get_slice(name) for name in tensors.keys()}
+        ids = [slices[name] for name in sorted(slices) if name.startswith("token_ids.")]
+        failures = [Failure.from_json(failure) for failure in content["failures"]]
+        return LatentCache(slices["latents"], content["keys"], failures, content["photos"], slices.get("pixels"), ids)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ModelError(
-            f"{part}: the cached latents cannot be read ({error}). Delete them to make them anew."
+            f"{part}: the cached latents cannot be read ({error}). Delete them to compute them again."
         ) from None
 
 
 def cache_facts(recipe: TokenizerRecipe, model: V2FlowTokenizer, rank: int, ranks: int) -> dict[str, Any]:
-    """All that determines the cached latents."""
-    plumbing = ("workers", "error_budget", "resident_px")
-    data = {k: v for k, v in dataclasses.asdict(recipe.data).items() if k not in plumbing}
+    """Everything that determines the cached latents."""
+    irrelevant = ("workers", "error_budget", "resident_px")
+    data = {k: v for k, v in dataclasses.asdict(recipe.data).items() if k not in irrelevant}
     return {
         "format": FORMAT,
         "autoencoder": autoencoder_digest(model.latents),
@@ -180,12 +180,12 @@ def autoencoder_digest(autoencoder: Latents) -> str:
     return model_digest(f"{autoencoder.kind} {autoencoder.scale!r} {autoencoder.shift!r}", autoencoder.state_dict())
 
 
-def _check(record: Path, found: dict[str, Any], facts: dict[str, Any]) -> None:
+def _check(record: Path, content: dict[str, Any], facts: dict[str, Any]) -> None:
     for name, value in facts.items():
-        if found.get(name) != value:
+        if content.get(name) != value:
             raise ModelError(
-                f"{record}: the cached latents were made with {name} {found.get(name)}, but the recipe has {value}. "
-                "Give another latents.cache, or delete this one."
+                f"{record}: the cached latents were computed with {name} {content.get(name)}, but the recipe has "
+                f"{value}. Use another latents.cache, or delete this one."
             )
 
 
@@ -197,9 +197,9 @@ def _compute(
     rank: int,
     ranks: int,
     device: torch.device,
-    place: torch.device,
+    storage: torch.device,
 ) -> LatentCache:
-    """The cache, made on ``device`` and kept on ``place``."""
+    """The cache, computed on ``device`` and stored on ``storage``."""
     batch_size, per_photo = recipe.train.batch_size // recipe.train.accumulate // ranks, recipe.latents.cache_crops
     rates = range(len(model.resampler.lengths))
     latents: list[Tensor] = []
@@ -211,12 +211,12 @@ def _compute(
     where: dict[str, Any] = dict(rank=rank, world_size=ranks, output=recipe.output)
     crops = first_crops(recipe.data, batch_size, seed=recipe.train.seed, per_photo=per_photo, **where)
     for batch in crops:
-        found = model.latents.encode(batch.inputs(device)["images"])
-        latents.append(found.half().contiguous().to(place))
+        scaled = model.latents.encode(batch.inputs(device)["images"])
+        latents.append(scaled.half().contiguous().to(storage))
         if recipe.loss.draws:
-            pixels.append(batch.pixels.to(place))
+            pixels.append(batch.pixels.to(storage))
         for rate in rates if recipe.freeze_tokens else ():
-            token_ids[rate].append(model.ids_of_latents(found, rate).int().to(place))
+            token_ids[rate].append(model.ids_of_latents(scaled, rate).int().to(storage))
         keys.extend(batch.keys)
         failures.update(dict.fromkeys(batch.failures))
         total = batch.total

@@ -1,12 +1,12 @@
-"""Trainer's checkpoints without pickle: safetensors and JSON, hashed, each folder whole or absent.
+"""Trainer's checkpoints without pickle: safetensors and JSON, hashed and atomic.
 
     checkpoints/checkpoint-500/model.safetensors (or adapter_model.safetensors), config.json   the weights
-                               optimizer.safetensors, optimizer.json                           and the schedule
+                               optimizer.safetensors, optimizer.json                           with the schedule
                                rng-0.safetensors                                               one for each process
                                unlogged-0.safetensors                                          the same
                                trainer_state.json, sha256.json
 
-FSDP and DeepSpeed write optimizer and weights in shards of their own, which are hashed and renamed all the same.
+FSDP and DeepSpeed write their own shards of optimizer and weights, which are hashed and renamed likewise.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ STAGING = ".partial"
 
 
 class SafeCheckpoints(Trainer):
-    """Trainer, its checkpoints written and read as this module says."""
+    """Trainer with the checkpoints of this module."""
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(Path(self.args.output_dir, STAGING))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Write to a staging folder, which gets its name when every process is done with it."""
+        """Write to a staging folder, which is renamed when every process has finished writing."""
         root, staging = Path(self.args.output_dir), Path(self.args.output_dir, STAGING)
         try:
             super()._save_checkpoint(model, trial)
@@ -59,7 +59,7 @@ class SafeCheckpoints(Trainer):
         return self.args.save_total_limit or 1
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Weights and config; Trainer's own would also pickle its arguments and write them beside."""
+        """Write weights and config; Trainer's own method would also pickle its arguments."""
         if self.args.should_save:
             self.model.save_pretrained(output_dir or self.args.output_dir, state_dict=state_dict)
 
@@ -90,7 +90,7 @@ class SafeCheckpoints(Trainer):
         self.lr_scheduler.load_state_dict(record["scheduler"])
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """PyTorch's generators; nothing else is drawn from in training (data orders come from seeds)."""
+        """Save PyTorch's generators; training uses no others (data orders come from seeds)."""
         states = {"cpu": torch.get_rng_state()}
         if torch.cuda.is_available():
             states["cuda"] = torch.cuda.get_rng_state()
@@ -100,7 +100,7 @@ class SafeCheckpoints(Trainer):
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         path = Path(checkpoint or "", f"rng-{self.args.process_index}.safetensors")
-        if checkpoint is None or not path.exists():  # with more processes than before, dropout draws anew
+        if checkpoint is None or not path.exists():  # with more processes than before, dropout has new random numbers
             return
         states = load_file(path)
         torch.set_rng_state(states["cpu"])
@@ -109,20 +109,20 @@ class SafeCheckpoints(Trainer):
         self.restore_unlogged(load_file(path.with_name(f"unlogged-{self.args.process_index}.safetensors")))
 
     def sums_by_name(self) -> dict[str, Tensor]:
-        """What is summed up over the steps of a log line; a subclass adds its own."""
+        """The sums over the steps of a log line; a subclass adds its own."""
         return {"loss": self._tr_loss.detach()}
 
     def restore_sums(self, sums: dict[str, Tensor]) -> None:
-        """Undo ``sums_by_name``."""
+        """The inverse of ``sums_by_name``."""
         self._tr_loss = sums["loss"].to(self.args.device, copy=True)
 
     def unlogged(self) -> dict[str, Tensor]:
-        """What this process has summed up for the next log line, and the step of the last one."""
+        """This process's sums for the next log line, and the step of the last one."""
         sums = {name: tensor.clone() for name, tensor in self.sums_by_name().items()}
         return {**sums, "last_logged_step": torch.tensor(self._globalstep_last_logged)}
 
     def restore_unlogged(self, sums: dict[str, Tensor]) -> None:
-        """Go on from what ``unlogged`` gave, so that the next line is that of a run that was never stopped."""
+        """Restore the result of ``unlogged``, so that the next line is that of an uninterrupted run."""
         self.restore_sums(sums)
         self._globalstep_last_logged = int(sums["last_logged_step"])
 
@@ -134,7 +134,7 @@ class SafeCheckpoints(Trainer):
 def seal(folder: Path, root: Path, keep: int) -> None:
     """Hash every file of a finished ``folder``, move it into ``root``, and drop all but the newest ``keep`` there.
 
-    It has its name only when all of it is on the disk.
+    It is renamed when all of it is on the disk.
     """
     files = [path for path in folder.rglob("*") if path.is_file()]
     for path in files:
@@ -153,7 +153,7 @@ def seal(folder: Path, root: Path, keep: int) -> None:
 
 
 def remove_unsealed(root: Path) -> None:
-    """Remove what a killed run left of a checkpoint: by one process, before the training starts."""
+    """Remove the unfinished checkpoint of a killed run; one process calls it, before the training starts."""
     shutil.rmtree(root / STAGING, ignore_errors=True)
 
 
@@ -164,18 +164,18 @@ def list_checkpoints(root: Path) -> list[Path]:
 
 
 def newest_checkpoint(root: Path, log: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint whose files are what was written; None where there is none at all.
+    """The newest checkpoint whose files match their hashes; None if there is none.
 
-    Raises:  ModelError when there are some, all of them damaged.
+    Raises:  ModelError if all checkpoints are damaged.
     """
-    found = list_checkpoints(root)
-    for folder in reversed(found):
+    folders = list_checkpoints(root)
+    for folder in reversed(folders):
         if damage := _damage(folder):
             log(f"{folder} is damaged ({damage}); trying the one before it")
         else:
             return folder
-    if found:
-        raise ModelError(f"{root}: all {len(found)} checkpoints are damaged; remove the folder to start afresh.")
+    if folders:
+        raise ModelError(f"{root}: all {len(folders)} checkpoints are damaged; remove the folder to start again.")
     return None
 
 

@@ -1,4 +1,4 @@
-"""The training loop: build, resume, loop, save. The same for autoencoders and tokenizers."""
+"""The training loop of autoencoders and tokenizers: build, resume, loop, save."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ Log = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Trained:
-    """Where the model lies and what the run came to; ``metrics`` are the last logged means."""
+    """The folder of the model and the figures of the run; ``metrics`` are the last logged means."""
 
     folder: Path
     steps: int
@@ -78,11 +78,11 @@ def train(
     """Train ``recipe`` to its last step (or ``max_minutes``) and save the averaged model in ``recipe.output``.
 
     With ``resume`` the newest good checkpoint is continued: 4 steps equal 2, save, resume, 2, bit for bit. With
-    ``approximate`` that may be on another number of processes, which changes crops and noise. ``at_step`` hears of
-    every step, for a bar.
+    ``approximate`` the number of processes may differ, which changes crops and noise. ``at_step`` is called after every
+    step, for a progress bar.
 
-    Raises:  ModelError when the output holds a run and ``resume`` is off, or cannot be written; V2FlowError on a loss
-             that is not finite, bad data, or a process that has gone; Interrupted after a signal, when the run is
+    Raises:  ModelError if the output holds a run and ``resume`` is off, or it cannot be written; V2FlowError for a loss
+             that is not finite, bad data, or a process that has ended; Interrupted after a signal, when the run is
              saved.
     """
     loop, folder = recipe.train, Path(recipe.output)
@@ -104,10 +104,10 @@ def train(
     average = WeightAverage.of(objective, loop.ema_decay)
     state, saved_step = TrainState(), -1
     meter = Meter(folder / "metrics.jsonl", log, enabled=accelerator.is_main_process)
-    if resume and (found := load_newest(checkpoints, log)):
-        where, groups, record = found
+    if resume and (checkpoint := load_newest(checkpoints, log)):
+        where, groups, record = checkpoint
         check_same_recipe(where, record["recipe"], dump_recipe(recipe))
-        check_same_ranks(where, record["ranks"], ranks, drawn="crops and noise", approximate=approximate, log=log)
+        check_same_ranks(where, record["ranks"], ranks, parts="crops and noise", approximate=approximate, log=log)
         objective.load_state_dict(groups["model"])
         average.weights = {k: groups["ema"][k].to(accelerator.device) for k in average.weights}
         restore_optimizer(optimizer, names, groups["optimizer"])
@@ -125,17 +125,17 @@ def train(
     unread, deferred = UnreadSteps(), _defers_reading(accelerator.device)
 
     def read_terms() -> bool:
-        """Take back the steps that were not finite, and log the terms of the others; False where there was one."""
-        all_good = True
+        """Undo the counts of steps that were not finite, and log the terms of the others; True if all were finite."""
+        all_finite = True
         for terms, wrong in unread.read():
             if wrong:
-                all_good = False
+                all_finite = False
                 state.step, state.bad_steps = state.step - 1, state.bad_steps + 1
                 state.images_seen -= loop.batch_size
                 skip_or_stop(wrong, state.bad_steps, loop.skip_bad_steps, checkpoints, log)
             else:
                 meter.add(terms, images=loop.batch_size)
-        return all_good
+        return all_finite
 
     def save() -> None:
         read_terms()
@@ -182,7 +182,7 @@ def train(
     watch = Watch(accelerator, folder, dump_recipe(recipe), recipe.data, loop.seed)
     run_start, earlier_seconds, saved_seconds = time.monotonic(), state.seconds, state.seconds
     keys: list[str] = []
-    # What only training reads may be rounded; `precision: fp32` asks for float32 in it too.
+    # Numbers that only training uses may be rounded, except with `precision: fp32`.
     rounding = tf32(recipe.train.precision != "fp32")
     contact = losing_contact(lambda: on_samples(f"step {state.step}, rank {rank}", keys))
     with rounding, stop_requested() as stop, contact:
@@ -192,9 +192,9 @@ def train(
             meter.waited += time.monotonic() - waiting_since
             state.seconds = earlier_seconds + time.monotonic() - run_start
             lossy = any(batch.failures for batch in micro_batches)
-            # All that ranks agree on before a step, in one exchange; the slowest rank's clock counts for all.
+            # Everything that ranks agree on before a step, in one exchange; the slowest rank's clock counts.
             seconds, *flags = maximum([state.seconds, bool(stop), bool(problem), lossy])
-            interrupted, troubled, lossy = map(bool, flags)
+            interrupted, failed, lossy = map(bool, flags)
             due = bool(loop.save_minutes) and seconds - saved_seconds > 60 * loop.save_minutes
             due = due or bool(loop.save_every and state.step % loop.save_every == 0)
             if interrupted or (due and state.step):
@@ -205,7 +205,7 @@ def train(
             if loop.max_minutes and seconds > 60 * loop.max_minutes:
                 break
             this_step = f"step {state.step}, rank {rank}"
-            if troubled:
+            if failed:
                 raise_everywhere(problem and f"{this_step}: {problem}", accelerator.device)
             keys = [key for batch in micro_batches for key in batch.keys]
             for batch in micro_batches if lossy else ():
@@ -227,7 +227,7 @@ def train(
                 restore_buffers(objective, before)
                 continue
             good = _finite_everywhere(terms) if deferred and loop.skip_bad_steps else None
-            if good is not None:  # torch's fused optimizers and Muon leave everything as it is where this is 1
+            if good is not None:  # with 1, torch's fused optimizers and Muon change nothing
                 optimizer.found_inf = 1 - good.float()  # type: ignore[attr-defined]
                 restore_buffers(objective, before, good)
             optimizer.step()
@@ -261,23 +261,23 @@ def train(
 
 
 def _export(objective: AutoencoderObjective | TokenizerObjective, folder: Path, card: str) -> None:
-    """The finished model, whole or not at all.  Raises: ModelError where it cannot be written."""
+    """Write the finished model atomically.  Raises: ModelError if it cannot be written."""
     try:
         with publishing(folder, ".exporting-") as partial:
             objective.export(partial)
             (partial / "README.md").write_text(card, encoding="utf-8")
     except (OSError, SafetensorError) as error:
-        raise ModelError(f"{folder}: the model cannot be written ({error}). Make room, then --resume.") from None
+        raise ModelError(f"{folder}: the model cannot be written ({error}). Free some space, then --resume.") from None
 
 
 def _accelerator(loop: TrainLoop, folder: Path) -> Accelerator:
     prepare_cpu_launch()
-    # Accelerator alone reads the flag; without it PartialState takes each process on CPUs for the only one.
+    # Only Accelerator reads the flag; without it PartialState treats each process on CPUs as the only one.
     device = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device
     dtype = pick_dtype(loop.precision, device)
-    AcceleratorState._reset_state()  # an earlier training in this process may have had another precision
-    # A step in which no image, or every image, sees the dummy D leaves some weights without a gradient.
-    # Buffers are frozen tables, or statistics that every rank computes from the vectors of all: none has to be sent.
+    AcceleratorState._reset_state()  # an earlier training of this process may have had another precision
+    # If no image, or every image, of a step sees the dummy D, some weights have no gradient. Buffers are frozen tables,
+    # or statistics that every rank computes from the vectors of all ranks, so none has to be sent.
     unused = DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)
     return Accelerator(
         mixed_precision="bf16" if dtype is torch.bfloat16 else "no",
@@ -294,15 +294,15 @@ def _forward_backward(
     step: int,
     draw: random.Random,
 ) -> dict[str, Tensor]:
-    """Gradients of one step by ``model``, which is ``objective`` or DDP around it; returns the mean loss terms."""
+    """Compute the gradients of one step by ``model``, ``objective`` or DDP around it; the mean loss terms."""
     totals: dict[str, Tensor] = {}
     count, few_shapes = len(micro_batches), accelerator.device.type == "cuda"
     for number, batch in enumerate(micro_batches, start=1):
         inputs = batch.inputs(accelerator.device)
-        planned = objective.plan(step, inputs, draw, few_shapes)
+        plan = objective.plan(step, inputs, draw, few_shapes)
         sync = nullcontext() if number == count else accelerator.no_sync(model)
         with sync, accelerator.autocast():
-            terms = model(**inputs, **planned)
+            terms = model(**inputs, **plan)
             accelerator.backward(terms["loss"] / count)
         for name, value in terms.items():
             totals[name] = totals.get(name, 0.0) + value.detach() / count
@@ -310,12 +310,12 @@ def _forward_backward(
 
 
 def _defers_reading(device: torch.device) -> bool:
-    """Whether the host runs ahead of the device, so that it should read numbers only when it logs."""
+    """True if the host runs ahead of the device, so that it should read numbers only for the log."""
     return device.type == "cuda"
 
 
 def _finite_everywhere(terms: Mapping[str, Tensor]) -> Tensor:
-    """Whether loss and gradient of a step are finite on all ranks: a tensor (), which nobody has to wait for."""
+    """Whether loss and gradient of a step are finite on all ranks, as a tensor () on the device."""
     good = torch.isfinite(terms["loss"]) & torch.isfinite(terms["grad_norm"])
     return sum_in_place((~good).float()) == 0
 
@@ -327,7 +327,7 @@ def _numbers(figures: Mapping[str, Tensor]) -> dict[str, float]:
 
 
 def _compile(objective: nn.Module) -> None:
-    """One fused graph for the step, made anew for each of the few shapes that ``plan`` allows."""
+    """Compile the step into one graph for each of the few shapes that ``plan`` allows."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     objective.forward = torch.compile(objective.forward, dynamic=False)  # type: ignore[method-assign]
 
@@ -335,8 +335,8 @@ def _compile(objective: nn.Module) -> None:
 def _next(
     batches: Iterator[CropBatch | LatentBatch | V2FlowError], count: int
 ) -> tuple[list[CropBatch | LatentBatch], str]:
-    """The next ``count`` batches, or fewer and why there are no more."""
-    found: list[CropBatch | LatentBatch] = []
+    """The next ``count`` batches, or fewer and the reason."""
+    micro_batches: list[CropBatch | LatentBatch] = []
     for _ in range(count):
         try:
             batch = next(batches)
@@ -344,11 +344,11 @@ def _next(
             if "DataLoader worker" not in str(error):
                 raise
             reason = str(error).splitlines()[0]
-            return found, f"{reason} Resume with --resume; where memory ran out, lower data.workers."
+            return micro_batches, f"{reason} Continue with --resume; if memory ran out, lower data.workers."
         if isinstance(batch, V2FlowError):
-            return found, str(batch)
-        found.append(batch)
-    return found, ""
+            return micro_batches, str(batch)
+        micro_batches.append(batch)
+    return micro_batches, ""
 
 
 def _step_seed(seed: int, step: int, rank: int) -> int:

@@ -1,4 +1,4 @@
-"""Memory of one training image, from shapes alone: the pass runs on tensors that have no data."""
+"""Memory of one training image, from shapes alone: the pass runs on tensors without data."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from v2flow_cli.training.optimizer import build_optimizer
 
 
 def training_bytes(objective: AutoencoderObjective | TokenizerObjective, size: int, step: int) -> dict[str, int]:
-    """Bytes in float32 of what training holds, and of the most that one image of ``size`` pixels adds at any time.
+    """Bytes in float32 of the state of a training, and ``one_image``: peak memory per crop, forward and backward.
 
-    Args:    objective, on the meta device; it is left with gradients.
+    Args:    objective, on the meta device, which gets gradients; size, of the crop in pixels.
     """
     weights = sum(_bytes(x) for x in (*objective.parameters(), *objective.buffers()))
     trained = [p for p in objective.parameters() if p.requires_grad]
@@ -33,15 +33,15 @@ def training_bytes(objective: AutoencoderObjective | TokenizerObjective, size: i
         objective(images, step)["loss"].backward()
     gradients = sum(map(_bytes, trained))
     optimizer, _ = build_optimizer(objective, objective.recipe.optimizer)
-    kept = gradients  # the average of the weights
+    optimizer_bytes = gradients  # the average of the weights
     for group in optimizer.param_groups:
-        kept += copies_kept(optimizer, group) * sum(map(_bytes, group["params"]))
-    parts = {"weights": weights, "gradients": gradients, "optimizer": kept}
+        optimizer_bytes += copies_kept(optimizer, group) * sum(map(_bytes, group["params"]))
+    parts = {"weights": weights, "gradients": gradients, "optimizer": optimizer_bytes}
     return {**parts, "one_image": live.peak, "peak_with_one_image": sum(parts.values()) + live.peak}
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all tensors made within it that are still alive (``now``), and the most so far (``peak``)."""
+    """Counts the bytes of all live tensors created within it (``now``), and their maximum (``peak``)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,16 +49,16 @@ class LiveBytes(TorchDispatchMode):
         self._alive: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        inputs = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
         results = func(*args, **(kwargs or {}))
         for result in tree_leaves(results):
             if isinstance(result, Tensor):
-                self._add(result.untyped_storage(), given)
+                self._add(result.untyped_storage(), inputs)
         return results
 
-    def _add(self, storage: torch.UntypedStorage, given: set[int]) -> None:
+    def _add(self, storage: torch.UntypedStorage, inputs: set[int]) -> None:
         key = storage._cdata
-        if key in self._alive or key in given:  # a view, or a result in place
+        if key in self._alive or key in inputs:  # a view, or an in-place result
             return
         self._alive.add(key)
         self.now += storage.nbytes()
@@ -71,7 +71,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 class _FusedAttention(TorchFunctionMode):
-    """Without data torch would take its plainest attention, which no device that trains uses."""
+    """Replaces torch's unfused attention, which it uses for tensors without data, but which no training device uses."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:

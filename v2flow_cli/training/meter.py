@@ -1,4 +1,4 @@
-"""The log of a training: means of every loss term, as a line and as JSON; a resumed run writes the same one."""
+"""The log of a training: means of every loss term, as text and as JSON; a resumed run writes the same log."""
 
 from __future__ import annotations
 
@@ -30,25 +30,25 @@ class Meter:
         self.images, self.waited, self.start = 0, 0.0, time.monotonic()
 
     def as_json(self) -> dict[str, Any]:
-        """What is not logged yet, for a checkpoint."""
+        """The sums that are not logged yet, for a checkpoint."""
         names = ("last", "sums", "counts", "images", "waited")
         return {**{name: getattr(self, name) for name in names}, "elapsed": time.monotonic() - self.start}
 
     def resume(self, saved: dict[str, Any], step: int) -> None:
-        """Go on from ``as_json``, and take back the lines after ``step``."""
+        """Restore the result of ``as_json``, and drop the lines after ``step``."""
         for name in ("last", "sums", "counts", "images", "waited"):
             setattr(self, name, saved[name])
         self.start = time.monotonic() - saved["elapsed"]
         self.rewind(step)
 
     def rewind(self, step: int) -> None:
-        """Drop the lines after ``step``, and half of one that a killed run left."""
+        """Drop the lines after ``step``, and the incomplete line of a killed run."""
         if not self.enabled or not self.path.is_file():
             return
         content = self.path.read_bytes()
-        kept = "".join(f"{line}\n" for line in whole_lines(content) if json.loads(line)["step"] <= step).encode()
-        if kept != content:
-            write_bytes(self.path, kept)
+        lines = "".join(f"{line}\n" for line in whole_lines(content) if json.loads(line)["step"] <= step).encode()
+        if lines != content:
+            write_bytes(self.path, lines)
 
     def add(self, terms: Mapping[str, float], images: int) -> None:
         for name, value in terms.items():
@@ -57,9 +57,9 @@ class Meter:
         self.images += images
 
     def write(self, state: TrainState, learning_rate: float, figures: Mapping[str, float]) -> dict[str, float]:
-        """Log the means since the last line with ``figures`` of this moment, and return all.
+        """Log and return the means since the last line, and the current ``figures``.
 
-        Raises:  ModelError where they cannot be written.
+        Raises:  ModelError if they cannot be written.
         """
         elapsed = max(time.monotonic() - self.start, 1e-9)
         means = {name: self.sums[name] / self.counts[name] for name in self.sums}
@@ -80,8 +80,10 @@ class Meter:
                 with self.path.open("a", encoding="utf-8") as stream:
                     stream.write(json.dumps(record) + "\n")
             except OSError as error:
-                raise ModelError(f"{self.path}: cannot be written ({error.strerror}). Make room and resume.") from None
-            shown = "  ".join(f"{k.removeprefix('train/')} {v:.4g}" for k, v in self.last.items())
-            self.log(f"step {state.step}  {shown}  {record['images_per_second']:.1f} img/s")
+                raise ModelError(
+                    f"{self.path}: cannot be written ({error.strerror}). Free some space and resume."
+                ) from None
+            text = "  ".join(f"{k.removeprefix('train/')} {v:.4g}" for k, v in self.last.items())
+            self.log(f"step {state.step}  {text}  {record['images_per_second']:.1f} img/s")
         self._reset()
         return record

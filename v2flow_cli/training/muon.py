@@ -1,4 +1,4 @@
-"""Muon, for every training here: tokenizers, autoencoders and language models. Imports torch alone."""
+"""Muon, for tokenizers, autoencoders and language models."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # a, b, c of a x + b x^3 + c x^5, ste
 
 
 class Muon(torch.optim.AdamW):
-    """AdamW, but parameters of the groups marked ``orthogonal`` step along their momentum made orthogonal.
+    """AdamW, but parameters of groups marked ``orthogonal`` take steps along their orthogonalised momentum.
 
-    Every direction of a matrix then moves equally far, not only the few that gradients agree on. A step has the root
-    mean square of a typical one of AdamW's, so that a learning rate means the same for both. Kernels (O, I, h, w) are
-    read as matrices (O, I h w), stacks (E, O, I) as E matrices. torch has an optimizer of this name, for matrices alone
-    and always in bfloat16, nine times slower on CPUs without that type.
+    All directions of a matrix then move equally far, not only the few in which gradients agree. A step has the root
+    mean square of a typical AdamW step, so that the same learning rate suits both. Kernels (O, I, h, w) are treated as
+    matrices (O, I h w), stacks (E, O, I) as E matrices. torch's own Muon is only for matrices and always multiplies in
+    bfloat16, which is nine times slower on CPUs without that type.
 
     Source: K. Jordan, kellerjordan.github.io/posts/muon; the step's length, arXiv 2502.16982, section 2.2.
     """
@@ -28,7 +28,7 @@ class Muon(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         loss = None
-        if closure is not None:  # it makes the gradients
+        if closure is not None:  # it computes the gradients
             with torch.enable_grad():
                 loss = closure()
         gradients: dict[nn.Parameter, Tensor] = {}
@@ -39,7 +39,7 @@ class Muon(torch.optim.AdamW):
                     matrices.setdefault(_as_matrices(parameter).shape, []).append(parameter)
             for alike in matrices.values():
                 self._move(alike, group["lr"], group["weight_decay"])
-                for parameter in alike:  # AdamW leaves alone what has no gradient
+                for parameter in alike:  # AdamW skips parameters without a gradient
                     gradients[parameter], parameter.grad = cast(Tensor, parameter.grad), None
         super().step()
         for parameter, gradient in gradients.items():
@@ -47,16 +47,16 @@ class Muon(torch.optim.AdamW):
         return loss
 
     def _move(self, parameters: list[nn.Parameter], rate: float, decay: float) -> None:
-        """One step of parameters of one shape, as one stack: a few large products instead of many small ones."""
+        """One step of parameters of one shape, stacked: a few large products instead of many small ones."""
         gradients = [cast(Tensor, parameter.grad) for parameter in parameters]
         for parameter in parameters:
             if "momentum" not in self.state[parameter]:
                 self.state[parameter]["momentum"] = torch.zeros_like(parameter)
-                self.state[parameter]["step"] = torch.zeros(())  # AdamW looks for it in every state that it loads
+                self.state[parameter]["step"] = torch.zeros(())  # AdamW reads it in every state that it loads
         states = [self.state[parameter] for parameter in parameters]
         momenta = [state["momentum"] for state in states]
         torch._foreach_add_([state["step"] for state in states], 1)
-        bad = getattr(self, "found_inf", None)  # as torch's fused optimizers read it: 1 leaves everything as it is
+        bad = getattr(self, "found_inf", None)  # as in torch's fused optimizers: 1 means no change
         before = [x.clone() for x in (*momenta, *parameters)] if bad is not None else []
         torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
         ahead = torch._foreach_lerp(gradients, momenta, MOMENTUM)  # Nesterov's
@@ -74,14 +74,15 @@ def _as_matrices(x: Tensor) -> Tensor:
 
 
 def copies_kept(optimizer: torch.optim.AdamW, group: dict[str, Any]) -> int:
-    """How many numbers the optimizer keeps for each one in the parameters of a group."""
+    """How many numbers the optimizer stores for each parameter of a group."""
     return 1 if isinstance(optimizer, Muon) and group.get("orthogonal") else 2
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
-    """About U V^T of matrices U S V^T (..., O, I): singular values go to between 0.7 and 1.2, by products alone.
+    """About U V^T of matrices U S V^T (..., O, I): singular values become 0.7 to 1.2, with matrix products only.
 
-    In bfloat16 on GPUs; on a CPU with AMX, products of these sizes take 1.7 times as long in it as in float32.
+    In bfloat16 on GPUs, with singular values of 0.5 to 1.3. On a CPU with AMX, products of these sizes take 1.7 times
+    as long in bfloat16 as in float32.
     """
     stack = matrices.reshape(-1, *matrices.shape[-2:])
     if matrices.is_cuda:

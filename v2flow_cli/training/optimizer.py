@@ -1,4 +1,4 @@
-"""The optimizers as the recipes describe them, and the learning rate at every step."""
+"""The optimizers of the recipes, and the learning rate at every step."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def build_optimizer(
 ) -> tuple[torch.optim.AdamW, dict[int, str]]:
     """AdamW or Muon with weight decay on matrices only, and the name of each parameter by ``id``.
 
-    Muon takes what acts as one matrix: linear layers and ungrouped convolutions, but not the flow head.
+    Muon is for weights that act as one matrix: linear layers and ungrouped convolutions, but not the flow head.
     """
     free = objective.no_decay()
     matrices: list[nn.Parameter] = []
@@ -52,7 +52,7 @@ def build_optimizer(
 
 
 def fuses(device: torch.device) -> bool:
-    """Whether AdamW is one kernel for all weights; it can then leave out a bad step without asking the host."""
+    """True if AdamW is one kernel for all weights, which can skip a bad step without the host."""
     return device.type == "cuda"
 
 

@@ -1,4 +1,4 @@
-"""The folder that a training writes to: whether it may be, which a dry run asks as the run does."""
+"""Checks and locks the output folder of a training."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ Result = TypeVar("Result")
 def alone_in_output(
     training: Callable[Concatenate[Any, Settings], Result],
 ) -> Callable[Concatenate[Any, Settings], Result]:
-    """``training(recipe, ...)``, which holds a lock on ``recipe.output`` as long as it runs; rank 0 holds it for all.
+    """``training(recipe, ...)`` with a lock on ``recipe.output`` while it runs; rank 0 holds it for all.
 
-    Raises:  DataError where another run holds it.
+    Raises:  DataError if another run holds it.
     """
 
     @functools.wraps(training)
     def alone(recipe: Any, *args: Settings.args, **kwargs: Settings.kwargs) -> Result:
         if int(os.environ.get("RANK", "0")):
             return training(recipe, *args, **kwargs)
-        check_output(recipe.output, resume=True)  # a sentence where the folder cannot be made
+        check_output(recipe.output, resume=True)  # a clear error if the folder cannot be created
         with locked(user_path(recipe.output)):
             return training(recipe, *args, **kwargs)
 
@@ -38,23 +38,23 @@ def alone_in_output(
 
 
 def check_output(output: str | Path, resume: bool) -> None:
-    """Raises: ModelError for an output folder that cannot be written, or holds a run that would be lost; makes none."""
+    """Raises: ModelError for an output folder that cannot be written, or holds a run that would be lost."""
     folder = user_path(output)
-    holds = [*folder.glob("checkpoints/step-*"), *folder.glob("checkpoints/checkpoint-*")]
-    holds += [path for name in ("model.safetensors", "config.json") if (path := folder / name).exists()]
-    if holds and not resume:
+    files = [*folder.glob("checkpoints/step-*"), *folder.glob("checkpoints/checkpoint-*")]
+    files += [path for name in ("model.safetensors", "config.json") if (path := folder / name).exists()]
+    if files and not resume:
         raise ModelError(
-            f"output {output}: already holds a run ({holds[0].relative_to(folder)}). Continue it with --resume, "
+            f"output {output}: already holds a run ({files[0].relative_to(folder)}). Continue it with --resume, "
             f"{OTHER}, or delete it."
         )
     if folder.is_file():
-        raise ModelError(f"output {output}: a file; expected a folder, which is made where there is none; {OTHER}.")
-    place = folder
-    while not place.exists() and place != place.parent:
-        place = place.parent  # the nearest that exists has to be a folder that can be written
+        raise ModelError(f"output {output}: a file; expected a folder, which need not exist; {OTHER}.")
+    nearest = folder
+    while not nearest.exists() and nearest != nearest.parent:
+        nearest = nearest.parent  # the nearest existing one has to be a folder that can be written
     try:
-        with tempfile.TemporaryFile(dir=place):
+        with tempfile.TemporaryFile(dir=nearest):
             pass
     except OSError as error:
-        what = f"output {output}: cannot be written" + (f", since {place} cannot" if place != folder else "")
-        raise ModelError(f"{what} ({reason_of(error)}); {OTHER}.") from error
+        problem = f"output {output}: cannot be written" + (f", because {nearest} cannot" if nearest != folder else "")
+        raise ModelError(f"{problem} ({reason_of(error)}); {OTHER}.") from error

@@ -1,7 +1,7 @@
-"""How far apart two pictures are in the features of a network that was trained on photos: LPIPS, and one of files.
+"""The distance of two images in the features of a trained network: LPIPS, or a network from a file.
 
-``load_perceptual`` gives a module ``(a, b) -> distances (B,)`` of images (B, 3, H, W) in [-1, 1], with gradients: a
-loss for training, and a figure for ``bench``. It is frozen, and computes in float32 whatever autocast says.
+``load_perceptual`` returns a module ``(a, b) -> distances (B,)`` of images (B, 3, H, W) in [-1, 1], with gradients: a
+loss for training, and a figure for ``bench``. It is frozen, and computes in float32 also under autocast.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from v2flow_cli.runtime.extras import extra
 from v2flow_cli.store.files import sha256_of
 from v2flow_cli.store.network_weights import JudgeWeights, weights_url
 
-LPIPS, LPIPS_NET = "lpips", "vgg"  # as a recipe names it; the backbone that is usual for training
+LPIPS, LPIPS_NET = "lpips", "vgg"  # its name in a recipe; the usual backbone for training
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, pixels in [0, 1]
 
 
@@ -33,7 +33,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, pixels 
 class Backbone:
     """A network of torchvision: its name there, and the layers of its ``features`` whose outputs LPIPS compares.
 
-    min_size: pixels a side, to which smaller images are enlarged; less leaves the last block empty.
+    min_size: pixels a side, to which smaller images are enlarged, because their last block would be empty.
     """
 
     name: str
@@ -52,11 +52,11 @@ BACKBONES = (SQUEEZENET, Backbone("vgg16", (3, 8, 15, 22, 29), 16), Backbone("al
 
 
 class FeatureNetwork(nn.Module):
-    """The convolutional part of a backbone; ``forward`` is the distance of two pictures in its blocks.
+    """The convolutional part of a backbone; ``forward`` is the distance of two images in its blocks.
 
     The distance of a block is the squared difference of its features, each position's normalised to length 1, summed
-    over channels and averaged over positions; that of a picture is the mean over blocks, from 0 to 4. LPIPS
-    (arXiv 1801.03924) without its learned heads.
+    over channels and averaged over positions; that of an image is the mean over blocks, from 0 to 4. This is
+    LPIPS (arXiv 1801.03924) without its learned heads.
     """
 
     mean: Tensor
@@ -95,7 +95,7 @@ class FeatureNetwork(nn.Module):
 
 
 def block_distances(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
-    """Distances (B,) of two pictures' blocks: see ``FeatureNetwork``."""
+    """Distances (B,) of the blocks of two images: see ``FeatureNetwork``."""
     parts = [(_unit(x) - _unit(y)).square().sum(1).mean((1, 2)) for x, y in zip(a, b)]
     return torch.stack(parts).mean(0)
 
@@ -109,13 +109,13 @@ class Lpips(nn.Module):
     """LPIPS of the `lpips` package, version 0.1 weights; see ``store.network_weights`` for its backbone's file."""
 
     def __init__(self, net: str, weights: JudgeWeights) -> None:
-        """Raises:  ModelError when the backbone is not to be had; ValueError for an unknown net."""
+        """Raises:  ModelError if the backbone is not available; ValueError for an unknown net."""
         super().__init__()
         with extra("metrics", "lpips", f"LPIPS ({net})"):
             import lpips
         file = weights.find(net)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # torchvision: lpips still says `pretrained=`
+            warnings.simplefilter("ignore", UserWarning)  # lpips uses torchvision's deprecated `pretrained=`
             self.model = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
         state = torch.hub.load_state_dict_from_url(
             weights_url(net),
@@ -123,9 +123,9 @@ class Lpips(nn.Module):
             file_name=file.name,
             map_location="cpu",
             progress=False,
-            weights_only=True,  # tensors only, nothing else is unpickled
+            weights_only=True,  # only tensors are unpickled
         )
-        # lpips cuts torchvision's `features` into slices and keeps the numbers of the layers.
+        # lpips splits torchvision's `features` into slices and keeps the numbers of the layers.
         names = {name: re.sub(r"^slice\d+", "features", name) for name in self.model.net.state_dict()}
         self.model.net.load_state_dict({name: state[original] for name, original in names.items()})
         self.definition = f"lpips package v0.1, {net} backbone {file.name}"
@@ -151,17 +151,19 @@ def load_features(path: str | Path) -> FeatureNetwork:
         weights = load_file(path)
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{path}: cannot be read as safetensors ({error}).") from None
-    found = {n.removeprefix("features."): w.float() for n, w in weights.items() if not n.startswith("classifier.")}
-    shapes = {name: weight.shape for name, weight in found.items()}
+    weights = {n.removeprefix("features."): w.float() for n, w in weights.items() if not n.startswith("classifier.")}
+    shapes = {name: weight.shape for name, weight in weights.items()}
     for backbone in BACKBONES:
-        with torch.device("meta"):  # no first values are drawn, which would be replaced
+        with torch.device("meta"):  # without initial values, which would be replaced
             features = backbone.features()
         if shapes == {name: weight.shape for name, weight in features.state_dict().items()}:
             break
     else:
         names = ", ".join(backbone.name for backbone in BACKBONES)
-        raise ModelError(f"{path}: {len(found)} weights with other names or shapes; expected the features of {names}.")
-    features.load_state_dict(found, assign=True)
+        raise ModelError(
+            f"{path}: {len(weights)} weights with other names or shapes; expected the features of {names}."
+        )
+    features.load_state_dict(weights, assign=True)
     with torch.device("cpu"):
         network = FeatureNetwork(backbone, features)
     network.definition = f"{backbone.name} features of {path.name}, SHA-256 {sha256_of(path)[:12]}"
@@ -169,16 +171,16 @@ def load_features(path: str | Path) -> FeatureNetwork:
 
 
 def load_perceptual(features: str) -> FeatureNetwork | Lpips:
-    """What ``loss.features`` of a recipe names: ``lpips``, or a file for ``load_features``.
+    """The network that ``loss.features`` of a recipe names: ``lpips``, or a file for ``load_features``.
 
-    Raises:  ModelError where it is not to be had.
+    Raises:  ModelError if it is not available.
     """
     if features != LPIPS:
         return load_features(features)
     try:
         return Lpips(LPIPS_NET, JudgeWeights())
     except ModelError as error:
-        reason = str(error).partition(" Give --download")[0]
+        reason = str(error).partition(" Use --download")[0]
         raise ModelError(
             f"loss.features is lpips. {reason} Fetch them once with `v2flow bench --lpips-net {LPIPS_NET} --download`, "
             "or name a file of network weights."

@@ -1,4 +1,4 @@
-"""What a recipe would build, before anything is trained: sizes, tokens and memory, for ``train --dry-run``."""
+"""Sizes, tokens and memory of a recipe, for ``train --dry-run``."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from v2flow_cli.training.perceptual import load_perceptual
 
 
 def plan(recipe: AutoencoderRecipe | TokenizerRecipe, resume: bool = False) -> dict[str, Any]:
-    """Parameters, tokens an image, bits a pixel, memory, and passes over the data of ``recipe``; makes no weights.
+    """Parameters, tokens an image, bits a pixel, memory, and passes over the data of ``recipe``; without weights.
 
-    Memory is that of float32 with one training crop on one device. Why the run would not start (data that is not
-    there, earlier stages that have not run, hub models that cannot be reached, an output that holds another run and is
-    not to ``resume``) is said under ``missing``, a sentence each.
+    Memory is that of float32 with one training crop on one device. ``missing`` lists, a sentence each, why the run
+    would not start: missing data, earlier stages that have not run, hub models that cannot be reached, an output that
+    holds another run without ``resume``.
     """
     loop = recipe.train
     report: dict[str, Any] = {"kind": recipe.kind, "output": recipe.output}
@@ -64,10 +64,10 @@ def plan(recipe: AutoencoderRecipe | TokenizerRecipe, resume: bool = False) -> d
 
 
 def named_models(recipe: TokenizerRecipe) -> tuple[dict[str, Any], tuple[int, int], list[str]]:
-    """(autoencoder spec, shape of the vocabulary, what is missing) of the models that ``recipe`` names.
+    """(autoencoder spec, shape of the vocabulary, problems) of the models that ``recipe`` names.
 
-    Well-known hub ids are answered from a table, without a network. For what is missing plain pixels and a table of
-    32,000 words stand in.
+    Well-known hub ids are in a table, so they need no network. A missing model is replaced by plain pixels or a table
+    of 32,000 words.
     """
     missing: list[str] = []
     spec, shape = AUTOENCODERS.get(recipe.latents.autoencoder), VOCABULARIES.get(recipe.vocabulary.llm)
@@ -88,7 +88,7 @@ def named_models(recipe: TokenizerRecipe) -> tuple[dict[str, Any], tuple[int, in
 
 
 def _without_missing_features(recipe: TokenizerRecipe, missing: list[str]) -> TokenizerRecipe:
-    """``recipe``, without the perceptual loss where its network is not there; ``missing`` then says so."""
+    """``recipe`` without the perceptual loss if its network is missing, which is added to ``missing``."""
     if recipe.loss.perceptual:
         try:
             load_perceptual(recipe.loss.features)
@@ -99,7 +99,7 @@ def _without_missing_features(recipe: TokenizerRecipe, missing: list[str]) -> To
 
 
 def _unusable(recipe: AutoencoderRecipe | TokenizerRecipe, resume: bool) -> list[str]:
-    """What a run would find wrong with data, the tokenizer to start from, and output."""
+    """Problems with the data, the tokenizer to start from, and the output."""
     checks: list[Callable[[], object]] = [
         lambda: SampleStream(recipe.data.sources, seed=0, output=recipe.output),
         lambda: check_output(recipe.output, resume),

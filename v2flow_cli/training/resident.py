@@ -1,13 +1,12 @@
-"""Photos that are decoded once and stay on the device as 8-bit squares; crops and flips are made there.
+"""Photos that are decoded once and stay on the device as 8-bit squares; crops and flips are computed there.
 
-Two CPU cores decode some hundred photos a second, and a GPU trains on ten thousand. Batch b is the same whenever a run
-resumes: its photos come from a permutation of each time round, its crops from the seed and the number of the batch.
+Two CPU cores decode some hundred photos a second, but a GPU trains on ten thousand. Batch b does not depend on resumes:
+its photos come from a permutation per epoch, its crops from the seed and the number of the batch.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from v2flow_cli.errors import V2FlowError
 from v2flow_cli.recipe.schema import ImageData
+from v2flow_cli.runtime.device import cpu_cores
 from v2flow_cli.runtime.processes import raise_everywhere
 from v2flow_cli.store.failures import Failure
 from v2flow_cli.training.crops import CropBatch, first_crops, shuffled_rows
@@ -37,14 +37,12 @@ class ResidentPhotos:
         for rows in shuffled_rows(len(self.keys), batch_size, seed=seed, start=start):
             rng = np.random.default_rng([seed, rank, number])
             # One small copy: row numbers are exact in float64.
-            drawn = torch.from_numpy(np.concatenate([rows[None].astype(float), rng.random((4, batch_size))]))
+            numbers = torch.from_numpy(np.concatenate([rows[None].astype(float), rng.random((4, batch_size))]))
             if device.type == "cuda":
-                drawn = drawn.pin_memory()
-            drawn = drawn.to(device, non_blocking=True)
-            photos = self.pixels.index_select(0, drawn[0].long())
-            yield CropBatch(
-                random_crops(photos, data, drawn[1:]), [self.keys[r] for r in rows], self.failures, self.total
-            )
+                numbers = numbers.pin_memory()
+            numbers = numbers.to(device, non_blocking=True)
+            crops = random_crops(self.pixels.index_select(0, numbers[0].long()), data, numbers[1:])
+            yield CropBatch(crops, [self.keys[row] for row in rows], self.failures, self.total)
             self.failures, number = [], number + 1
 
 
@@ -72,36 +70,35 @@ def load_resident(
 ) -> ResidentPhotos:
     """This rank's photos as squares of ``data.resident_px``, decoded by all cores unless ``data.workers`` is 0.
 
-    Raises:  V2FlowError where they do not fit into the device's memory, and what stops the stream.
+    Raises:  V2FlowError if they do not fit into the device's memory, and the errors of the stream.
     """
     side = data.resident_px
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = max(data.workers, cores // ranks) if data.workers else 0
-    # The largest square at a random place along the longer side.
-    whole = dataclasses.replace(
+    workers = max(data.workers, cpu_cores()) if data.workers else 0
+    # The largest square at a random position along the longer side.
+    squares = dataclasses.replace(
         data, crop_size=side, min_scale=1.0, max_scale=1.0, horizontal_flip=False, workers=workers
     )
     pixels, keys = torch.zeros(0), list[str]()
     failures: dict[Failure, None] = {}
     total = 0
-    for batch in first_crops(whole, LOADED_AT_ONCE, seed=seed, rank=rank, world_size=ranks, output=output):
+    for batch in first_crops(squares, LOADED_AT_ONCE, seed=seed, rank=rank, world_size=ranks, output=output):
         if not keys:
             total = batch.total
-            pixels = _room(max(1, total // ranks), side, device)
+            pixels = _allocate(max(1, total // ranks), side, device)
         pixels[len(keys) : len(keys) + len(batch.keys)].copy_(batch.pixels, non_blocking=True)
         keys.extend(batch.keys)
         failures.update(dict.fromkeys(batch.failures))
     return ResidentPhotos(pixels, keys, list(failures), total)
 
 
-def _room(count: int, side: int, device: torch.device) -> Tensor:
+def _allocate(count: int, side: int, device: torch.device) -> Tensor:
     try:
         return torch.empty(count, side, side, 3, dtype=torch.uint8, device=device)
-    except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU's allocator raises it plain
+    except RuntimeError as error:  # also torch.OutOfMemoryError; the CPU's allocator raises RuntimeError
         gigabytes = count * side * side * 3 / 1e9
         raise V2FlowError(
-            f"data.resident_px is {side}: {count:,} photos take {gigabytes:.1f} GB, for which {device} has no room "
-            f"({str(error).splitlines()[0]}). Lower it, or set it to 0 to read photos anew."
+            f"data.resident_px is {side}: {count:,} photos need {gigabytes:.1f} GB, more than {device} has free "
+            f"({str(error).splitlines()[0]}). Lower it, or set it to 0 to read the photos at each step."
         ) from None
 
 
@@ -114,7 +111,7 @@ def resident_batches(
     log: Callable[[str], None],
     output: str | None = None,
 ) -> Iterator[CropBatch]:
-    """This rank's batches from batch ``start`` on.  Raises: SharedError, on every rank, where one has no photos."""
+    """This rank's batches from batch ``start`` on.  Raises: SharedError, on every rank, if one has no photos."""
     rank, ranks, problem = accelerator.process_index, accelerator.num_processes, ""
     try:
         photos = load_resident(data, seed=seed, rank=rank, ranks=ranks, device=accelerator.device, output=output)

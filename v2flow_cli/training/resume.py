@@ -1,4 +1,4 @@
-"""Whether a run may go on from a checkpoint: by the recipe and the number of processes that it was started with."""
+"""Checks that a run may resume from a checkpoint: the same recipe and number of processes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from v2flow_cli.recipe.load import dump_recipe, parse_recipe
 from v2flow_cli.recipe.retired import without_retired
 from v2flow_cli.store.paths import real_path, user_path
 
-# Keys that a resumed run may change without changing what it computes at a given step.
+# Keys that a resumed run may change, because they do not change the computation of a step.
 FREE_TO_CHANGE = {
     "max_minutes",
     "log_every",
@@ -36,35 +36,35 @@ FREE_TO_CHANGE = {
 }
 
 BUDGETED = "train.budgeted"
-# Keys whose values are paths, as far as they exist: `photos`, `photos/` and `/home/me/photos` are one folder.
+# Keys whose values are paths if they exist: `photos`, `photos/` and `/home/me/photos` are one folder.
 PATHS = {"sources", "photos", "token_sets", "text", "cache", "autoencoder", "tokenizer", "llm", "init_from"}
 
 
 def check_same_recipe(where: Path, saved: str, recipe: str) -> None:
-    """Raises ModelError where two recipes, as ``dump_recipe`` writes them, differ in what a step computes."""
+    """Raises: ModelError if two recipes, as ``dump_recipe`` writes them, differ in the computation of a step."""
     tree, changed = without_retired(yaml.safe_load(saved), rename=True)
-    # Keys that are younger than the saved recipe get their defaults, which change nothing.
+    # Keys that are newer than the saved recipe get their defaults, which change nothing.
     before = _flat(yaml.safe_load(dump_recipe(parse_recipe(tree, str(where)))))
     now = _flat(yaml.safe_load(recipe))
     free = FREE_TO_CHANGE | ({"steps", "accumulate"} if before.get(BUDGETED) and now.get(BUDGETED) else set())
     changed += [
         f"{key}: {before.get(key)} before, {now.get(key)} now"
         for key in sorted({*before, *now})
-        if key.split(".")[-1] not in free and _place(key, before.get(key)) != _place(key, now.get(key))
+        if key.split(".")[-1] not in free and _resolved(key, before.get(key)) != _resolved(key, now.get(key))
     ]
     if changed:
         raise ModelError(
-            f"{where}: the recipe is not the one of this run ({'; '.join(changed[:6])}). Resume with the "
-            "recipe beside the checkpoints, or start anew in another `output`."
+            f"{where}: the recipe is not that of this run ({'; '.join(changed[:6])}). Resume with the "
+            "recipe beside the checkpoints, or start again in another `output`."
         )
 
 
-def _place(key: str, value: Any) -> Any:
-    """``value``; where it names files or folders, the same for every path that leads to them."""
+def _resolved(key: str, value: Any) -> Any:
+    """``value``; existing files and folders as absolute paths without links."""
     if key.split(".")[-1] not in PATHS or not isinstance(value, str | list):
         return value
-    places = [value] if isinstance(value, str) else value
-    return [real_path(place) if os.path.exists(user_path(place)) else place for place in places]
+    paths = [value] if isinstance(value, str) else value
+    return [real_path(path) if os.path.exists(user_path(path)) else path for path in paths]
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -76,20 +76,20 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def check_same_ranks(
-    where: Path, saved: int, ranks: int, *, drawn: str, approximate: bool, log: Callable[[str], None]
+    where: Path, saved: int, ranks: int, *, parts: str, approximate: bool, log: Callable[[str], None]
 ) -> None:
-    """Raises ModelError for another number of processes; where ``approximate`` allows it, says what is then other.
+    """Raises: ModelError for another number of processes; if ``approximate`` allows it, logs what will differ.
 
-    ``drawn``: what each process draws for itself.
+    ``parts``: the random numbers that each process draws for itself, in words.
     """
     if saved == ranks:
         return
     if not approximate:
         raise ModelError(
-            f"{where}: saved by {saved} processes, resumed by {ranks}: {drawn} would be others. Launch {saved} "
+            f"{where}: saved by {saved} processes, resumed by {ranks}: {parts} would differ. Launch {saved} "
             "processes, or allow it with --approximate."
         )
     log(
-        f"approximate resume: {saved} processes before, {ranks} now. Every photo still comes once an epoch; {drawn} "
+        f"approximate resume: {saved} processes before, {ranks} now. Every photo is still used once per epoch; {parts} "
         "are not those of an uninterrupted run."
     )

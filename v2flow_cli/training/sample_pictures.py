@@ -1,4 +1,4 @@
-"""Pictures drawn while an LLM learns to: OUTPUT/samples/step-00000100/a-red-fox.png."""
+"""Pictures of an LLM during its training: OUTPUT/samples/step-00000100/a-red-fox.png."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from v2flow_cli.training.llm_trainer import Log
 
 
 class SamplePictures(TrainerCallback):
-    """Draws ``prompts`` every ``every`` steps, each with seed 0 at temperature 1, in the first process."""
+    """Draws ``prompts`` every ``every`` steps, each with seed 0 at temperature 1, by the first process."""
 
     def __init__(
         self,
@@ -37,7 +37,7 @@ class SamplePictures(TrainerCallback):
         if state.global_step % self.every or not state.is_world_process_zero:
             return
         folder = self.folder / f"step-{state.global_step:08d}"
-        training, cached = model.training, model.config.use_cache
+        training, use_cache = model.training, model.config.use_cache
         model.eval()
         model.config.use_cache = True
         llm = DrawingLM(model, self.text_tokenizer, self.vocabulary, "the LLM in training")
@@ -45,5 +45,5 @@ class SamplePictures(TrainerCallback):
             for _ in draw_pictures(llm, self.image_tokenizer, self.pictures, folder, Settings()):
                 pass
         model.train(training)
-        model.config.use_cache = cached
+        model.config.use_cache = use_cache
         self.log(f"step {state.global_step}: {len(self.pictures)} sample pictures in {folder}")

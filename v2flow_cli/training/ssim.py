@@ -15,8 +15,8 @@ K1, K2 = 0.01, 0.03  # its stabilising constants, for pixels that span 1
 def ssim(images: Tensor, reference: Tensor) -> Tensor:
     """Mean SSIM (a scalar) of images (B, C, H, W) whose pixels span 1; borders are mirrored.
 
-    Computed in float32 also under autocast: variances are differences E[x^2] - E[x]^2 of nearly equal numbers, which
-    bf16 rounds away (0.63 became 0.41, and its gradient was off by 40%).
+    It is computed in float32 also under autocast: variances are differences E[x^2] - E[x]^2 of nearly equal numbers,
+    for which bf16 is too coarse (0.63 became 0.41, and its gradient was off by 40%).
 
     Source: Wang et al. 2004, as torchmetrics computes it.
     """
@@ -26,7 +26,7 @@ def ssim(images: Tensor, reference: Tensor) -> Tensor:
         half, channels = TAPS // 2, x.shape[1]
         steps = torch.arange(TAPS, device=x.device, dtype=torch.float32) - half
         window = torch.softmax(-0.5 * (steps / SIGMA).square(), 0).expand(channels, 1, 1, TAPS)
-        # Channels last: on a CPU, grouped convolutions are ten times faster so.
+        # Channels last, because on a CPU grouped convolutions are then ten times faster.
         moments = F.pad(moments, (half,) * 4, mode="reflect").contiguous(memory_format=torch.channels_last)
         moments = F.conv2d(F.conv2d(moments, window, groups=channels), window.mT, groups=channels)
         mean_x, mean_y, square_x, square_y, product = moments.chunk(5)

@@ -1,7 +1,6 @@
-"""All progress of a training run, and nothing else: what is saved is what is needed to go on exactly.
+"""The state of a training run: exactly what a checkpoint needs for an exact resume.
 
-There is no random state to save: every step seeds the generators from (seed, step, rank), and every crop from
-its ordinal.
+It has no random state: every step seeds the generators from (seed, step, rank), and every crop from its ordinal.
 """
 
 from __future__ import annotations
@@ -31,13 +30,13 @@ class TrainState:
 class WeightAverage:
     """Exponential moving average of a module's trainable weights, with a short warm-up.
 
-    Buffers that a part lists in ``averaged_buffers`` are averaged with them: statistics of what the weights give are
-    those of the averaged weights only if they lag as far behind.
+    Buffers that a part lists in ``averaged_buffers`` are averaged with them, because running statistics fit the
+    averaged weights only if they lag equally.
     """
 
     decay: float
     weights: dict[str, Tensor] = field(default_factory=dict)
-    averaged: list[Tensor] = field(default_factory=list)  # of the module, which are always changed in place
+    averaged: list[Tensor] = field(default_factory=list)  # of the module, which changes them in place
 
     @classmethod
     def of(cls, module: nn.Module, decay: float) -> WeightAverage:
@@ -46,8 +45,8 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, step: int, good: Tensor | None = None) -> None:
-        """Take up the weights after ``step`` steps; where ``good``, a tensor (), is False nothing changes."""
-        # Early on the average would be mostly initialisation: grow the window with the step.
+        """Average in the weights after ``step`` steps; nothing changes if ``good``, a tensor (), is False."""
+        # At first the average would be mostly initial values, so the window grows with the step.
         rate = 1 - min(self.decay, (1 + step) / (10 + step))
         weights, current = list(self.weights.values()), [p.detach().float() for p in self.averaged]
         if good is None:
@@ -81,7 +80,7 @@ def flatten_optimizer(optimizer: torch.optim.Optimizer, names: dict[int, str]) -
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, names: dict[int, str], flat: dict[str, Tensor]) -> None:
-    """Undo ``flatten_optimizer`` in place, on the parameters' own devices."""
+    """The inverse of ``flatten_optimizer``, in place and on the parameters' devices."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             prefix = f"{names[id(parameter)]}/"
@@ -104,7 +103,7 @@ def moving_buffers(module: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def restore_buffers(module: nn.Module, saved: dict[str, Tensor], good: Tensor | None = None) -> None:
-    """Undo what a skipped step did to the buffers; with ``good``, a tensor (), only where that is False."""
+    """Undo a skipped step's changes of the buffers; with ``good``, a tensor (), only if that is False."""
     buffers = dict(module.named_buffers())
     for name, value in saved.items():
         buffers[name].copy_(value if good is None else torch.where(good, buffers[name], value))

@@ -1,4 +1,4 @@
-"""What a run is watched by beside its log: accelerate's trackers, and grids of the same crops at the same seeds."""
+"""Accelerate's trackers, and image grids of the same crops at the same seeds, beside the log of a run."""
 
 from __future__ import annotations
 
@@ -39,18 +39,18 @@ class Reconstructs(Protocol):
 def tracker_options(tracker: str, folder: Path) -> dict[str, Any]:
     """Keyword arguments of ``Accelerator`` for the recipe's ``train.tracker``.
 
-    Raises:  V2FlowError for a tracker that was asked for by name and is not installed.
+    Raises:  V2FlowError for a named tracker that is not installed.
     """
-    have = {
+    installed = {
         "tensorboard": any(importlib.util.find_spec(name) for name in ("tensorboard", "tensorboardX")),
         "wandb": importlib.util.find_spec("wandb") is not None,
     }
     if tracker == "none":
         return {}
-    if tracker == "auto":  # W&B sends figures away, so that it is installed is not enough
-        wanted = {"tensorboard": True, "wandb": bool({"WANDB_API_KEY", "WANDB_MODE"} & os.environ.keys())}
-        names = [name for name in have if have[name] and wanted[name]]
-    elif have[tracker]:
+    if tracker == "auto":  # W&B sends figures to a server, so it also needs a key
+        enabled = {"tensorboard": True, "wandb": bool({"WANDB_API_KEY", "WANDB_MODE"} & os.environ.keys())}
+        names = [name for name in installed if installed[name] and enabled[name]]
+    elif installed[tracker]:
         names = [tracker]
     else:
         raise V2FlowError(
@@ -62,22 +62,22 @@ def tracker_options(tracker: str, folder: Path) -> dict[str, Any]:
 
 
 class Watch:
-    """Trackers and picture grids of one run; does nothing but in the first process."""
+    """Trackers and image grids of one run, in the first process only."""
 
     def __init__(self, accelerator: Accelerator, folder: Path, recipe_text: str, data: ImageData, seed: int) -> None:
         self._accelerator, self._folder = accelerator, folder
         self._data, self._seed = data, seed
-        self._images: Tensor | None = None  # read when the first grid is drawn
+        self._images: Tensor | None = None  # read for the first grid
         if accelerator.log_with:
             accelerator.init_trackers(PROJECT, config={"recipe": recipe_text})
 
     def figures(self, record: Mapping[str, float]) -> None:
-        """Hand one line of metrics.jsonl to the trackers."""
+        """Send one line of metrics.jsonl to the trackers."""
         values = {name: value for name, value in record.items() if name != "step"}
         self._accelerator.log(values, step=int(record["step"]))
 
     def grid(self, objective: Reconstructs, step: int) -> None:
-        """Write ``grids/step-NNNNNNNN.png``: crops above what the model makes of them now (not the average)."""
+        """Write ``grids/step-NNNNNNNN.png``: crops above their reconstructions (not by the average)."""
         problem = ""
         if self._accelerator.is_main_process:
             try:
@@ -90,9 +90,9 @@ class Watch:
         images = self._crops()
         objective.train(False)
         with torch.no_grad(), self._accelerator.autocast():
-            made = objective.reconstruct(images.to(self._accelerator.device))
+            reconstructions = objective.reconstruct(images.to(self._accelerator.device))
         objective.train(True)
-        rows = [np.concatenate(list(to_uint8(part).numpy()), axis=1) for part in (images, made)]
+        rows = [np.concatenate(list(to_uint8(part).numpy()), axis=1) for part in (images, reconstructions)]
         pixels = np.concatenate(rows, axis=0)  # (2 S, 8 S, 3)
         write_bytes(self._folder / "grids" / f"step-{step:08d}.png", png_bytes(Image.fromarray(pixels)))
         for tracker in self._accelerator.trackers:
@@ -100,7 +100,7 @@ class Watch:
             tracker.log_images({"crops above reconstructions": pixels[None]}, step=step, **layout)
 
     def _crops(self) -> Tensor:
-        """The first crops of the run's data (8, 3, S, S), square whatever the recipe asks for and the step it is at."""
+        """The first crops of the run's data (8, 3, S, S), always square, and the same at every step."""
         if self._images is None:
             data = dataclasses.replace(self._data, workers=0, aspects=())
             output = str(self._folder)

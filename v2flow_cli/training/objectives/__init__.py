@@ -1,1 +1,1 @@
-"""What each kind of training minimises: one file per objective."""
+"""The losses of each kind of training, one file per objective."""

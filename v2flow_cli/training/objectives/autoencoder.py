@@ -1,4 +1,4 @@
-"""What an autoencoder minimises: the error of its reconstructions, with noise on the latents."""
+"""The loss of an autoencoder: the error of its reconstructions, with noise on the latents."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ class AutoencoderObjective(nn.Module):
         self.register_buffer("latent_square", torch.ones(()))
 
     def plan(self, step: int, inputs: dict[str, Tensor], draw: random.Random, coarse: bool = False) -> dict[str, Any]:
-        """What ``forward`` takes beside ``inputs``: the step, as a tensor, because a number would be compiled in."""
+        """Further inputs of ``forward``: the step, as a tensor, because a number would be compiled into the graph."""
         return {"step": torch.tensor(float(step))}
 
     def forward(self, images: Tensor, step: int | Tensor) -> dict[str, Tensor]:
-        """Loss terms of a batch (B, 3, S, S); ``loss`` is what is minimised."""
+        """Loss terms of a batch (B, 3, S, S); ``loss`` is the total."""
         reconstruction, latents = self.model(images)
         reconstruction = reconstruction.float()
         mse, l1 = F.mse_loss(reconstruction, images), F.l1_loss(reconstruction, images)

@@ -1,11 +1,11 @@
-"""Teach a causal LM the visual tokens (section 2.4): load, extend the vocabulary, train, save a plain folder.
+"""Train a causal LM on visual tokens (section 2.4): load, extend the vocabulary, train, save a folder.
 
-The loop is transformers' Trainer, under plain Python, ``accelerate launch`` or torchrun alike. What is ours: the
-loss on the answer alone, with text and visual parts logged apart, and what is trained:
+The loop is transformers' Trainer, with plain Python, ``accelerate launch`` or torchrun. Added here: the loss on the
+answer alone, with text and visual parts logged separately, and the selection of trained weights:
 
     full    every weight (the paper)
     lora    adapters on every linear layer and the new rows (peft), merged into the folder that is saved
-    rows    the new rows alone
+    rows    only the new rows
 """
 
 from __future__ import annotations
@@ -15,37 +15,35 @@ import functools
 import io
 import itertools
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import AutoModelForCausalLM, set_seed
 
-from v2flow_cli.errors import DataError, ModelError
+from v2flow_cli.errors import DataError
 from v2flow_cli.llm.caption_contrast import caption_contrast_loss, middle_layer
-from v2flow_cli.llm.load import context_length, load_config, load_llm, loading
+from v2flow_cli.llm.load import load_llm, loading
 from v2flow_cli.llm.loss import labelled_losses
 from v2flow_cli.llm.pairs import Part, Samples, check_data, count_tokens, log_data
-from v2flow_cli.llm.rehearsal import rehearse
 from v2flow_cli.llm.sampling import store_sampling
-from v2flow_cli.llm.sequences import collate, prompt_frame
+from v2flow_cli.llm.sequences import collate
 from v2flow_cli.llm.vocabulary import (
     VisualVocabulary,
     add_visual_tokens,
-    check_extendable,
     extend_tables,
     table_rows,
     text_ids,
 )
 from v2flow_cli.recipe.load import dump_recipe
-from v2flow_cli.recipe.schema import FinetuneRecipe, Lora
+from v2flow_cli.recipe.schema import FinetuneRecipe
 from v2flow_cli.runtime.device import describe_hardware
-from v2flow_cli.runtime.extras import extra
 from v2flow_cli.tokenizer import V2FlowTokenizer
 from v2flow_cli.training.card import front_matter, source_name
+from v2flow_cli.training.llm_folder import save_folder
+from v2flow_cli.training.llm_setup import check_llm, choose_trained
 from v2flow_cli.training.llm_trainer import (
     LMTrainer,
     Log,
@@ -54,22 +52,21 @@ from v2flow_cli.training.llm_trainer import (
     estimate,
     optimizer_class,
     run,
-    save_folder,
     training_arguments,
 )
 from v2flow_cli.training.output import alone_in_output, check_output
 from v2flow_cli.training.sample_pictures import SamplePictures
 
-HELD_OUT_MAX = 512  # images that the held-out loss is taken on
-WIDTHS = 64  # positions; on a GPU batches are as wide as a multiple of it, so that a compiled step is reused
-TOKEN_COUNTS = "token_counts.npy"  # (K,): how often each code was trained on, beside the weights
+HELD_OUT_MAX = 512  # images of the held-out loss
+WIDTHS = 64  # positions; on a GPU the width of a batch is a multiple of it, so that a compiled step is reused
+TOKEN_COUNTS = "token_counts.npy"  # (K,): how often each code occurs in the training data
 
 
 class DrawingTrainer(LMTrainer):
-    """Cross-entropy of the labelled positions, z-loss and caption contrast; their parts are logged apart.
+    """Cross-entropy of the labelled positions, z-loss and caption contrast; their parts are logged separately.
 
-    The loss of a step is the mean over its labels in all micro-batches and processes, however they are split. The
-    caption contrast is against the other pictures of the same micro-batch.
+    The loss of a step is the mean over its labels in all micro-batches and processes. The caption contrast is against
+    the other images of the same micro-batch.
     """
 
     def __init__(
@@ -83,28 +80,27 @@ class DrawingTrainer(LMTrainer):
         super().__init__(*args, **kwargs)
         self.vocabulary, self.z_loss, self.caption_contrast = vocabulary, z_loss, caption_contrast
         self.middle = middle_layer(self.model) if caption_contrast else None
-        self.model_accepts_loss_kwargs = True  # compute_loss divides by all labels of the step, so Trainer must not
+        self.model_accepts_loss_kwargs = True  # compute_loss divides by all labels of the step; Trainer must not
         self.head = self.model.get_output_embeddings()
         self.router_weight = getattr(self.model.config, "router_aux_loss_coef", 0.0)
         # Losses and labels of text, of visual tokens, of contrasts, since the last log line.
         self.sums = torch.zeros(3, 2, device=self.args.device)
 
     def get_train_dataloader(self) -> DataLoader:
-        """Every process reads its own batches of the one order, from where a resumed run goes on."""
+        """Every process reads its own batches of the common order, from the position of a resumed run."""
         batch = self._train_batch_size
         self.train_dataset.part = Part(self.first_sample, batch, self.args.process_index, self.args.world_size)
-        # With a generator of its own the loader draws nothing from the one that a resume restores.
-        own = torch.Generator()
+        # With its own generator the loader draws nothing from the one that a resume restores.
         return DataLoader(
             self.train_dataset,
             batch_size=batch,
             collate_fn=self.data_collator,
-            generator=own,
+            generator=torch.Generator(),
             pin_memory=self.args.dataloader_pin_memory,
         )
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Tensor]:
-        """The micro-batches of a step, and how many labels it has over all processes."""
+        """The micro-batches of a step, and the number of its labels over all processes."""
         batches, _ = super().get_batch_samples(*args, **kwargs)
         self.keys = [key for batch in batches for key in batch["keys"]]
         count = torch.tensor(sum(len(batch["positions"]) for batch in batches))
@@ -116,27 +112,27 @@ class DrawingTrainer(LMTrainer):
         early = None
         if self.middle is not None and model.training and len(inputs["image_starts"]):
             early = self.middle, inputs["image_starts"]
-        found = labelled_losses(model, self.head, inputs["input_ids"], inputs["labels"], early, inputs["positions"])
-        losses = found.losses
+        out = labelled_losses(model, self.head, inputs["input_ids"], inputs["labels"], early, inputs["positions"])
+        losses = out.losses
         if model.training:
-            visual = self.vocabulary.is_visual(found.targets).float()
+            visual = self.vocabulary.is_visual(out.targets).float()
             for row, share in enumerate((1 - visual, visual)):
                 self._count(row, losses.detach() * share, share)
         if self.z_loss:
-            losses = losses + self.z_loss * found.logits.logsumexp(-1).square()
+            losses = losses + self.z_loss * out.logits.logsumexp(-1).square()
         if num_items_in_batch is None:
             loss = losses.mean()
-        else:  # gradients are averaged over processes, so the sum over them is asked for
+        else:  # the sum over processes, because gradients are averaged over them
             loss = losses.sum() * self.accelerator.num_processes / num_items_in_batch
         if early is not None:
             first = self.vocabulary.visual_token_offset
-            codes = found.early_logits[:, first : first + self.vocabulary.codebook_size]
+            codes = out.early_logits[:, first : first + self.vocabulary.codebook_size]
             contrast = caption_contrast_loss(codes, inputs["image_ids"])
             self._count(2, contrast.detach(), torch.ones_like(contrast))
             loss = loss + self.caption_contrast * contrast / self.args.gradient_accumulation_steps
-        if self.router_weight and getattr(found.outputs, "aux_loss", None) is not None:
-            loss = loss + self.router_weight * found.outputs.aux_loss / self.args.gradient_accumulation_steps
-        return (loss, found.outputs) if return_outputs else loss
+        if self.router_weight and getattr(out.outputs, "aux_loss", None) is not None:
+            loss = loss + self.router_weight * out.outputs.aux_loss / self.args.gradient_accumulation_steps
+        return (loss, out.outputs) if return_outputs else loss
 
     def _count(self, row: int, losses: Tensor, labels: Tensor) -> None:
         self.sums[row] += torch.stack([losses.sum(), labels.sum()])
@@ -151,7 +147,7 @@ class DrawingTrainer(LMTrainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
             sums = self.accelerator.reduce(self.sums.to(self.args.device)).tolist()
-            answers = sums[:2]  # what Trainer took the mean of has the other losses in it
+            answers = sums[:2]  # Trainer's own mean includes the other losses
             logs["loss"] = sum(total for total, _ in answers) / max(1, sum(count for _, count in answers))
             for name, (total, count) in zip(("text", "visual", "caption_contrast"), sums):
                 if count:
@@ -162,7 +158,7 @@ class DrawingTrainer(LMTrainer):
 
 @alone_in_output
 def finetune(recipe: FinetuneRecipe, *, log: Log, resume: bool = False, approximate: bool = False) -> TrainingReport:
-    """Fine-tune ``recipe.llm`` on the recipe's token sets and save a model that draws to ``recipe.output``.
+    """Fine-tune ``recipe.llm`` on the recipe's data, and save a model that draws to ``recipe.output``.
 
     Raises:  ModelError for an LLM or tokenizer that cannot be loaded or extended, an output that already holds a model
              (without ``resume``), sequences longer than the LLM's context, and a loss that is not finite;
@@ -172,7 +168,7 @@ def finetune(recipe: FinetuneRecipe, *, log: Log, resume: bool = False, approxim
     image_tokenizer = V2FlowTokenizer.from_pretrained(recipe.tokenizer)
     length, images = check_data(recipe.data, image_tokenizer, recipe.output)
     arguments = training_arguments(recipe.optimizer, recipe.train, recipe.output, ignore_data_skip=True)
-    # Adapters leave the LLM's weights alone, so those may stay in bf16; what is trained is kept in float32.
+    # With adapters the LLM's weights are frozen, so they may be bf16; trained weights are float32.
     dtype = torch.bfloat16 if recipe.mode == "lora" and arguments.bf16 else torch.float32
     checked = check_llm(recipe, image_tokenizer, length)
     model, text_tokenizer = load_llm(recipe.llm, dtype)
@@ -217,7 +213,7 @@ def finetune(recipe: FinetuneRecipe, *, log: Log, resume: bool = False, approxim
     samples = functools.partial(samples, image_tokenizer=image_tokenizer.to(arguments.device), output=recipe.output)
     held_out = list(itertools.islice(samples(held_out=True), HELD_OUT_MAX))
     if recipe.train.eval_every and not held_out:
-        raise DataError("train.eval_every asks for held-out losses, but data.held_out_share leaves no image for them.")
+        raise DataError("train.eval_every needs held-out images, but data.held_out_share leaves none.")
     pad_id = text_tokenizer.pad_token_id or text_tokenizer.eos_token_id or 0
     clock = RunClock(recipe.train, dump_recipe(recipe), log)
     trainer = DrawingTrainer(
@@ -234,21 +230,12 @@ def finetune(recipe: FinetuneRecipe, *, log: Log, resume: bool = False, approxim
         caption_contrast=recipe.caption_contrast,
     )
     if recipe.sample_every:
-        prompts, place = recipe.sample_prompts, recipe.output
+        prompts, every = recipe.sample_prompts, recipe.sample_every
         trainer.add_callback(
-            SamplePictures(prompts, recipe.sample_every, place, image_tokenizer, text_tokenizer, vocabulary, log)
+            SamplePictures(prompts, every, recipe.output, image_tokenizer, text_tokenizer, vocabulary, log)
         )
     run(trainer, clock, recipe.output, resume, log, approximate)
-    report = TrainingReport(
-        output=recipe.output,
-        parameters=model.num_parameters(),
-        processes=trainer.args.world_size,
-        steps=trainer.state.global_step,
-        minutes=clock.seconds / 60,
-        sequences_per_second=clock.sequences_per_second(trainer.state.global_step),
-        train_loss=clock.last_loss,
-        eval_loss=trainer.evaluate()["eval_loss"] if held_out else None,
-    )
+    report = trainer.report(recipe.output, model.num_parameters(), bool(held_out))
     plain = trainer.model.merge_and_unload() if recipe.mode == "lora" else trainer.model
     store_sampling(plain, recipe.sampling)
     card = _card(recipe, report, images, len(held_out), vocabulary)
@@ -286,98 +273,10 @@ def plan(recipe: FinetuneRecipe, resume: bool = False) -> dict[str, int | float]
     )
 
 
-@dataclass(frozen=True)
-class CheckedLLM:
-    """What is known of an LLM before its weights are loaded."""
-
-    config: Any
-    text_tokenizer: PreTrainedTokenizerBase
-    vocabulary: VisualVocabulary | None  # of one that draws already, and goes on with its rows
-    prefix: tuple[int, ...]  # ids before the caption
-    suffix: tuple[int, ...]  # and after it
-    longest: int  # tokens of a sample
-    cache: str  # the kind that it draws with
-
-
-def check_llm(recipe: FinetuneRecipe, image_tokenizer: V2FlowTokenizer, length: int) -> CheckedLLM:
-    """``recipe.llm`` without its weights, if it can be taught pictures of ``length`` tokens and draw them.
-
-    Raises:  ModelError for one whose architecture, text tokenizer, chat template or context does not allow it.
-    """
-    config, text_tokenizer = load_config(recipe.llm)
-    checkpointing = recipe.train.gradient_checkpointing
-    cache = rehearse(config, recipe.llm, contrast=bool(recipe.caption_contrast), checkpointing=checkpointing)
-    vocabulary = None
-    if recipe.new_rows == "kept":
-        vocabulary = _kept_vocabulary(config, recipe, image_tokenizer)
-        prefix, suffix = vocabulary.prompt_prefix, vocabulary.prompt_suffix
-    else:
-        check_extendable(text_tokenizer)
-        prefix, suffix = prompt_frame(text_tokenizer)
-    frame = len(prefix) + len(suffix)
-    longest = check_context(config, frame, recipe.data.max_caption_tokens, length)
-    return CheckedLLM(config, text_tokenizer, vocabulary, prefix, suffix, longest, cache)
-
-
-def _kept_vocabulary(config: Any, recipe: FinetuneRecipe, image_tokenizer: V2FlowTokenizer) -> VisualVocabulary:
-    """That of an LLM that draws already.  Raises: ModelError if it does not, or draws another tokenizer's tokens."""
-    vocabulary = VisualVocabulary.of(config, recipe.llm)
-    vocabulary.check_tokenizer(image_tokenizer.token_digest, recipe.llm, "--set tokenizer=FOLDER")
-    return vocabulary
-
-
-def check_context(config: Any, frame: int, caption_tokens: int, image_tokens: int) -> int:
-    """Tokens of the longest sample.  Raises: ModelError where it does not fit the LLM's positions.
-
-    Args:  frame, tokens of the chat template around a caption.
-    """
-    longest, limit = frame + 3 + caption_tokens + image_tokens, context_length(config)  # the two marks and EOS
-    if longest > limit:
-        raise ModelError(
-            f"a sample takes up to {longest} tokens ({caption_tokens} of caption, {image_tokens} of image), but the "
-            f"LLM's context is {limit}. Lower data.max_caption_tokens, or take another LLM."
-        )
-    return longest
-
-
-def choose_trained(model: PreTrainedModel, mode: str, lora: Lora | None, offset: int) -> Any:
-    """``model`` with the weights of ``mode`` set to train; for lora, the peft model around it."""
-    if mode == "full":
-        return model
-    embed, head = model.get_input_embeddings(), model.get_output_embeddings()
-    tied = embed.weight is head.weight
-    if mode == "rows":
-        model.requires_grad_(False)
-        for weight in {id(w): w for w in (embed.weight, head.weight)}.values():
-            weight.requires_grad_(True)
-            weight.register_hook(functools.partial(_only_new_rows, offset=offset))
-        return model
-    assert lora is not None
-    with extra("lora", "peft", "mode: lora"):
-        from peft import LoraConfig, get_peft_model
-    names = {id(module): name.rpartition(".")[2] for name, module in model.named_modules()}
-    rows = list(range(offset, embed.weight.shape[0]))
-    config = LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules="all-linear",
-        trainable_token_indices={names[id(module)]: rows for module in ([embed] if tied else [embed, head])},
-        task_type="CAUSAL_LM",
-    )
-    return get_peft_model(model, config)
-
-
 def _npy(array: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     np.save(buffer, array, allow_pickle=False)
     return buffer.getvalue()
-
-
-def _only_new_rows(gradient: Tensor, offset: int) -> Tensor:
-    gradient = gradient.clone()
-    gradient[:offset] = 0
-    return gradient
 
 
 def _card(
@@ -392,7 +291,7 @@ def _card(
         recipe.output,
         library="transformers",
         task="text-to-image",
-        made_from=(recipe.llm, recipe.tokenizer),
+        base_models=(recipe.llm, recipe.tokenizer),
         data=sources,
         metrics={} if report.eval_loss is None else {"loss": report.eval_loss},
         split="validation",
@@ -400,9 +299,9 @@ def _card(
     return f"""{head}
 # A language model that draws
 
-`{recipe.llm}` taught {vocabulary.codebook_size:,} visual tokens by `v2flow finetune-llm`: given a caption, it writes
-the {vocabulary.tokens_per_image} tokens of a picture, which `v2flow decode` turns into pixels. A plain Hugging Face
-causal LM; the ids of the visual tokens and of the prompt stand in `config.json` under `v2flow`.
+`{recipe.llm}`, trained on {vocabulary.codebook_size:,} visual tokens by `v2flow finetune-llm`: for a caption, it
+generates the {vocabulary.tokens_per_image} tokens of an image, which the image tokenizer decodes. It is a Hugging Face
+causal LM; `config.json` stores the ids of the visual tokens and of the prompt under `v2flow`.
 
     v2flow generate "a red fox" --model FOLDER
 
@@ -415,5 +314,5 @@ causal LM; the ids of the visual tokens and of the prompt stand in `config.json`
 | hardware, wall time | {hardware}, {report.minutes:.1f} minutes, {speed:.2f} samples/s |
 | training loss at the end | {report.train_loss:.3f} nats an answer token |
 | held-out loss | {loss}; ln K is {math.log(vocabulary.codebook_size):.3f} |
-| made by | `v2flow finetune-llm` with `recipe.yaml` in this folder |
+| trained by | `v2flow finetune-llm` with `recipe.yaml` in this folder |
 """

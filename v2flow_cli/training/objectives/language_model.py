@@ -1,13 +1,14 @@
-"""A small Llama-architecture LM from plain text, so that its vocabulary table means something.
+"""Trains a small Llama-architecture LM from plain text, for the vocabulary table of a tokenizer.
 
-Its byte-level BPE tokenizer is trained by the ``tokenizers`` library; the text is packed into blocks that the
-Trainer draws in a seeded order. Of the blocks, 1% (at most 256) are held out and give the loss on the model card.
+The ``tokenizers`` library trains its byte-level BPE tokenizer; the text is packed into blocks that Trainer draws in a
+seeded order. 1% of the blocks (at most 256) are held out for the loss on the model card.
 """
 
 from __future__ import annotations
 
 import glob
 import gzip
+import itertools
 import math
 import os
 import zlib
@@ -27,6 +28,7 @@ from v2flow_cli.recipe.schema import LMModel, LMRecipe
 from v2flow_cli.runtime.device import describe_hardware
 from v2flow_cli.store.text import decode_text, lines_of, one_line
 from v2flow_cli.training.card import front_matter, source_name
+from v2flow_cli.training.llm_folder import save_folder
 from v2flow_cli.training.llm_trainer import (
     LMTrainer,
     Log,
@@ -35,13 +37,12 @@ from v2flow_cli.training.llm_trainer import (
     estimate,
     optimizer_class,
     run,
-    save_folder,
     training_arguments,
 )
 from v2flow_cli.training.output import alone_in_output, check_output
 
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
-# A single turn: the instruction on a line of its own after one BOS, then the answer and EOS.
+# A single turn: the instruction on its own line after one BOS, then the answer and EOS.
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ message['content'] }}"
     "{{ eos_token if message['role'] == 'assistant' else '\\n' }}{% endfor %}"
@@ -78,7 +79,7 @@ def pretrain(recipe: LMRecipe, *, log: Log, resume: bool = False, approximate: b
     if len(table) - held_out < recipe.train.batch_size:
         raise DataError(
             f"text: {table.size} tokens in {len(paths)} file(s), fewer than one batch of {recipe.train.batch_size} "
-            f"blocks of {recipe.block_size} beside the held-out ones. Give more text, or a smaller train.batch_size."
+            f"blocks of {recipe.block_size} beside the held-out ones. Use more text, or a smaller train.batch_size."
         )
     order = np.random.default_rng(recipe.train.seed).permutation(len(table))
     model = build_model(recipe.model, tokenizer, recipe.train.seed)
@@ -98,17 +99,7 @@ def pretrain(recipe: LMRecipe, *, log: Log, resume: bool = False, approximate: b
         optimizer_cls_and_kwargs=optimizer_class(recipe.optimizer),
     )
     run(trainer, clock, recipe.output, resume, log, approximate)
-    minutes = clock.seconds / 60
-    report = TrainingReport(
-        output=recipe.output,
-        parameters=model.num_parameters(),
-        processes=trainer.args.world_size,
-        steps=trainer.state.global_step,
-        minutes=minutes,
-        sequences_per_second=clock.sequences_per_second(trainer.state.global_step),
-        train_loss=clock.last_loss,
-        eval_loss=trainer.evaluate()["eval_loss"],
-    )
+    report = trainer.report(recipe.output, model.num_parameters(), held_out=True)
     files = {"README.md": _card(recipe, report, table.size), "recipe.yaml": dump_recipe(recipe)}
     save_folder(trainer, trainer.model, tokenizer, recipe.output, recipe.train.save_dtype, files)
     return report
@@ -128,14 +119,14 @@ def plan(recipe: LMRecipe, resume: bool = False) -> dict[str, int | float]:
 
 
 def find_text(patterns: Iterable[str]) -> list[Path]:
-    """The files that ``patterns`` name, sorted within each. Raises DataError for a pattern without a file."""
+    """The files that ``patterns`` name, sorted within each. Raises: DataError for a pattern without a file."""
     paths: list[Path] = []
     for pattern in patterns:
-        places = glob.glob(os.path.expanduser(pattern), recursive=True)
-        found = sorted(Path(p) for p in places if os.path.isfile(p))
-        if not found:
-            raise DataError(f"text: {pattern} matches no file. Give .txt or .gz files: --set 'text=[PATH, ...]'.")
-        paths.extend(found)
+        matches = glob.glob(os.path.expanduser(pattern), recursive=True)
+        files = sorted(Path(path) for path in matches if os.path.isfile(path))
+        if not files:
+            raise DataError(f"text: {pattern} matches no file. Name .txt or .gz files: --set 'text=[PATH, ...]'.")
+        paths.extend(files)
     return paths
 
 
@@ -146,7 +137,7 @@ def read_documents(paths: Iterable[Path]) -> Iterator[str]:
             with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as file:
                 text = decode_text(file.read(), path).strip()
         except (OSError, EOFError, zlib.error) as error:
-            raise DataError(f"{path}: not readable as UTF-8 text ({error}). Give .txt or .gz files.") from None
+            raise DataError(f"{path}: not readable as UTF-8 text ({error}). Use .txt or .gz files.") from None
         lines = lines_of(text)
         paragraphs = "\n".join(lines).split("\n\n")
         for document in paragraphs if len(paragraphs) > 1 else lines:
@@ -176,21 +167,10 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedToke
 def pack(documents: Iterable[str], tokenizer: PreTrainedTokenizerFast, block_size: int) -> np.ndarray:
     """The documents, each between BOS and EOS, cut into blocks (N, block_size); an incomplete last one is dropped."""
     ids = array("H" if len(tokenizer) <= 65_536 else "I")
-    batch: list[str] = []
-
-    def flush() -> None:
+    documents = iter(documents)
+    while batch := list(itertools.islice(documents, 1024)):
         for row in tokenizer(batch, add_special_tokens=False, split_special_tokens=True)["input_ids"]:
-            ids.append(tokenizer.bos_token_id)
-            ids.extend(row)
-            ids.append(tokenizer.eos_token_id)
-        batch.clear()
-
-    for document in documents:
-        batch.append(document)
-        if len(batch) == 1024:
-            flush()
-    if batch:
-        flush()
+            ids.extend((tokenizer.bos_token_id, *row, tokenizer.eos_token_id))
     count = len(ids) // block_size
     return np.array(ids, dtype=ids.typecode)[: count * block_size].reshape(count, block_size)
 
@@ -206,7 +186,7 @@ def build_model(spec: LMModel, tokenizer: PreTrainedTokenizerFast, seed: int) ->
 
 
 def llama_config(spec: LMModel, vocab_size: int) -> LlamaConfig:
-    """The recipe's shape as transformers knows it."""
+    """The recipe's shape as a transformers config."""
     return LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=spec.hidden_size,
@@ -228,7 +208,7 @@ def _card(recipe: LMRecipe, report: TrainingReport, tokens: int) -> str:
         recipe.output,
         library="transformers",
         task="text-generation",
-        made_from=(),
+        base_models=(),
         data=recipe.text,
         metrics={"loss": report.eval_loss} if report.eval_loss is not None else {},
         split="validation",
@@ -237,8 +217,8 @@ def _card(recipe: LMRecipe, report: TrainingReport, tokens: int) -> str:
 # A small language model for v2flow
 
 A Llama-architecture LM of {report.parameters:,} parameters over {recipe.model.vocab_size:,} byte-level BPE words.
-It is the text side of a v2flow model: its vocabulary table is what the image tokenizer's soft vocabulary mixes, and
-`v2flow finetune-llm` teaches it to draw. It is far too small to be of use as a chatbot.
+It is the text part of a v2flow model: the image tokenizer's soft vocabulary mixes the rows of its table, and
+`v2flow finetune-llm` trains it to draw. It is too small for use as a chatbot.
 
 | | |
 |---|---|

@@ -1,4 +1,4 @@
-"""What a tokenizer minimises: the flow loss of Eq. 3, with commitment, regression and word-entropy terms."""
+"""The losses of a tokenizer: the flow loss of Eq. 3, with commitment, regression and word-entropy terms."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from v2flow_cli.tokenizer.v2flow import V2FlowTokenizer
 from v2flow_cli.training.perceptual import load_perceptual
 from v2flow_cli.training.ssim import ssim
 
-# What ``save_dtype`` may round. The rest decides ids: vectors are mixtures of thousands of words and differ by less
-# than a hundredth of what they are made of, so that in bf16 every second patch would choose another code.
+# Weights that ``save_dtype`` may round. The others determine ids: vectors are mixtures of thousands of words and differ
+# by less than a hundredth of their length, so that in bf16 every second patch would choose another code.
 ROUNDED = (*DECODER, "latents", "quantizer.codebook")
 
 FLOOR_GRACE_STEPS = 1000  # after the codebook starts, before the usage floor counts
 
 
-class PictureLosses(NamedTuple):
-    """Means over the drawn images, each 0 where it is not asked for."""
+class ImageLosses(NamedTuple):
+    """Means over the sampled images, each 0 if its weight is 0."""
 
     log_mse: Tensor  # natural log of the squared error
     ssim: Tensor
@@ -42,7 +42,7 @@ class PictureLosses(NamedTuple):
 
 
 class TokenizerObjective(nn.Module):
-    """The tokenizer of a recipe, with its frozen autoencoder and vocabulary loaded, unless ``model`` is given."""
+    """The tokenizer of a recipe, with its frozen autoencoder and vocabulary loaded, or ``model``."""
 
     def __init__(self, recipe: TokenizerRecipe, model: V2FlowTokenizer | None = None) -> None:
         super().__init__()
@@ -54,23 +54,23 @@ class TokenizerObjective(nn.Module):
             for name, part in model.named_children():
                 if name not in DECODER:
                     part.requires_grad_(False)
-        # In a tuple, so that it is no part of the model: checkpoints, averages and optimizers do not know it.
+        # In a tuple, so that it is no submodule: checkpoints, averages and optimizers must not contain it.
         self._perceptual = (load_perceptual(recipe.loss.features),) if recipe.loss.perceptual else ()
 
     @property
     def size_multiple(self) -> int:
-        """Sides of images are multiples of so many pixels."""
+        """Image sides must be a multiple of this many pixels."""
         return self.model.size_multiple
 
     def train(self, mode: bool = True) -> TokenizerObjective:
         super().train(mode)
         self.model.latents.eval()
         if self.recipe.freeze_tokens:
-            self.model.quantizer.eval()  # its codebook stands still
+            self.model.quantizer.eval()  # its codebook is frozen
         return self
 
     def plan(self, step: int, inputs: dict[str, Any], draw: random.Random, coarse: bool = False) -> dict[str, Any]:
-        """What ``forward`` takes beside ``inputs``: the part of a step that is drawn on the host, from ``draw``."""
+        """Further inputs of ``forward``: the random parts of a step that the host draws, from ``draw``."""
         if "latents" in inputs:
             shape = inputs["latents"].shape
         else:
@@ -93,40 +93,40 @@ class TokenizerObjective(nn.Module):
         plan: StepPlan | None = None,
         token_ids: Sequence[Tensor] = (),
     ) -> dict[str, Tensor]:
-        """Loss terms of images (B, 3, S, S), or of their scaled latents; ``loss`` is what is minimised.
+        """Loss terms of images (B, 3, S, S), or of their scaled latents; ``loss`` is the total.
 
-        Without a ``plan`` of the step this pass draws its own. With latents the images are for the losses of pictures;
-        ``token_ids`` are those of frozen tokens, one (B, n) for each rate of the resampler.
+        Without a ``plan`` this pass draws its own. With latents the images are for the losses in pixels; ``token_ids``
+        are those of frozen tokens, one (B, n) for each rate of the resampler.
         """
         if plan is None:
-            given = {"images": images} if latents is None else {"latents": latents}
-            inputs = {name: tensor for name, tensor in given.items() if tensor is not None}
+            tensors = {"images": images} if latents is None else {"latents": latents}
+            inputs = {name: tensor for name, tensor in tensors.items() if tensor is not None}
             plan = self.plan(step, inputs, random.Random(int(torch.randint(2**62, ()))))["plan"]
         if latents is None:
             assert images is not None, "images or latents"
             latents = self.model.latents.encode(images)
         weights = self.recipe.loss
         out = self.model(latents, loss=weights, plan=plan, token_ids=token_ids[plan.rate] if token_ids else None)
-        pictures = self._of_pictures(images, out.latents)
+        in_pixels = self._image_losses(images, out.latents)
         loss = (
             weights.flow * out.flow_loss
             + weights.regression * out.regression_loss
             + weights.commit * out.commit_loss
-            + weights.pixels * pictures.log_mse
-            + weights.ssim * (1 - pictures.ssim)
-            + weights.perceptual * pictures.perceptual
+            + weights.pixels * in_pixels.log_mse
+            + weights.ssim * (1 - in_pixels.ssim)
+            + weights.perceptual * in_pixels.perceptual
             - weights.batch_entropy * out.batch_entropy
         )
-        drawn = {}
+        figures = {}
         if weights.draws:
-            drawn["psnr_db"] = -10 / math.log(10) * pictures.log_mse.detach()
+            figures["psnr_db"] = -10 / math.log(10) * in_pixels.log_mse.detach()
         if weights.ssim:
-            drawn["ssim"] = pictures.ssim.detach()
+            figures["ssim"] = in_pixels.ssim.detach()
         if weights.perceptual:
-            drawn["perceptual_loss"] = pictures.perceptual.detach()
+            figures["perceptual_loss"] = in_pixels.perceptual.detach()
         return {
             "loss": loss,
-            **drawn,
+            **figures,
             "flow_loss": out.flow_loss.detach(),
             "regression_loss": out.regression_loss.detach(),
             "commit_loss": out.commit_loss.detach(),
@@ -134,12 +134,12 @@ class TokenizerObjective(nn.Module):
             "batch_word_entropy": out.batch_entropy.detach(),
         }
 
-    def _of_pictures(self, images: Tensor | None, latents: Tensor) -> PictureLosses:
-        """Of the last images of a batch, whose ``latents`` the decoder predicted. Pixels span 1 in the first two."""
+    def _image_losses(self, images: Tensor | None, latents: Tensor) -> ImageLosses:
+        """Losses of the last images of a batch, with predicted ``latents``. Pixels span 1 in the first two."""
         weights = self.recipe.loss
         zero = latents.new_zeros(())
         if images is None or not weights.draws:
-            return PictureLosses(zero, zero, zero)
+            return ImageLosses(zero, zero, zero)
         count = ImageLossPlan.of(weights, self.recipe.sampling, len(images)).count
         photos = images[-count:].float()
         drawn = self.model.latents.draw(latents[-count:].to(images.dtype)).float()
@@ -148,10 +148,10 @@ class TokenizerObjective(nn.Module):
         perceptual = zero
         for network in self._perceptual:
             perceptual = network.to(drawn.device)(drawn, photos).mean()
-        return PictureLosses(log_mse, similarity, perceptual)
+        return ImageLosses(log_mse, similarity, perceptual)
 
     def reconstruct(self, images: Tensor) -> Tensor:
-        """Images (B, 3, S, S) to tokens and back, at the recipe's own sampling; image i has seed i."""
+        """Images (B, 3, S, S) to tokens and back, with the recipe's sampling; image i has seed i."""
         size = images.shape[-2:]
         return self.model.decode(self.model.encode(images), height=size[0], width=size[1])
 
@@ -164,7 +164,7 @@ class TokenizerObjective(nn.Module):
         return self.model.quantizer.statistics() if step > self.recipe.quantizer.start_step else {}
 
     def check(self, step: int, figures: Mapping[str, float]) -> None:
-        """Raises: V2FlowError when the codebook's usage in ``figures`` is under the recipe's floor."""
+        """Raises: V2FlowError if the codebook's usage in ``figures`` is under the recipe's floor."""
         settings = self.recipe.quantizer
         grace = settings.start_step + FLOOR_GRACE_STEPS
         usage = figures.get("codebook_usage", 1.0)
@@ -178,7 +178,7 @@ class TokenizerObjective(nn.Module):
     def export(self, folder: Path) -> None:
         """Save the model folder that ``V2FlowTokenizer.from_pretrained`` loads.
 
-        ``save_dtype`` is that of ``ROUNDED``; what vectors are made by stays float32.
+        ``save_dtype`` applies to ``ROUNDED``; the other weights stay float32.
         """
         dtype = DTYPES[self.recipe.train.save_dtype]
         for name, tensor in itertools.chain(self.model.named_parameters(), self.model.named_buffers()):
@@ -188,7 +188,7 @@ class TokenizerObjective(nn.Module):
 
 
 def build_config(recipe: TokenizerRecipe, autoencoder: dict, vocab_shape: tuple[int, int]) -> V2FlowConfig:
-    """The model config of a recipe, given its autoencoder's spec and the shape of its vocabulary."""
+    """The model config of a recipe with its autoencoder's spec and the shape of its vocabulary."""
     parts = {name: getattr(recipe, name) for name in SECTIONS}
     sections: dict[str, Any] = {
         name: None if part is None else dataclasses.asdict(part) for name, part in parts.items()
@@ -215,17 +215,17 @@ def _build(recipe: TokenizerRecipe) -> V2FlowTokenizer:
 
 
 def load_start(recipe: TokenizerRecipe) -> V2FlowTokenizer:
-    """The tokenizer that ``init_from`` names.  Raises: ModelError where it is none, or of other shapes."""
+    """The tokenizer that ``init_from`` names.  Raises: ModelError if it is none, or has other shapes."""
     start = V2FlowTokenizer.from_pretrained(recipe.init_from, decoder=FAITHFUL)
     _check_same_shapes(start.config, recipe)
     return start
 
 
 def _continue(recipe: TokenizerRecipe) -> V2FlowTokenizer:
-    """The weights of ``init_from`` under the settings of the recipe: another stage, not the old one resumed.
+    """The weights of ``init_from`` with the settings of the recipe: a new stage, not a resume.
 
-    A deeper decoder starts as the given one: the blocks that it has more pass everything through unchanged at first
-    (arXiv 1511.05641). Registers that start from a grid take all but its other lengths: ``_as_registers``.
+    A deeper decoder starts as the same function: its additional blocks are the identity at first (arXiv 1511.05641).
+    For registers that start from a grid see ``_as_registers``.
     """
     start = load_start(recipe)
     vocab_size, code_size = start.config.vocab_shape
@@ -239,7 +239,7 @@ def _continue(recipe: TokenizerRecipe) -> V2FlowTokenizer:
     weights |= _new_blocks(model, start.config)
     other = sorted(set(weights) ^ set(model.state_dict()))
     if other:
-        raise ModelError(f"{recipe.init_from}: its weights are not those of the recipe; {other[0]} is in one alone.")
+        raise ModelError(f"{recipe.init_from}: its weights do not fit the recipe; only one of them has {other[0]}.")
     model.load_state_dict(weights)
     return model
 
@@ -247,24 +247,25 @@ def _continue(recipe: TokenizerRecipe) -> V2FlowTokenizer:
 def _as_registers(weights: Mapping[str, Tensor], model: V2FlowTokenizer) -> dict[str, Tensor]:
     """Weights for ``model``, whose resampler has registers, from those of a tokenizer with a grid.
 
-    The grid's resampler becomes the stem, where the registers have one; what reads and makes other lengths is left
-    out. What only registers have, and the order and mask token of their decoder, keep the first values of ``model``.
+    The grid's resampler becomes the stem, if the registers have one. The parameters for other lengths are left out.
+    The parameters that only registers have, and the order and mask token of their decoder, keep the initial values of
+    ``model``.
     """
-    own = model.state_dict()
-    carried = {name.replace("resampler.", "resampler.grid.", 1): value for name, value in weights.items()}
+    initial = model.state_dict()
+    renamed = {name.replace("resampler.", "resampler.grid.", 1): value for name, value in weights.items()}
     new = ("resampler.", "context.embed_token.order", "context.embed_token.mask_token")
-    first = {name: value for name, value in own.items() if name.startswith(new)}
+    first = {name: value for name, value in initial.items() if name.startswith(new)}
     other_lengths = ("resampler.grid.other_downsample.", "context.rate_embedding", "context.split.")
-    unread = other_lengths if "resampler.grid.stem.weight" in own else (*other_lengths, "resampler.grid.")
-    return first | {name: value for name, value in carried.items() if not name.startswith(unread)}
+    unused = other_lengths if "resampler.grid.stem.weight" in initial else (*other_lengths, "resampler.grid.")
+    return first | {name: value for name, value in renamed.items() if not name.startswith(unused)}
 
 
-def _new_blocks(model: V2FlowTokenizer, given: V2FlowConfig) -> dict[str, Tensor]:
-    """Weights of the decoder's blocks that the given config does not have, adding nothing to what they are given."""
+def _new_blocks(model: V2FlowTokenizer, start: V2FlowConfig) -> dict[str, Tensor]:
+    """Weights of the decoder's blocks that the config ``start`` does not have, initialised as the identity."""
     if model.config.context is None:
         return {}
-    before, weights = given.section("context"), dict[str, Tensor]()
-    for part, depth in (("encoder", before.encoder_depth), ("decoder", before.decoder_depth)):
+    context, weights = start.section("context"), dict[str, Tensor]()
+    for part, depth in (("encoder", context.encoder_depth), ("decoder", context.decoder_depth)):
         for number, block in enumerate(getattr(model.context, part)):
             if number < depth:
                 continue
@@ -275,12 +276,12 @@ def _new_blocks(model: V2FlowTokenizer, given: V2FlowConfig) -> dict[str, Tensor
     return weights
 
 
-def _keep_encoder_settings(config: V2FlowConfig, given: V2FlowConfig, where: str) -> None:
-    """Take the encoder's sections as they stand in the given config, so that the tokens' digest stays the same."""
+def _keep_encoder_settings(config: V2FlowConfig, start: V2FlowConfig, where: str) -> None:
+    """Copy the encoder's sections from the config ``start``, so that the tokens' digest stays the same."""
     for name in SECTIONS:
         if name in (*DECODER, "sampling"):
             continue
-        ours, theirs = config.section(name), given.section(name)
+        ours, theirs = config.section(name), start.section(name)
         if ours != theirs:
             key = next(
                 f.name for f in dataclasses.fields(ours) if getattr(ours, f.name) != getattr(theirs, f.name, None)
@@ -289,7 +290,7 @@ def _keep_encoder_settings(config: V2FlowConfig, given: V2FlowConfig, where: str
                 f"{where}: {name}.{key} is {getattr(theirs, key, None)}, but the recipe says {getattr(ours, key)}, and "
                 "freeze_tokens keeps the encoder as it is. Use the value of the model."
             )
-        setattr(config, name, getattr(given, name))
+        setattr(config, name, getattr(start, name))
 
 
 def _check_same_shapes(config: V2FlowConfig, recipe: TokenizerRecipe) -> None:
@@ -302,22 +303,22 @@ def _check_same_shapes(config: V2FlowConfig, recipe: TokenizerRecipe) -> None:
                 "keep them. Use freeze_tokens: false."
             )
         for key in SHAPES:
-            found, wanted = getattr(theirs, key, None), getattr(ours, key, None)
+            old, new = getattr(theirs, key, None), getattr(ours, key, None)
             if ordered and key == "depth":  # the grid's blocks become the stem's
-                key, wanted = "stem", ours.stem or found
+                key, new = "stem", ours.stem or old
             elif ordered and key != "hidden_size":
                 continue
-            deeper = name == "context" and key in DEPTHS and (wanted or 0) > (found or 0) > 0
-            if found != wanted and not deeper:
+            deeper = name == "context" and key in DEPTHS and (new or 0) > (old or 0) > 0
+            if old != new and not deeper:
                 raise ModelError(
-                    f"{recipe.init_from}: {name}.{key} is {found}, but the recipe says {wanted}. "
+                    f"{recipe.init_from}: {name}.{key} is {old}, but the recipe says {new}. "
                     "Use the recipe saved beside that model, or drop init_from."
                 )
 
 
-DEPTHS = ("encoder_depth", "decoder_depth")  # of the context, which may grow
+DEPTHS = ("encoder_depth", "decoder_depth")  # of the context, which may be larger
 
-# Keys of a section that decide the shapes of its weights.
+# Keys of a section that determine the shapes of its weights.
 SHAPES = (
     "kind",
     "hidden_size",
