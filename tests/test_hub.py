@@ -217,7 +217,7 @@ def test_finetune_llm_pushes_its_folder(hub, tmp_path, request):
     done = CliRunner().invoke(app, [*command, "--push", "me/lm", "--public", "--json"])
     assert done.exit_code == 0, done.stderr
     report = json.loads(done.stdout)
-    assert report["pushed"] == f"{hub.url}/me/lm" and "the model card will name no licence" in done.stderr
+    assert report["pushed"] == f"{hub.url}/me/lm" and "the model card names no licence" in done.stderr
     (files,) = hub.repositories["me/lm"].commits.values()
     assert {"model.safetensors", "tokenizer.json", "config.json", "README.md"} <= set(files)
     assert not hub.repositories["me/lm"].private
@@ -267,7 +267,7 @@ def test_options_of_push_that_do_not_fit(train):
     done = train("--push", "not a repository")
     assert done.exit_code == 1 and "--push not a repository: not a repository id; expected OWNER/NAME" in done.stderr
     done = train("--public")
-    assert done.exit_code == 2 and "give --push REPO too" in done.stderr
+    assert done.exit_code == 2 and "add --push REPO" in done.stderr
 
 
 def test_a_hub_that_cannot_be_reached_is_one_sentence(train, monkeypatch):

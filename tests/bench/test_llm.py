@@ -109,4 +109,4 @@ def test_command_reads_photos_and_their_tokens_alike(folder, tiny_tokenizer_fold
     assert by_photos.pop("not_taken") == by_tokens.pop("not_taken") == []
     assert by_photos == pytest.approx(by_tokens) and by_photos["photos"] == 3
     plain = CliRunner().invoke(app, ["bench", str(tokens), *common[:-1]])
-    assert "likelier under their own caption" in plain.stdout and "nats a token" in plain.stdout
+    assert "more likely under their own caption" in plain.stdout and "nats a token" in plain.stdout

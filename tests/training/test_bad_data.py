@@ -33,7 +33,7 @@ def test_a_bad_photo_is_listed_once_and_replaced(world, tmp_path, spoiled):
 
 def test_more_bad_photos_than_the_budget_stop_the_run(world, tmp_path, spoiled):
     made = recipe(world, "autoencoder", tmp_path / "a", f"data.sources=[{spoiled.parent}]", "train.steps=5")
-    with pytest.raises(V2FlowError, match=r"over the error budget of 0\.10% of the samples"):
+    with pytest.raises(V2FlowError, match=r"exceeds the error budget of 0\.10% of the samples"):
         train(made, resume=False, log=quiet)
 
 

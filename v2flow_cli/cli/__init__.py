@@ -1,5 +1,5 @@
-"""The command line: one file per command, each of which parses, calls a room, and prints.
+"""The command line: one file per command, which parses options, calls a job, and prints.
 
-Read ``app.py`` first. This is the only room that knows Typer, and command files import torch and friends only
-inside their functions, so that ``--help`` answers at once.
+Read ``app.py`` first. Only this package imports Typer. Command files import torch and other heavy packages inside their
+functions, so that ``--help`` is fast.
 """

@@ -23,7 +23,7 @@ from v2flow_cli.errors import V2FlowError, reason_of
 
 
 class _Command(typer.core.TyperCommand):
-    """A command whose numbers are finite: Typer's ranges let infinity pass."""
+    """A command that rejects infinity and NaN, which Typer's ranges accept."""
 
     def invoke(self, ctx: Any) -> Any:
         for parameter in self.params:
@@ -34,16 +34,16 @@ class _Command(typer.core.TyperCommand):
 
 
 class _Commands(typer.core.TyperGroup):
-    """One error policy: a V2FlowError is one message and exit code 1, an interrupt leaves with 130.
+    """One error policy: a V2FlowError is one message and exit code 1, an interrupt exit code 130.
 
-    So is what the operating system refuses (a folder without permission, a full disk) where no message of ours was
-    nearer. Anything else is a bug, and keeps its traceback.
+    An OSError with a file name (no permission, a full disk) is treated like a V2FlowError. Anything else is a bug, and
+    keeps its traceback.
     """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        if "" in args:  # as a path it would be the folder at hand
-            place = " ".join([*args[: args.index("")], "''"][-2:])
-            raise typer.BadParameter(f"empty, as a shell writes a variable that is not set: {place}", ctx)
+        if "" in args:  # as a path it would be the current folder
+            words = " ".join([*args[: args.index("")], "''"][-2:])
+            raise typer.BadParameter(f"empty argument, such as from a variable that is not set: {words}", ctx)
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
@@ -66,21 +66,21 @@ class _Commands(typer.core.TyperGroup):
 app = typer.Typer(
     cls=_Commands,
     name="v2flow",
-    help="Pictures as words of a language model: images to tokens, tokens to images, and LLMs that draw.",
+    help="Images as tokens of a language model: images to tokens, tokens to images, and LLMs that draw.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # plain help: drawing it with rich costs a third of the half second it may take
+    rich_markup_mode=None,  # plain help: formatting it with rich takes a third of the allowed half second
 )
 app.command("train")(train.train)
 app.command("budget")(budget.budget)
 app.command("encode", short_help="Turn images into token ids.")(encode.encode)
 app.command("decode")(decode.decode)
 app.command("shard", short_help="Pack images and captions into WebDataset tars.")(shard.shard)
-app.command("finetune-llm", short_help="Teach a causal LM the visual tokens, or pretrain one.")(
+app.command("finetune-llm", short_help="Train a causal LM on visual tokens, or pretrain one.")(
     finetune_llm.finetune_llm
 )
 app.command("generate")(generate.generate)
-app.add_typer(bench.bench, name="bench", short_help="Measure what reconstruction loses, and speed.")
+app.add_typer(bench.bench, name="bench", short_help="Measure reconstruction quality and speed.")
 for command in (*app.registered_commands, *bench.bench.registered_commands):
     command.cls = _Command
 
@@ -97,11 +97,11 @@ def root(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    """Pictures as words of a language model: images to tokens, tokens to images, and LLMs that draw."""
+    """Images as tokens of a language model: images to tokens, tokens to images, and LLMs that draw."""
 
 
 def main() -> None:
-    """Entry point; libraries that print or phone home are silenced before they are imported."""
+    """Entry point; sets the variables that silence libraries before they are imported."""
     endings.install()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -110,7 +110,7 @@ def main() -> None:
     try:
         app()
     finally:
-        endings.let_go()
+        endings.restore_sigint()
 
 
 if __name__ == "__main__":

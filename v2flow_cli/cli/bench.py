@@ -1,7 +1,7 @@
-"""``v2flow bench``: a group of modes, of which ``reconstruction`` needs no name.
+"""``v2flow bench``: a group of modes; ``reconstruction`` is the default.
 
-A mode is one file, ``cli/bench_NAME.py``, and one line here. Issue trackers and scripts also know the modes as options
-(``bench --llm``), so a mode's name may be written as one.
+A mode is one file, ``cli/bench_NAME.py``, and one line here. For older scripts a mode's name may also be written as an
+option (``bench --llm``).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ RECIPE_SUFFIXES = (".yaml", ".yml")
 
 
 class _Modes(typer.core.TyperGroup):
-    """The first word names the mode; without one it is ``reconstruction``, or ``cost`` where a recipe is given."""
+    """The first word names the mode; without one it is ``reconstruction``, or ``cost`` if an argument is a recipe."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if args and args[0] not in {*self.commands, "--help"}:
@@ -26,11 +26,11 @@ class _Modes(typer.core.TyperGroup):
         return super().parse_args(ctx, args or [DEFAULT])
 
     def _with_mode(self, args: list[str]) -> list[str]:
-        named = [mode for mode in self.commands if f"--{mode}" in args]
-        if len(named) > 1:
-            raise typer.BadParameter(f"--{named[0]} and --{named[1]}: bench has one mode at a time.")
-        if named:
-            return [named[0], *(arg for arg in args if arg != f"--{named[0]}")]
+        modes = [mode for mode in self.commands if f"--{mode}" in args]
+        if len(modes) > 1:
+            raise typer.BadParameter(f"--{modes[0]} and --{modes[1]}: bench has one mode at a time.")
+        if modes:
+            return [modes[0], *(arg for arg in args if arg != f"--{modes[0]}")]
         if any(arg.endswith(RECIPE_SUFFIXES) for arg in args):
             return ["cost", *(arg for arg in args if arg != "--speed")]
         return [DEFAULT, *args]
@@ -66,8 +66,8 @@ bench = typer.Typer(
 bench.command("reconstruction", short_help="Images: PSNR, SSIM, LPIPS, rFID, bits, speed.")(
     bench_reconstruction.reconstruction
 )
-bench.command("llm", short_help="Whether an LLM draws what captions say.")(bench_llm.llm)
-bench.command("draw", short_help="Whether drawings show what prompts ask for.")(bench_draw.draw)
+bench.command("llm", short_help="Whether an LLM's images follow their captions.")(bench_llm.llm)
+bench.command("draw", short_help="Whether drawings show the things of their prompts.")(bench_draw.draw)
 bench.command("alignment", short_help="Visual tokens among the LLM's words.")(bench_alignment.alignment)
 bench.command("cost", short_help="A recipe's FLOPs, speed and memory.")(bench_cost.cost)
 bench.command("join", short_help="Saved results in one table.")(bench_join.join)

@@ -8,24 +8,21 @@ from typing import Annotated
 import typer
 
 from v2flow_cli.cli import options
-from v2flow_cli.cli.console import fail, log, result, result_json
+from v2flow_cli.cli.console import fail, log_left_out, result, result_json
 
 
 def alignment(
     images: options.Images = None,
-    model: Annotated[
-        list[str] | None,
-        typer.Option(help="Tokenizer: folder or hub id; may be repeated. Default: the one inside the package."),
-    ] = None,
+    model: options.Tokenizers = None,
     plot: Annotated[
-        Path | None, typer.Option(metavar="FILE.png", help="Draw both on the plane of their principal components.")
+        Path | None, typer.Option(metavar="FILE.png", help="Plot both on the plane of their principal components.")
     ] = None,
     limit: options.Limit = None,
-    seed: Annotated[int, typer.Option(help="Seed of which words and tokens are compared.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the choice of words and tokens.")] = 0,
     device: options.Device = "auto",
     json_: options.Json = False,
 ) -> None:
-    """Measure how visual tokens lie among the words of the LLM whose vocabulary the first tokenizer mixes.
+    """Measure the distances of visual tokens to the words of the LLM whose vocabulary the first tokenizer uses.
 
     Examples:
 
@@ -49,9 +46,9 @@ def alignment(
         words = word_table(tokenizer) if words is None else words
         reader = PhotoReader(images) if images else None
         photos = islice(reader if reader is not None else sample_photos(), limit)
-        shown = "embedded model" if name is None else name
-        tokens = photo_tokens(tokenizer, photos, words, shown)
-        alignments.append(align(shown, tokenizer.vocabulary is not None, tokens, words, seed))
+        label = "embedded model" if name is None else name
+        tokens = photo_tokens(tokenizer, photos, words, label)
+        alignments.append(align(label, tokenizer.vocabulary is not None, tokens, words, seed))
         failed = reader.failed if reader is not None else []
     word_count = 0 if words is None else len(words)
     if plot:
@@ -69,9 +66,6 @@ def alignment(
             )
         if plot:
             result(f"wrote {plot}")
-    for failure in failed:
-        log(f"left out: {failure.name}: {failure.reason}")
-    if reader is not None:
-        reader.not_taken.log(log)
+    log_left_out(failed, reader.not_taken if reader is not None else None)
     if failed:
-        fail(f"{len(failed)} of the images could not be read; the figures are of the other ones.")
+        fail(f"{len(failed)} of the images could not be read; the figures are those of the others.")

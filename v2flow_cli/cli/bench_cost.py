@@ -1,4 +1,4 @@
-"""``v2flow bench cost RECIPE.yaml``: what a tokenizer of that size costs, before it is trained."""
+"""``v2flow bench cost RECIPE.yaml``: the cost of a recipe's tokenizer, before it is trained."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``v2flow bench draw``: how well an LLM draws what prompts ask for."""
+"""``v2flow bench draw``: whether an LLM's drawings show the things of their prompts."""
 
 from __future__ import annotations
 
@@ -28,48 +28,40 @@ def draw(
         ),
     ],
     prompts: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="A prompt a line; `-` is stdin. Default: made from the titles.")
+        Path | None, typer.Option(metavar="FILE", help="A prompt a line; `-` is stdin. Default: from the titles.")
     ] = None,
     per_kind: Annotated[
-        int, typer.Option(min=1, help="Most prompts made of each kind: thing, colour, number, place.")
+        int, typer.Option(min=1, help="At most so many prompts of each kind: thing, colour, number, place.")
     ] = 50,
     held_out: Annotated[
         list[str] | None,
         typer.Option(
             metavar="SOURCE",
-            help="Titled pictures that the LLM did not learn from, to judge the judge by. Default: some of REFERENCES.",
+            help="Titled pictures that the LLM was not trained on, to measure the judge. Default: some of REFERENCES.",
         ),
     ] = None,
     train: Annotated[
         list[str] | None,
-        typer.Option(metavar="SOURCE", help="Titled pictures that the LLM learned from. Default: REFERENCES."),
+        typer.Option(metavar="SOURCE", help="Titled pictures that the LLM was trained on. Default: REFERENCES."),
     ] = None,
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the PNG files.")] = Path("drawn"),
     report: Annotated[Path | None, typer.Option(metavar="FILE.html", help="Write a sheet of all pictures.")] = None,
     count: Annotated[int, typer.Option("-n", "--count", min=1, help="Pictures per prompt.")] = 1,
     temp: Annotated[float | None, typer.Option(min=0.0, help="LLM temperature. Default: the LLM's.")] = None,
-    top_k: Annotated[
-        int | None, typer.Option(min=0, help="Keep the k likeliest tokens; 0 keeps all. Default: the LLM's.")
-    ] = None,
-    top_p: Annotated[
-        float | None, typer.Option(min=0.0, max=1.0, help="Keep this probability mass. Default: the LLM's.")
-    ] = None,
-    llm_cfg: Annotated[
-        float | None, typer.Option(min=0.0, help="Guidance scale of the LLM; 1 means none. Default: the LLM's.")
-    ] = None,
+    top_k: options.TopK = None,
+    top_p: options.TopP = None,
+    llm_cfg: options.LlmCfg = None,
     decoder: options.Decoder = None,
-    llm_model: Annotated[
-        str | None, typer.Option(help="LLM: folder or hub id. Default: the one inside the package.")
-    ] = None,
+    llm_model: options.Llm = None,
     model: options.Tokenizer = None,
-    seed: Annotated[int, typer.Option(help="Of the prompts that are made, and the first one of the pictures.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the prompts, and the first seed of the pictures.")] = 0,
     batch_size: options.BatchSize = 16,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     force: options.Force = False,
     json_: options.Json = False,
 ) -> None:
-    """Draw prompts and judge the pictures: the thing by its nearest neighbours, its colour, its number, its place.
+    """Draw prompts and check the pictures: the thing by its nearest neighbours, its colour, number and place.
 
     Examples:
 
@@ -95,32 +87,32 @@ def draw(
 
     library = read_references(references)
     if held_out:
-        unseen = read_references(held_out)
-        keys = {reference.key for reference in unseen}
+        held_out_pictures = read_references(held_out)
+        keys = {reference.key for reference in held_out_pictures}
         library = [reference for reference in library if reference.key not in keys]
     else:
-        library, unseen = split_held_out(library)
+        library, held_out_pictures = split_held_out(library)
     if not library:
-        raise DataError(f"{', '.join(references)}: all pictures are held out, so none is left to compare with.")
+        raise DataError(f"{', '.join(references)}: all pictures are held out, so none is left for comparison.")
     if prompts is None:
-        asked = make_prompts(nouns_with_colours(library), per_kind, seed)
+        parsed = make_prompts(nouns_with_colours(library), per_kind, seed)
     else:
-        asked = parse_prompts(read_lines(prompts), {without_colour(n) for r in library for n in r.names})
-    if not asked:
-        raise DataError(f"{', '.join(references)}: no title has two pictures; give --prompts FILE.")
+        parsed = parse_prompts(read_lines(prompts), {without_colour(n) for r in library for n in r.names})
+    if not parsed:
+        raise DataError(f"{', '.join(references)}: no title has two pictures; use --prompts FILE.")
 
     target = pick_device(device)
     space = load_space(features, target)
     tokenizer = V2FlowTokenizer.from_pretrained(model, decoder=decoder).to(target)
     llm = DrawingLM.from_pretrained(llm_model, target, pick_dtype(dtype, target))
     check_pair(llm, tokenizer)
-    default = stored_sampling(llm.name)
-    temperature = default.temperature if temp is None else temp
+    sampling = options.llm_sampling(stored_sampling(llm.name), top_k=top_k, top_p=top_p, guidance_scale=llm_cfg)
+    temperature = sampling.temperature if temp is None else temp
     seeds = list(range(seed, seed + count))
-    names = [picture.name for picture in plan_pictures([p.text for p in asked], seeds, [temperature])]
+    names = [picture.name for picture in plan_pictures([p.text for p in parsed], seeds, [temperature])]
     check_absent([out / f"{name}.png" for name in names], force)
-    for prompt in asked:
-        llm.prompt(prompt.text)  # one that is too long is reported before anything is drawn
+    for prompt in parsed:
+        llm.prompt(prompt.text)  # a prompt that is too long is an error before anything is drawn
     with progress("references", len(library)) as tick:
         judge = Judge(space, library, tick)
     training: Judge = judge
@@ -132,16 +124,12 @@ def draw(
         bench = measure_drawing(
             llm,
             tokenizer,
-            asked,
+            parsed,
             judge,
             training,
-            unseen,
+            held_out_pictures,
             out,
-            Settings(
-                default.top_k if top_k is None else top_k,
-                default.top_p if top_p is None else top_p,
-                default.guidance_scale if llm_cfg is None else llm_cfg,
-            ),
+            Settings(sampling.top_k, sampling.top_p, sampling.guidance_scale),
             temperature=temperature,
             seeds=seeds,
             per_kind=max(per_kind, 100),
@@ -155,22 +143,22 @@ def draw(
         "tokenizer": f"digest {tokenizer.token_digest}, decoder {tokenizer.decoder_name}",
         "sampling": f"temperature {temperature:g}, seeds {seeds[0]} to {seeds[-1]}",
         "judge": space.definition,
-        "references": f"{len(library):,} pictures of {things:,} things; {len(unseen):,} held out",
+        "references": f"{len(library):,} pictures of {things:,} things; {len(held_out_pictures):,} held out",
     }
     if report:
         from v2flow_cli.bench.report.draw_page import DrawnSheet, render
 
-        drawn = [(drawing.prompt, drawing.pixels, drawing.verdict) for drawing in bench.drawings]
-        page = DrawnSheet(drawn, bench.figures, bench.copies, library, facts, "v2flow bench draw")
+        drawings = [(drawing.prompt, drawing.pixels, drawing.verdict) for drawing in bench.drawings]
+        page = DrawnSheet(drawings, bench.figures, bench.copies, library, facts, "v2flow bench draw")
         write_bytes(report, render(page).encode())
     if json_:
         result_json({**_record(bench, judge), **facts, "report": str(report) if report else None})
         return
     _print(bench)
     result(f"wrote {len(bench.drawings)} pictures to {out}" + (f", and {report}" if report else ""))
-    unread = [drawing.prompt.text for drawing in bench.drawings if drawing.prompt.kind == "other"]
-    if unread:
-        log(f"note: {len(unread)} pictures are not judged; their prompts name no title of the references: {unread[0]}")
+    others = [drawing.prompt.text for drawing in bench.drawings if drawing.prompt.kind == "other"]
+    if others:
+        log(f"note: {len(others)} pictures are not checked; their prompts name no title of the references: {others[0]}")
 
 
 def _record(bench: DrawBench, judge: Judge) -> dict[str, Any]:
@@ -205,5 +193,5 @@ def _print(bench: DrawBench) -> None:
         result(text_table(*copy_rows(bench.copies)) + "\n")
         result(
             f"{percent(bench.copies.nearer)} of the drawn pictures are nearer to a training picture than 95% of the "
-            "held-out ones are, through the tokenizer; 5% would be expected of pictures that copy nothing."
+            "held-out ones are after the tokenizer; without any copying it would be 5%."
         )

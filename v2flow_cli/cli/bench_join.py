@@ -1,4 +1,4 @@
-"""``v2flow bench join``: one table of saved results, or a refusal where their protocols differ."""
+"""``v2flow bench join``: saved results of the same protocol in one table."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def join(
         list[Path], typer.Argument(metavar="FILE.json...", help="Results that `v2flow bench --json` printed.")
     ],
     csv: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the table: one line a system.")] = None,
-    report: Annotated[Path | None, typer.Option(metavar="FILE.html", help="Write a page that shows it all.")] = None,
+    report: Annotated[Path | None, typer.Option(metavar="FILE.html", help="Write a page with all results.")] = None,
     json_: options.Json = False,
 ) -> None:
     """Put saved results of the same protocol into one table; measure nothing.
@@ -34,7 +34,7 @@ def join(
     options.write_to(csv, as_csv(tables).encode())
     if report:
         page = Page(
-            title="What tokens keep of a photo",
+            title="Reconstruction of photos from tokens",
             lead=f"Results of {len(files)} runs, measured on the same photos in the same way.",
             tables=tables,
             command="v2flow bench join",

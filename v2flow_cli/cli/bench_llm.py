@@ -1,4 +1,4 @@
-"""``v2flow bench llm``: how well an LLM draws what captions say."""
+"""``v2flow bench llm``: whether an LLM's images follow their captions."""
 
 from __future__ import annotations
 
@@ -16,21 +16,19 @@ def llm(
         list[str],
         typer.Argument(help="Captioned photos: folders or WebDataset tars; or their tokens."),
     ],
-    llm_model: Annotated[
-        str | None, typer.Option(help="LLM: folder or hub id. Default: the one inside the package.")
-    ] = None,
+    llm_model: options.Llm = None,
     model: Annotated[
         list[str] | None,
         typer.Option(help="Image tokenizer: folder or hub id. Default: the one inside the package."),
     ] = None,
     limit: options.Limit = None,
     batch_size: options.BatchSize = 8,
-    seed: Annotated[int, typer.Option(help="Seed of which other caption each photo is compared with.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the other caption for each photo.")] = 0,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     json_: options.Json = False,
 ) -> None:
-    """Measure whether an LLM draws what captions say, and its loss in nats a visual token.
+    """Measure whether captions make their own images more likely, and the loss in nats a visual token.
 
     Examples:
 
@@ -62,15 +60,15 @@ def llm(
         digests = {"llm_digest": drawing_lm.digest, "tokenizer_digest": tokenizer.token_digest}
         result_json(dataclasses.asdict(figures) | digests | {"not_taken": not_taken.as_json()})
         return
-    trained = figures.unigram_trained
+    unigram = figures.unigram_trained
     codes = drawing_lm.vocabulary.codebook_size
     result(
         f"{figures.photos:,} photos, {figures.tokens:,} visual tokens of {codes:,} codes\n"
-        f"likelier under their own caption than under another photo's: {figures.matched_share:.1%} "
+        f"more likely under their own caption than under another photo's: {figures.matched_share:.1%} "
         f"± {figures.matched_ci95:.1%} (chance: 50%)\n"
         f"visual loss: {figures.visual_loss:.3f} nats a token under their own caption, "
         f"{figures.other_caption_loss:.3f} under another's, {figures.no_caption_loss:.3f} under none\n"
-        f"beside it: {figures.ln_codebook_size:.3f} for a uniform guess (ln K), "
-        + (f"{trained:.3f} for a unigram of the training set, " if trained is not None else "")
-        + f"{figures.unigram_entropy:.3f} for a unigram of these very photos"
+        f"for comparison: {figures.ln_codebook_size:.3f} for a uniform guess (ln K), "
+        + (f"{unigram:.3f} for a unigram of the training set, " if unigram is not None else "")
+        + f"{figures.unigram_entropy:.3f} for a unigram of these photos"
     )

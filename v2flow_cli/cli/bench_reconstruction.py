@@ -1,4 +1,4 @@
-"""``v2flow bench [IMAGES]``: what tokenizers keep of a picture, beside plain codecs and the published table."""
+"""``v2flow bench [IMAGES]``: reconstruction of tokenizers, beside image codecs and published figures."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from v2flow_cli.cli import options
-from v2flow_cli.cli.console import fail, log, progress, result, result_json
+from v2flow_cli.cli.console import fail, log, log_left_out, progress, result, result_json
 
 COMMANDS = ("train", "encode", "decode", "shard", "finetune-llm", "generate", "budget", "bench")
 FIRST_ANSWERS = ("encode", "decode", "generate")
@@ -23,15 +23,12 @@ def reconstruction(
     ] = None,
     aspect: Annotated[
         options.Aspect,
-        typer.Option(help="square: the centre crop. keep: the whole picture, as large."),
+        typer.Option(help="square: the centre crop. keep: the whole picture, of the same area."),
     ] = "square",
-    model: Annotated[
-        list[str] | None,
-        typer.Option(help="Tokenizer: folder or hub id; may be repeated. Default: the one inside the package."),
-    ] = None,
+    model: options.Tokenizers = None,
     external: Annotated[
         list[str] | None,
-        typer.Option(metavar="MODULE:FACTORY", help="A tokenizer of your own: Python code that builds it; repeatable."),
+        typer.Option(metavar="MODULE:FACTORY", help="Your own tokenizer: Python code that builds it; repeatable."),
     ] = None,
     sweep: Annotated[
         list[str] | None,
@@ -43,7 +40,7 @@ def reconstruction(
     ] = None,
     decoder: Annotated[
         str | None,
-        typer.Option(help="faithful or sharp, where a model has both. Default: both, a row each."),
+        typer.Option(help="faithful or sharp, if a model has both. Default: both, a row each."),
     ] = None,
     cfg: Annotated[
         str | None,
@@ -57,7 +54,7 @@ def reconstruction(
     noise: options.Noise = None,
     limit: options.Limit = None,
     batch_size: options.BatchSize = 8,
-    report: Annotated[Path | None, typer.Option(metavar="FILE.html", help="Write a page that shows it all.")] = None,
+    report: Annotated[Path | None, typer.Option(metavar="FILE.html", help="Write a page with all results.")] = None,
     report_images: Annotated[
         int | None, typer.Option(min=0, help="Images shown on the page of --report. Default: 12.")
     ] = None,
@@ -67,10 +64,10 @@ def reconstruction(
     ] = None,
     lpips_net: Annotated[
         Literal["alex", "vgg", "squeeze"] | None,
-        typer.Option(help="Backbone of LPIPS. Default: alex, left out where its weights are missing."),
+        typer.Option(help="Backbone of LPIPS. Default: alex, left out if its weights are missing."),
     ] = None,
     fid: Annotated[
-        bool | None, typer.Option("--fid/--no-fid", help="rFID. Default: where its weights are available.")
+        bool | None, typer.Option("--fid/--no-fid", help="rFID. Default: if its weights are available.")
     ] = None,
     features: Annotated[
         Path | None,
@@ -81,10 +78,10 @@ def reconstruction(
     ] = None,
     weights: Annotated[
         Path | None,
-        typer.Option(metavar="FOLDER", help="Where weights of LPIPS and Inception are, besides the torch hub cache."),
+        typer.Option(metavar="FOLDER", help="Weights of LPIPS and Inception, besides the torch hub cache."),
     ] = None,
     download: Annotated[
-        bool, typer.Option("--download", help="Fetch weights of LPIPS and Inception where they are missing.")
+        bool, typer.Option("--download", help="Download missing weights of LPIPS and Inception.")
     ] = False,
     codecs: Annotated[bool, typer.Option("--codecs/--no-codecs", help="JPEG, WebP, AVIF at the same bytes.")] = True,
     codec_bytes: Annotated[
@@ -117,9 +114,9 @@ def reconstruction(
         guidance=guidance,
         noise=noise,
     )
-    swept = [*(sweep or ()), *([f"cfg={cfg}"] if len(scales) > 1 else ())]
+    sweeps = [*(sweep or ()), *([f"cfg={cfg}"] if len(scales) > 1 else ())]
     ours = bool(model) or not external
-    sampled = bool(swept or decoder) or any(value is not None for value in fixed.values())
+    sampled = bool(sweeps or decoder) or any(value is not None for value in fixed.values())
     options.only_with("decoder options", sampled, "a --model of ours beside --external", ours)
     options.only_with("--report-images", report_images is not None, "--report", report is not None)
     options.only_with("--codec-bytes", codec_bytes is not None, "--codecs", codecs)
@@ -127,7 +124,7 @@ def reconstruction(
     from v2flow_cli.bench.sweep import parse_sweeps
 
     try:
-        settings = parse_sweeps(swept, {**fixed, "decoder": decoder})
+        settings = parse_sweeps(sweeps, {**fixed, "decoder": decoder})
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--sweep") from None
 
@@ -150,7 +147,7 @@ def reconstruction(
     from v2flow_cli.runtime.processes import launch
 
     target = pick_device(device)
-    externals = [load_external(place) for place in external or ()]
+    externals = [load_external(name) for name in external or ()]
     models = load_tokenizers((model or [None]) if ours else [], target)
     networks = load_networks(target, lpips_net, fid, weights, download, features)
     benches = []
@@ -191,8 +188,8 @@ def reconstruction(
         from v2flow_cli.bench.report.token_view import token_views
 
         page = Page(
-            title="What tokens keep of a photo",
-            lead="Photos as tokens and back, measured on every photo, beside codecs that get as many bytes.",
+            title="Reconstruction of photos from tokens",
+            lead="Photos as tokens and back, measured on every photo, beside codecs with the same number of bytes.",
             tables=measured,
             benches=benches,
             views=token_views(models),
@@ -225,9 +222,6 @@ def reconstruction(
             result(f"wrote {file}")
     for note in dict.fromkeys(notes):
         log(f"note: {note}")
-    for failure in failed:
-        log(f"left out: {failure.name}: {failure.reason}")
-    if reader is not None:
-        reader.not_taken.log(log)
+    log_left_out(failed, reader.not_taken if reader is not None else None)
     if failed:
-        fail(f"{len(failed)} of the images could not be measured; the figures are of the other ones.")
+        fail(f"{len(failed)} of the images could not be measured; the figures are those of the others.")

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def print_tables(tables: Sequence[Table]) -> None:
-    """Every table, the published one of its size below it, then the codebooks."""
+    """Print every table, the published one of its size below it, then the codebooks."""
     from v2flow_cli.bench.published import PUBLISHED, SOURCE
     from v2flow_cli.bench.results import columns, shown
 
@@ -92,13 +92,13 @@ def _print_codes(row: Record) -> None:
 
 
 def print_help_seconds(seconds: Mapping[str, float]) -> None:
-    """How long ``--help`` takes."""
+    """Print the seconds of ``--help``."""
     if seconds:
         slowest = max(seconds, key=lambda command: seconds[command])
         result(f"--help: {seconds['']:.2f} s; the slowest command, {slowest or 'v2flow'}: {seconds[slowest]:.2f} s")
 
 
 def print_first_answers(seconds: Mapping[str, float]) -> None:
-    """How long the first picture of each command takes, beside the import of torch."""
+    """Print the seconds to the first result of each command, beside the import of torch."""
     if seconds:
         result("first answer: " + ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items()))

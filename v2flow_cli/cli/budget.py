@@ -1,4 +1,4 @@
-"""``v2flow budget``: every stage of a set of models, in the wall time that is given."""
+"""``v2flow budget``: all stages of a set of models within a wall time."""
 
 from __future__ import annotations
 
@@ -8,22 +8,24 @@ from typing import Annotated
 
 import typer
 
+from v2flow_cli.cli import options
 from v2flow_cli.cli.console import log, result, result_json
+from v2flow_cli.cli.text_table import text_table
 
 
 def budget(
-    file: Annotated[Path, typer.Argument(help="Budget (YAML): stages, what each needs, its share of the time.")],
-    minutes: Annotated[float, typer.Option(help="Wall time for what is still to do.", show_default=False)],
+    file: Annotated[Path, typer.Argument(help="Budget (YAML): stages, their order, and their shares of the time.")],
+    minutes: Annotated[float, typer.Option(help="Wall time for the unfinished stages.", show_default=False)],
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="STAGE.KEY=VALUE", help="Override a key of a stage's recipe; repeatable."),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check recipes and data, show the plan, stop.")] = False,
-    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+    json_: options.Json = False,
 ) -> None:
-    """Train a whole set of models, autoencoder to LLM, in a given wall time.
+    """Train a set of models, from autoencoder to LLM, within a wall time.
 
-    A stage that was stopped goes on where it was, and a second run with more minutes goes on from the first.
+    A repeated command continues stopped stages; after the end, it continues the training with more minutes.
 
     Examples:
 
@@ -47,8 +49,8 @@ def budget(
             result_json({"minutes": plan})
             return
         for name, stage in tree.stages.items():
-            what = f"{plan[name]:.1f} minutes" if name in plan else "done by an earlier run"
-            result(f"{name}: {what}{f', after {chr(44).join(stage.after)}' if stage.after else ''}")
+            state = f"{plan[name]:.1f} minutes" if name in plan else "done by an earlier run"
+            result(f"{name}: {state}{f', after {chr(44).join(stage.after)}' if stage.after else ''}")
         return
     rows = run_budget(tree, minutes, log)
     if json_:
@@ -66,7 +68,4 @@ def budget(
         )
         for row in rows
     ]
-    widths = [max(map(len, column)) for column in zip(header, *table)]
-    for row_ in (header, *table):
-        cells = [cell.ljust(widths[0]) if i in (0, 5) else cell.rjust(widths[i]) for i, cell in enumerate(row_)]
-        result("  ".join(cells).rstrip())
+    result(text_table(header, table))

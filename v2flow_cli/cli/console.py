@@ -1,4 +1,4 @@
-"""What every command shares: results on stdout, everything else on stderr, errors as one sentence."""
+"""Output of all commands: results on stdout, everything else on stderr, errors as one sentence."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ class Tick(Protocol):
 
 
 def is_main_process() -> bool:
-    """True in the first process of a launch; only that one prints."""
+    """True in the first process of a launch, the only one that prints."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def log(message: str) -> None:
-    """One plain line on stderr; a reader of stderr who has gone does not stop the work."""
+    """One plain line on stderr; a closed stderr does not stop the command."""
     if is_main_process():
         _write_log(message)
 
 
 def _write_log(message: str) -> None:
-    # A file's name may hold anything but "/" and zero bytes; what moves a terminal's cursor is spelt.
+    # File names may contain control characters, which are escaped.
     text = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in message)
     try:
         print(text, file=sys.stderr, flush=True)
@@ -44,7 +44,7 @@ def _write_log(message: str) -> None:
 
 
 def report_error(error: V2FlowError) -> None:
-    """An error on stderr, whichever process it happened in; one that all of them know of, from the first alone."""
+    """Print an error on stderr, from any process; a SharedError only from the first."""
     if is_main_process():
         log(f"error: {error}")
     elif not isinstance(error, SharedError):
@@ -54,8 +54,7 @@ def report_error(error: V2FlowError) -> None:
 def result(text: str) -> None:
     """One line of the command's result on stdout.
 
-    Raises:  SystemExit where the reader of a pipe has gone; V2FlowError where stdout cannot be written, as on a full
-             disk.
+    Raises:  SystemExit for a closed pipe; V2FlowError if stdout cannot be written, as on a full disk.
     """
     if not is_main_process():
         return
@@ -72,7 +71,7 @@ def result(text: str) -> None:
 def result_json(payload: Any) -> None:
     """One JSON object on one line of stdout; NaN and infinity become null.
 
-    Where stdout cannot print a name in it, all that is not ASCII is escaped as JSON does.
+    If stdout cannot encode it, characters that are not ASCII are escaped.
     """
     payload = _finite(payload)
     text = json.dumps(payload, ensure_ascii=False, allow_nan=False)
@@ -94,8 +93,16 @@ def _finite(value: Any) -> Any:
 
 
 def failures_json(failures: Iterable[Any]) -> list[dict[str, Any]]:
-    """What was left out, for ``--json``: a file, or a shard and the key of a sample in it, and the reason."""
+    """Failures for ``--json``: a file, or a shard and the key of a sample in it, and the reason."""
     return [failure.as_json() for failure in failures]
+
+
+def log_left_out(failures: Iterable[Any], not_taken: Any = None) -> None:
+    """Log every failure, and the files of ``not_taken``."""
+    for failure in failures:
+        log(f"left out: {failure.name}: {failure.reason}")
+    if not_taken is not None:
+        not_taken.log(log)
 
 
 @contextlib.contextmanager
@@ -122,7 +129,7 @@ def progress(label: str, total: int | None) -> Iterator[Tick]:
 
 @contextlib.contextmanager
 def steps_bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar on a terminal that is told the number of the step; nothing elsewhere, where a training logs lines."""
+    """A bar on a terminal, which is set to a step number; nothing elsewhere, because a training logs lines."""
     if not is_main_process() or not sys.stderr.isatty():
         yield lambda step: None
         return
@@ -130,7 +137,7 @@ def steps_bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
         task = bar.add_task(label, total=total, start=False)
 
         def at_step(step: int) -> None:
-            if not bar.tasks[0].started:  # a resumed run starts in the middle, which is no speed
+            if not bar.tasks[0].started:  # the steps before a resume do not count for the rate
                 bar.update(task, completed=step)
                 bar.start_task(task)
             bar.update(task, completed=step)
@@ -139,7 +146,7 @@ def steps_bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 def _bar() -> Progress:
-    """A bar with rate and time left on stderr; lines that are logged meanwhile scroll above it."""
+    """A bar with rate and time left on stderr; logged lines scroll above it."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
     from rich.text import Text
@@ -153,6 +160,6 @@ def _bar() -> Progress:
 
 
 def fail(message: str, code: int = EXIT_FAILED) -> None:
-    """Print ``message`` as an error on stderr and leave with ``code``."""
+    """Print ``message`` as an error on stderr and exit with ``code``."""
     log(f"error: {message}")
     raise SystemExit(code)

@@ -9,13 +9,13 @@ from typing import Annotated
 import typer
 
 from v2flow_cli.cli import options
-from v2flow_cli.cli.console import fail, log, progress, result, result_json
+from v2flow_cli.cli.console import fail, log, log_left_out, progress, result, result_json
 
 
 def decode(
     tokens: Annotated[
         list[str],
-        typer.Argument(help="Token files (.npy), folders that encode wrote, or globs.", show_default=False),
+        typer.Argument(help="Token files (.npy), output folders of encode, or globs.", show_default=False),
     ],
     out: Annotated[
         Path, typer.Option("-o", "--out", help="Folder for the PNG files; or FILE.png for one image.")
@@ -54,7 +54,7 @@ def decode(
 
     not_taken = NotTaken()
     out = user_path(out) if out.suffix.lower() == ".png" else output_folder(out)
-    files = find_files([_folder_of(given) for given in tokens], {".npy"}, "token files", not_taken=not_taken)
+    files = find_files([_folder_of(path) for path in tokens], {".npy"}, "token files", not_taken=not_taken)
 
     from v2flow_cli.jobs.decode import decode_files, open_token_files
     from v2flow_cli.runtime.device import pick_device, pick_dtype
@@ -65,7 +65,7 @@ def decode(
     opened, report = open_token_files(tokenizer, files, out, force=force)
     report.failures += not_taken.lost
     if report.without_manifest:
-        log(f"{report.without_manifest} token files without manifest: taken for ids of {tokenizer.token_digest}")
+        log(f"{report.without_manifest} token files without manifest: decoded as ids of {tokenizer.token_digest}")
     start = time.perf_counter()
     with progress("decode", sum(len(rows.keys) for rows in opened)) as tick:
         decode_files(
@@ -97,19 +97,17 @@ def decode(
         )
     else:
         result(f"{out}: {len(report.images)} images")
-    for failure in report.failures:
-        log(f"left out: {failure.name}: {failure.reason}")
-    not_taken.log(log)
+    log_left_out(report.failures, not_taken)
     if report.failures:
         fail(f"{len(report.failures)} of {len(files)} token files could not be decoded.")
 
 
-def _folder_of(given: str) -> str:
-    """``X`` for a missing ``X.npy`` beside a folder ``X`` that encode wrote; else ``given``."""
+def _folder_of(path: str) -> str:
+    """``X`` for a missing ``X.npy`` beside an output folder ``X`` of encode; else ``path``."""
     from v2flow_cli.store.token_file import TokenManifest
 
-    folder = Path(given.removesuffix(".npy"))
-    if given.endswith(".npy") and not Path(given).exists() and TokenManifest.load(folder) is not None:
-        log(f"{given} does not exist; decoding the token folder {folder}/ instead")
+    folder = Path(path.removesuffix(".npy"))
+    if path.endswith(".npy") and not Path(path).exists() and TokenManifest.load(folder) is not None:
+        log(f"{path} does not exist; decoding the token folder {folder}/ instead")
         return str(folder)
-    return given
+    return path

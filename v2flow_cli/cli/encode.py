@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from v2flow_cli.cli import options
-from v2flow_cli.cli.console import ERROR_BUDGET, fail, failures_json, log, progress, result, result_json
+from v2flow_cli.cli.console import ERROR_BUDGET, fail, failures_json, log, log_left_out, progress, result, result_json
 
 
 class Verify(str, Enum):
@@ -27,46 +27,43 @@ def encode(
         ),
     ],
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the token files.", show_default=False)],
-    model: Annotated[
-        str | None, typer.Option(help="Tokenizer: folder or hub id. Default: the one inside the package.")
-    ] = None,
+    model: options.Tokenizer = None,
     res: Annotated[
         int | None,
-        typer.Option(min=1, help="Side of the square, or of one as large, in pixels. Default: the model's."),
+        typer.Option(min=1, help="Side of the square, or of one of the same area, in pixels. Default: the model's."),
     ] = None,
     aspect: Annotated[
         options.Aspect,
-        typer.Option(help="square: the centre crop. keep: the whole picture, as large."),
+        typer.Option(help="square: the centre crop. keep: the whole picture, of the same area."),
     ] = "square",
     tokens: Annotated[
-        int | None, typer.Option(min=1, help="Keep the first so many tokens of an image (flexible tokenizers).")
+        int | None, typer.Option(min=1, help="Keep only the first tokens of an image (flexible tokenizers).")
     ] = None,
     max_error: Annotated[
         float | None,
-        typer.Option(
-            metavar="DB", help="Keep the fewest tokens whose picture has this PSNR in dB (flexible tokenizers)."
-        ),
+        typer.Option(metavar="DB", help="Keep the fewest tokens that reach this PSNR in dB (flexible tokenizers)."),
     ] = None,
     parquet: Annotated[
         bool, typer.Option("--parquet", help="Write the set as Parquet too: key, caption, tokens, height, width.")
     ] = False,
     batch_size: options.DeviceBatchSize = None,
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Threads that read and decode images. Default: one a CPU core.")
+        int | None, typer.Option(min=1, help="Threads that read and decode images. Default: one per CPU core.")
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto (bf16 where it is fast), fp32 or bf16.")] = "auto",
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
     verify: Annotated[
-        Verify, typer.Option(help="quick: check what is read against the tars' manifest. full: every byte, before.")
+        Verify,
+        typer.Option(help="quick: check the bytes that are read against the tars' manifest. full: all bytes first."),
     ] = Verify.quick,
     error_budget: Annotated[
         float, typer.Option(min=0, max=1, help="Share of bad images up to which the exit code is 0; all are listed.")
     ] = ERROR_BUDGET,
     max_minutes: Annotated[
-        float, typer.Option(min=0, help="Begin no further tar after so long; a second run goes on. 0: no limit.")
+        float, typer.Option(min=0, help="Begin no further tar after this time; a second run continues. 0: no limit.")
     ] = 0.0,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite token files that exist.")] = False,
-    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+    force: options.Force = False,
+    json_: options.Json = False,
 ) -> None:
     """Turn images into token ids: one .npy per image, or one per tar with its keys and captions beside it.
 
@@ -98,14 +95,14 @@ def encode(
 
         require_parquet()
     if tokens is not None and max_error is not None:
-        raise DataError("--tokens and --max-error: give one of them; the second chooses the number by itself.")
+        raise DataError("--tokens and --max-error: use one of them; --max-error chooses the number of tokens.")
     out, not_taken = output_folder(out), NotTaken()
-    found = find_inputs(inputs, not_taken=not_taken, exclude=out)
-    if found.tars and found.images:
+    sources = find_inputs(inputs, not_taken=not_taken, exclude=out)
+    if sources.tars and sources.images:
         raise DataError(f"{' '.join(inputs)}: holds both images and tars. Encode them one kind at a time.")
-    tars = bool(found.tars)
+    tars = bool(sources.tars)
     if max_minutes and not tars:
-        raise DataError("--max-minutes: a limit between tars; these are image files. Pack them with `v2flow shard`.")
+        raise DataError("--max-minutes: only for tars; these are image files. Pack them with `v2flow shard`.")
 
     from v2flow_cli.jobs.encode import SetEncoder, encode_files, encode_shards
     from v2flow_cli.jobs.prefixes import Prefixes
@@ -114,7 +111,7 @@ def encode(
     from v2flow_cli.store.failures import over_budget
     from v2flow_cli.tokenizer import V2FlowTokenizer
 
-    files = found.tars or found.images
+    files = sources.tars or sources.images
     target = pick_device(device)
     tokenizer = V2FlowTokenizer.from_pretrained(model).to(target)
     encoder = SetEncoder(
@@ -143,7 +140,7 @@ def encode(
         else:
             report = encode_files(encoder, files, out, force=force, tick=tick, ranks=ranks, not_taken=not_taken)
         if ranks.rank:
-            return  # the first one speaks for all
+            return  # the first process reports for all
     tables = []
     if parquet:
         from v2flow_cli.store.token_parquet import write_parquet
@@ -193,18 +190,16 @@ def encode(
         for path in tables:
             result(str(path))
     if report.later:
-        log(f"time limit: {report.later} tars are left; the same command goes on with them")
+        log(f"time limit: {report.later} tars are left; repeat the command to continue")
     for line in (line for histogram in histograms for line in histogram.lines()):
         log(line)
     if report.short:
-        log(f"{report.short} images have less than {max_error:g} dB even with all their tokens, which were kept")
-    for failure in report.failures:
-        log(f"left out: {failure.name}: {failure.reason}")
-    report.not_taken.log(log)
+        log(f"{report.short} images have less than {max_error:g} dB even with all their tokens")
+    log_left_out(report.failures, report.not_taken)
     if 0 < report.captioned < report.images:
         log(f"{report.images - report.captioned:,} of {report.images:,} images have no caption")
     if over_budget(report.failures, report.good, error_budget):
         fail(
-            f"{len(report.failures)} of the inputs could not be encoded, which is over the error budget of "
-            f"{error_budget:.2%}; the rest is in {out}."
+            f"{len(report.failures)} of the inputs could not be encoded, which exceeds the error budget of "
+            f"{error_budget:.2%}; the others are in {out}."
         )

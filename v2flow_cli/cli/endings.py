@@ -1,6 +1,6 @@
-"""How a process ends before its command has: Ctrl-C at any moment, SIGTERM, and streams whose reader has gone.
+"""Early ends of a process: Ctrl-C at any moment, SIGTERM, and closed streams.
 
-Standard library only, since this is what has to be in place before anything slow is imported.
+It uses only the standard library, because it has to be installed before anything slow is imported.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import sys
 from types import FrameType
 from typing import Any, TextIO
 
-EXIT_INTERRUPTED, EXIT_PIPE = 130, 141  # what a shell reports for SIGINT and SIGPIPE
+EXIT_INTERRUPTED, EXIT_PIPE = 130, 141  # a shell's codes for SIGINT and SIGPIPE
 
 
 def install() -> None:
-    """Make Ctrl-C, SIGTERM and the standard streams behave as this module says; by the main thread, first of all."""
+    """Install the handlers of this module; the main thread calls it first."""
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
             signal.signal(number, interrupt)
@@ -23,18 +23,18 @@ def install() -> None:
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
-        except OSError:  # closed by `>&-`: the next file that is opened would become stdout
+        except OSError:  # closed by `>&-`: the next opened file would become stdout
             os.open(os.devnull, os.O_RDWR)
     for stream in (sys.stdout, sys.stderr):
-        if stream is not None:  # an encoding without a file's name spells it, as \xe9 or \udce9
+        if stream is not None:  # characters outside the encoding are escaped, as \xe9 or \udce9
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
 
 
 def interrupt(number: int, frame: FrameType | None) -> None:
-    """Handler of SIGINT and SIGTERM: KeyboardInterrupt, so that temporary files go; exit code 130.
+    """Handler of SIGINT and SIGTERM: KeyboardInterrupt, so that temporary files are removed; exit code 130.
 
-    An import that is broken off leaves half-made modules, and C extensions that turn the interrupt into an error of
-    their own or drop it. Nothing is worth a clean-up then that the next run does not do, so the process ends at once.
+    During an import the process ends at once: an interrupted import leaves incomplete modules, and C extensions may
+    turn the interrupt into another error or ignore it. There is nothing to clean up then.
     """
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
@@ -45,23 +45,23 @@ def interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def let_go() -> None:
-    """The command is over: from now on Ctrl-C ends the process without Python's traceback."""
+def restore_sigint() -> None:
+    """After the command, let Ctrl-C end the process without Python's traceback."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def detach(stream: TextIO) -> None:
-    """Send what is still written to ``stream`` nowhere, so that Python's last flush does not fail as well."""
+    """Discard further output to ``stream``, so that Python's last flush does not fail too."""
     try:
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, stream.fileno())
         os.close(null)
-    except (OSError, ValueError):  # no file behind it, as in a notebook
+    except (OSError, ValueError):  # not a file, as in a notebook
         pass
 
 
 def _unraisable(event: Any) -> None:
-    """An interrupt that arrives where Python cannot raise it (a destructor, a C callback) is sent once more."""
+    """Send an interrupt again if Python could not raise it (in a destructor or a C callback)."""
     if event.exc_type is KeyboardInterrupt:
         signal.raise_signal(signal.SIGINT)
     else:

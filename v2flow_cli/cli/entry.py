@@ -1,4 +1,4 @@
-"""How the commands that are modules start: quiet libraries, and a V2FlowError as one message."""
+"""Starts commands that are modules: quiet libraries, and a V2FlowError as one message."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``v2flow finetune-llm``: a small LM from text, or a causal LM taught the visual tokens."""
+"""``v2flow finetune-llm``: a small LM from text, or a causal LM trained on visual tokens."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from v2flow_cli.cli import options
 from v2flow_cli.cli.console import log, result, result_json
 from v2flow_cli.cli.endings import EXIT_INTERRUPTED
 
@@ -19,21 +20,15 @@ if TYPE_CHECKING:
 
 def finetune_llm(
     recipe: Annotated[Path, typer.Argument(help="YAML recipe of kind `finetune`, or `lm`.")],
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe key; repeatable.")
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint.")] = False,
-    approximate: Annotated[
-        bool, typer.Option("--approximate", help="Let --resume go on with another number of processes, not exactly.")
-    ] = False,
-    push: Annotated[
-        str | None, typer.Option(metavar="REPO", help="Upload the finished model to the hub, as OWNER/NAME, private.")
-    ] = None,
-    public: Annotated[bool, typer.Option("--public", help="Let everybody see what --push makes.")] = False,
+    set_: options.Set = None,
+    resume: options.Resume = False,
+    approximate: options.Approximate = False,
+    push: options.Push = None,
+    public: options.Public = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Report sizes and estimates, then stop.")] = False,
-    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+    json_: options.Json = False,
 ) -> None:
-    """Teach a Hugging Face causal LM the visual tokens, or pretrain a small LM from text.
+    """Train a Hugging Face causal LM on visual tokens, or pretrain a small LM from text.
 
     Examples:
 
@@ -57,7 +52,7 @@ def finetune_llm(
     else:
         from v2flow_cli.training.objectives import language_model
 
-        assert isinstance(spec, LMRecipe)  # one of the kinds asked for
+        assert isinstance(spec, LMRecipe)  # the other of the two kinds
         plan, run = partial(language_model.plan, spec), partial(language_model.pretrain, spec)
     if dry_run:
         for key, value in (estimates := plan(resume=resume)).items():

@@ -1,4 +1,4 @@
-"""``v2flow generate``: sentences to pictures, and pictures to sentences where the LLM was taught that."""
+"""``v2flow generate``: prompts to pictures, and pictures to captions if the LLM was trained for that."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from v2flow_cli.errors import DataError
 def generate(
     prompt: Annotated[list[str] | None, typer.Argument(help="What to draw; one or more.", show_default=False)] = None,
     prompts: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="A prompt a line; `-` is stdin. A second run goes on.")
+        Path | None, typer.Option(metavar="FILE", help="A prompt a line; `-` is stdin. A second run continues.")
     ] = None,
     from_image: Annotated[
-        list[Path] | None, typer.Option(metavar="IMAGE", help="Say what IMAGE shows instead; repeatable.")
+        list[Path] | None, typer.Option(metavar="IMAGE", help="Caption IMAGE instead; repeatable.")
     ] = None,
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the PNG files.")] = Path("generated"),
     count: Annotated[int, typer.Option("-n", "--count", min=1, help="Pictures per prompt.")] = 1,
@@ -32,18 +32,12 @@ def generate(
             help="LLM temperature; several, as 0.5,0.9,1.3, give a grid. Default: the LLM's; 0 for --from-image."
         ),
     ] = None,
-    top_k: Annotated[
-        int | None, typer.Option(min=0, help="Keep the k likeliest tokens; 0 keeps all. Default: the LLM's.")
-    ] = None,
-    top_p: Annotated[
-        float | None, typer.Option(min=0.0, max=1.0, help="Keep this probability mass. Default: the LLM's.")
-    ] = None,
-    llm_cfg: Annotated[
-        float | None, typer.Option(min=0.0, help="Guidance scale of the LLM; 1 means none. Default: the LLM's.")
-    ] = None,
+    top_k: options.TopK = None,
+    top_p: options.TopP = None,
+    llm_cfg: options.LlmCfg = None,
     tokens: Annotated[
         int | None,
-        typer.Option(min=1, help="Draw at most so many tokens a picture (LLMs of flexible length). Default: all."),
+        typer.Option(min=1, help="Largest number of tokens of a picture (LLMs of flexible length). Default: all."),
     ] = None,
     decoder: options.Decoder = None,
     cfg: options.Cfg = None,
@@ -53,21 +47,19 @@ def generate(
     schedule: options.Schedule = None,
     guidance: options.GuidanceKind = None,
     noise: options.Noise = None,
-    seed: Annotated[str, typer.Option(help="First seed; or, as 1,5,7, the seeds themselves.")] = "0",
+    seed: Annotated[str, typer.Option(help="First seed; or several seeds, as 1,5,7.")] = "0",
     save_tokens: Annotated[bool, typer.Option("--save-tokens", help="Write the token ids as .npy too.")] = False,
-    model: Annotated[
-        str | None, typer.Option(help="LLM: folder or hub id. Default: the one inside the package.")
-    ] = None,
+    model: options.Llm = None,
     tokenizer: Annotated[
         str | None, typer.Option(help="Image tokenizer: folder or hub id. Default: the one inside the package.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures drawn at a time.")] = 16,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto (bf16 where it is fast), fp32 or bf16.")] = "auto",
-    force: Annotated[bool, typer.Option("--force", help="Overwrite files that exist.")] = False,
-    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    force: options.Force = False,
+    json_: options.Json = False,
 ) -> None:
-    """Draw pictures from sentences.
+    """Draw pictures from prompts.
 
     Examples:
 
@@ -82,20 +74,20 @@ def generate(
         v2flow generate --from-image photo.jpg --model runs/my-llm
     """
     if sum(map(bool, (prompt, prompts, from_image))) != 1:
-        raise typer.BadParameter("give prompts, or --prompts FILE, or --from-image IMAGE: exactly one of them.")
-    seeds = _numbers("--seed", seed, int)
+        raise typer.BadParameter("expected exactly one of prompts, --prompts FILE and --from-image IMAGE.")
+    seeds = options.numbers("--seed", seed, 0)
+    temperatures = options.numbers("--temp", temp, 0, float) if temp is not None else []
     if from_image:
-        _caption(
-            from_image, _numbers("--temp", temp or "0", float), seeds, tokens, model, tokenizer, device, dtype, json_
-        )
+        _caption(from_image, temperatures or [0.0], seeds, tokens, model, tokenizer, device, dtype, json_)
         return
 
     from v2flow_cli.llm.sampling import DEFAULT_LLM, stored_sampling
 
-    default = stored_sampling(model or DEFAULT_LLM)
-    temperatures = [default.temperature] if temp is None else _numbers("--temp", temp, float)
+    stored = stored_sampling(model or DEFAULT_LLM)
+    sampling = options.llm_sampling(stored, top_k=top_k, top_p=top_p, guidance_scale=llm_cfg)
+    temperatures = temperatures or [sampling.temperature]
     if len(seeds) > 1 and count > 1:
-        raise DataError(f"-n {count} and --seed {seed}: give a count with a first seed, or a list of seeds.")
+        raise DataError(f"-n {count} and --seed {seed}: use a count with a first seed, or a list of seeds.")
     if len(seeds) == 1:
         seeds = list(range(seeds[0], seeds[0] + count))
 
@@ -128,14 +120,14 @@ def generate(
     image_tokenizer, llm, number_format = _models(model, tokenizer, decoder, device, dtype)
     length = llm.length(tokens)
     for text in dict.fromkeys(p.prompt for p in pictures):
-        llm.prompt(text)  # a prompt that is too long is told before anything is drawn
+        llm.prompt(text)  # a prompt that is too long is an error before anything is drawn
     if save_tokens and not force:
         check_tokens_folder(out, image_tokenizer, length)
 
     settings = Settings(
-        default.top_k if top_k is None else top_k,
-        default.top_p if top_p is None else top_p,
-        default.guidance_scale if llm_cfg is None else llm_cfg,
+        sampling.top_k,
+        sampling.top_p,
+        sampling.guidance_scale,
         **options.sampling(
             cfg=cfg, rounds=rounds, steps=steps, solver=solver, schedule=schedule, guidance=guidance, noise=noise
         ),
@@ -143,17 +135,17 @@ def generate(
     )
     models = model_digests(llm, image_tokenizer)
     records = {p.name: about(p, settings, models) for p in pictures}
-    made = PictureList(out, [f"{p.name}.png" for p in pictures] if force else ()) if prompts else None
+    listed = PictureList(out, [f"{p.name}.png" for p in pictures] if force else ()) if prompts else None
     kept = set()
-    if made is not None and not force:  # a grid is drawn whole, since it is made of all its pictures
+    if listed is not None and not force:  # without its grid, all pictures of a prompt are drawn again
         done = [p for p in pictures if is_drawn_as(out / f"{p.name}.png", records[p.name])]
-        whole = {p.group for p in pictures if not grids or (out / f"{p.group}-grid.png").exists()}
-        kept = {p.name for p in done if p.group in whole and (not save_tokens or (out / f"{p.name}.npy").exists())}
+        complete = {p.group for p in pictures if not grids or (out / f"{p.group}-grid.png").exists()}
+        kept = {p.name for p in done if p.group in complete and (not save_tokens or (out / f"{p.name}.npy").exists())}
         for picture in done:
-            made.add(f"{picture.name}.png", records[picture.name])
+            listed.add(f"{picture.name}.png", records[picture.name])
     todo = [p for p in pictures if p.name not in kept]
     if kept:
-        log(f"{len(kept)} of {len(pictures)} pictures are there already")
+        log(f"{len(kept)} of {len(pictures)} pictures exist already")
     start = time.perf_counter()
     waiting: dict[str, list] = {grid: [] for grid in grids}
     with progress("generate", len(todo)) as tick:
@@ -168,14 +160,13 @@ def generate(
             save_tokens=save_tokens,
             tick=tick,
         ):
-            if made is not None:
-                made.add(f"{picture.name}.png", records[picture.name])
+            if listed is not None:
+                listed.add(f"{picture.name}.png", records[picture.name])
             if grids:
-                of_prompt = waiting[picture.group]
-                of_prompt.append((picture, image))
-                if len(of_prompt) == len(seeds) * len(temperatures):
-                    drawn, images = zip(*waiting.pop(picture.group))
-                    sheet = figure(drawn, images, temperatures, seeds)
+                waiting[picture.group].append((picture, image))
+                if len(waiting[picture.group]) == len(seeds) * len(temperatures):
+                    group, images = zip(*waiting.pop(picture.group))
+                    sheet = figure(group, images, temperatures, seeds)
                     shared = {k: v for k, v in records[picture.name].items() if k not in ("seed", "temperature")}
                     write_png(out / f"{picture.group}-grid.png", sheet, shared)
     seconds = time.perf_counter() - start
@@ -200,30 +191,30 @@ def _caption(
     dtype: str,
     json_: bool,
 ) -> None:
-    """One line a picture, seed and temperature: what the LLM says it shows."""
+    """Print the LLM's caption of each picture, at each seed and temperature."""
     from v2flow_cli.store.images import open_image
     from v2flow_cli.tokenizer.preprocess import image_to_tensor
 
     photos = [(path, open_image(path, str(path))) for path in paths]
     image_tokenizer, llm, _ = _models(model, tokenizer, None, device, dtype)
-    said = []
+    captions = []
     for path, photo in photos:
         pixels = image_to_tensor(photo, image_tokenizer.config.image_size)[None].to(image_tokenizer.device)
         (token_ids,) = image_tokenizer.encode(pixels, llm.length(tokens))
         for seed in seeds:
             for temperature in temperatures:
                 caption = llm.caption(token_ids, seed=seed, temperature=temperature)
-                said.append({"path": str(path), "seed": seed, "temperature": temperature, "caption": caption})
+                captions.append({"path": str(path), "seed": seed, "temperature": temperature, "caption": caption})
                 if not json_:
                     result(f"{path}: {caption}" if len(paths) > 1 else caption)
     if json_:
-        result_json({"captions": said})
+        result_json({"captions": captions})
 
 
 def _models(
     model: str | None, tokenizer: str | None, decoder: str | None, device: str, dtype: str
 ) -> tuple[Any, Any, Any]:
-    """(image tokenizer, LLM, number format) on the device asked for; the two must belong together."""
+    """(image tokenizer, LLM, number format) on the device.  Raises: ModelError for models that do not match."""
     from v2flow_cli.jobs.generate import check_pair
     from v2flow_cli.llm.sample import DrawingLM
     from v2flow_cli.runtime.device import pick_device, pick_dtype
@@ -238,7 +229,7 @@ def _models(
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The lines of a file that are not blank.  Raises: DataError for one that cannot be read or has none."""
+    """The lines of a file that are not blank.  Raises: DataError for a file that cannot be read or has none."""
     from v2flow_cli.store.paths import user_path
     from v2flow_cli.store.text import decode_text, lines_of, one_line, read_text
 
@@ -247,14 +238,3 @@ def read_prompts(path: Path) -> list[str]:
     if not lines:
         raise DataError(f"--prompts {path}: no prompt in it; expected one a line.")
     return lines
-
-
-def _numbers(option: str, text: str, kind: type) -> list[Any]:
-    """Distinct numbers of a comma-separated option, in order."""
-    try:
-        values = list(dict.fromkeys(kind(part) for part in text.split(",")))
-    except ValueError:
-        raise DataError(f"{option} {text}: expected numbers with commas between them.") from None
-    if not all(0 <= value < 2**63 for value in values):  # also false for NaN
-        raise DataError(f"{option} {text}: expected numbers from 0 up.")
-    return values

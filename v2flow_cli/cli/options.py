@@ -1,13 +1,14 @@
-"""Options that several commands share, each spelt once; what a decoder takes is derived from ``recipe/schema.py``."""
+"""Options that several commands share; those of the decoder take their types from ``recipe/schema.py``."""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import typer
 
-from v2flow_cli.recipe.schema import SAMPLING_OPTIONS, Guidance, GuidanceSchedule, Solver
+from v2flow_cli.recipe.schema import SAMPLING_OPTIONS, DrawSampling, Guidance, GuidanceSchedule, Solver
 
 N = TypeVar("N", int, float)
 
@@ -15,11 +16,16 @@ N = TypeVar("N", int, float)
 Tokenizer = Annotated[
     str | None, typer.Option("--model", help="Tokenizer: folder or hub id. Default: the one inside the package.")
 ]
-Seed = Annotated[int, typer.Option(help="Seed of the noise; each image's own is drawn from it and its name.")]
+Tokenizers = Annotated[
+    list[str] | None,
+    typer.Option(help="Tokenizer: folder or hub id; may be repeated. Default: the one inside the package."),
+]
+Llm = Annotated[str | None, typer.Option(help="LLM: folder or hub id. Default: the one inside the package.")]
+Seed = Annotated[int, typer.Option(help="Seed of the noise; each image's seed is derived from it and its name.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images at a time.")]
 DeviceBatchSize = Annotated[int | None, typer.Option(min=1, help="Images at a time. Default: 8, more on a GPU.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
-Dtype = Annotated[str, typer.Option(help="auto (bf16 where it is fast), fp32 or bf16.")]
+Dtype = Annotated[str, typer.Option(help="auto (bf16 if it is fast), fp32 or bf16.")]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite files that exist.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Stop after this many images.")]
@@ -30,10 +36,33 @@ Images = Annotated[
 
 Aspect = Literal["square", "keep"]
 
+# Trainings.
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe key, such as train.steps=100; repeatable."),
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in the recipe's output folder.")]
+Approximate = Annotated[
+    bool, typer.Option("--approximate", help="Allow --resume with another number of processes, which is not exact.")
+]
+Push = Annotated[
+    str | None, typer.Option(metavar="REPO", help="Upload the finished model to the hub, as OWNER/NAME, private.")
+]
+Public = Annotated[bool, typer.Option("--public", help="Make the repository of --push public.")]
+
+# How an LLM samples; the default of each is the LLM's.
+TopK = Annotated[
+    int | None, typer.Option(min=0, help="Keep the k most likely tokens; 0 keeps all. Default: the LLM's.")
+]
+TopP = Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Keep this probability mass. Default: the LLM's.")]
+LlmCfg = Annotated[
+    float | None, typer.Option(min=0.0, help="Guidance scale of the LLM; 1 means none. Default: the LLM's.")
+]
+
 # How a decoder samples; the default of each is the model's.
 Decoder = Annotated[
     str | None,
-    typer.Option(help="faithful (PSNR, SSIM) or sharp (texture), where the model has both. Default: the model's."),
+    typer.Option(help="faithful (PSNR, SSIM) or sharp (texture), if the model has both. Default: the model's."),
 ]
 Cfg = Annotated[float | None, typer.Option(min=0.0, help="Guidance scale; 1 means none. Default: the model's.")]
 Rounds = Annotated[int | None, typer.Option(min=1, help="Unmasking rounds. Default: the model's.")]
@@ -54,8 +83,13 @@ Noise = Annotated[
 
 
 def sampling(**values: Any) -> dict[str, Any]:
-    """The arguments of ``decode`` that decoder options set, by the names of ``Sampling``; None is the model's own."""
+    """The values of decoder options by the names of ``Sampling``; None takes the model's value."""
     return {SAMPLING_OPTIONS[name]: value for name, value in values.items()}
+
+
+def llm_sampling(stored: DrawSampling, **values: Any) -> DrawSampling:
+    """The LLM's ``stored`` sampling with the values of options; None keeps the stored one."""
+    return dataclasses.replace(stored, **{name: value for name, value in values.items() if value is not None})
 
 
 def numbers(option: str, text: str, least: float, kind: type[N] = int) -> list[N]:  # type: ignore[assignment]
@@ -69,14 +103,14 @@ def numbers(option: str, text: str, least: float, kind: type[N] = int) -> list[N
     return values
 
 
-def only_with(option: str, given: bool, needed: str, there: bool) -> None:
-    """Refuse an option that does nothing without another one.  Raises: typer.BadParameter."""
-    if given and not there:
-        raise typer.BadParameter(f"does nothing without {needed}; add that, or leave this out.", param_hint=option)
+def only_with(option: str, is_set: bool, other: str, other_is_set: bool) -> None:
+    """Raises: typer.BadParameter for an option that has no effect without another one."""
+    if is_set and not other_is_set:
+        raise typer.BadParameter(f"does nothing without {other}; add that, or leave this out.", param_hint=option)
 
 
 def write_to(path: Path | None, content: bytes) -> None:
-    """Write a whole file where an option asked for one."""
+    """Write ``content`` to the path of an option, if it is set."""
     from v2flow_cli.store.files import write_bytes
 
     if path is not None:

@@ -1,4 +1,4 @@
-"""``--push REPO`` of ``train`` and ``finetune-llm``: the first process alone asks the hub."""
+"""``--push REPO`` of ``train`` and ``finetune-llm``: only the first process contacts the hub."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from v2flow_cli.cli.console import is_main_process, log
 
 
 def prepare_push(repo_id: str | None, public: bool, licence: str) -> None:
-    """Before the training: a place on the hub, so that a missing token is told now and not after days.
+    """Before the training, create the repository, so that a missing token is an error now and not days later.
 
-    Raises:  ModelError where there is none.
+    Raises:  ModelError if that fails.
     """
     if public and not repo_id:
-        raise typer.BadParameter("--public says who may see what --push uploads; give --push REPO too.")
+        raise typer.BadParameter("--public applies to the repository of --push; add --push REPO.")
     if not repo_id or not is_main_process():
         return
     from v2flow_cli.runtime.hub import create_repository
 
     create_repository(repo_id, public=public)
     if licence == "unknown":
-        log("the model card will name no licence; --set card.license=apache-2.0, or another, names one")
+        log("the model card names no licence; set one with --set card.license=apache-2.0, or another")
 
 
 def push_result(repo_id: str | None, folder: str | Path) -> str | None:
-    """After it: upload, and the page's address; None where nothing is pushed.  Raises: ModelError."""
+    """After the training, upload; the page's address, or None without ``--push``.  Raises: ModelError."""
     if not repo_id or not is_main_process():
         return None
     from v2flow_cli.runtime.hub import push_model

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from v2flow_cli.cli.console import ERROR_BUDGET, fail, failures_json, log, progress, result, result_json
+from v2flow_cli.cli import options
+from v2flow_cli.cli.console import ERROR_BUDGET, fail, failures_json, log, log_left_out, progress, result, result_json
 
 
 class Check(str, Enum):
@@ -28,7 +29,7 @@ def shard(
         typer.Option(
             metavar="sidecars|classes|FILE",
             help="sidecars: KEY.txt, a caption a line. classes: 'a photo of FOLDER'. FILE: .csv, .tsv or .jsonl "
-            "with columns file and caption; only the images it lists are taken. Tars bring their own.",
+            "with columns file and caption; only the images that it lists are packed. Tars have their own.",
         ),
     ] = "sidecars",
     class_names: Annotated[
@@ -38,7 +39,9 @@ def shard(
     shard_mb: Annotated[float, typer.Option(min=0.001, help="Size of a tar in MB (10^6 bytes), at most.")] = 256.0,
     res: Annotated[
         int | None,
-        typer.Option(min=1, help="Make the shorter side at most this many pixels (JPEG). Default: bytes as they are."),
+        typer.Option(
+            min=1, help="Reduce the shorter side to at most this many pixels (JPEG). Default: unchanged bytes."
+        ),
     ] = None,
     prefix: Annotated[str, typer.Option(help="Tars are named PREFIX-000000.tar and so on.")] = "shard",
     workers: Annotated[int, typer.Option(min=1, help="Threads that read and check images.")] = 2,
@@ -49,7 +52,7 @@ def shard(
         Check | None, typer.Option(help="Write nothing: compare the tars in SRC with their manifest.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the shards in the output folder.")] = False,
-    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+    json_: options.Json = False,
 ) -> None:
     """Pack a folder of images and captions into WebDataset tars with a manifest of counts and hashes.
 
@@ -84,20 +87,20 @@ def shard(
     out = output_folder(out)
     check_apart(out, [source])
     report, not_taken = ShardReport(), NotTaken()
-    found = find_inputs([source], exclude=out)
-    if found.tars and found.images:
+    files = find_inputs([source], exclude=out)
+    if files.tars and files.images:
         raise DataError(f"{source}: holds both images and tars. Pack them one kind at a time.")
-    if found.images and not user_path(source).is_dir():
-        raise DataError(f"{source}: not a folder or a tar. Give a folder of images, or of tars.")
-    if found.tars and captions != "sidecars":
+    if files.images and not user_path(source).is_dir():
+        raise DataError(f"{source}: not a folder or a tar. Name a folder of images, or of tars.")
+    if files.tars and captions != "sidecars":
         raise typer.BadParameter(
-            f"{captions}: {source} holds tars, which bring their captions", param_hint="--captions"
+            f"{captions}: {source} holds tars, which have their own captions", param_hint="--captions"
         )
     if class_names is not None and captions != "classes":
         raise typer.BadParameter("needs --captions classes", param_hint="--class-names")
     folder = user_path(source)
     search: dict[str, Any] = {"not_taken": not_taken, "exclude": out}
-    if found.tars:
+    if files.tars:
         sources = shard_sources.sources_from_tars(source, report.failures, **search)
     elif captions == "sidecars":
         sources = shard_sources.sources_from_sidecars(folder, **search)
@@ -110,7 +113,7 @@ def shard(
         raise typer.BadParameter(
             f"{captions}: expected sidecars, classes, or a .csv, .tsv or .jsonl file", param_hint="--captions"
         )
-    del found  # the names of a large set, which the sources list again
+    del files  # a long list for a large set, which the sources repeat
     with progress("shard", None) as tick:
         write_shards(
             sources,
@@ -144,9 +147,7 @@ def shard(
             f"{out}: {report.samples} images, {report.captions} captions in {len(report.shards)} shards{kept}, "
             f"{report.bytes:,} bytes"
         )
-    for failure in report.failures:
-        log(f"left out: {failure.name}: {failure.reason}")
-    not_taken.log(log)
+    log_left_out(report.failures, not_taken)
     if 0 < report.captioned < report.samples:
         log(f"{report.samples - report.captioned:,} of {report.samples:,} images have no caption")
     if not report.samples or over_budget(report.failures, report.samples, error_budget):
@@ -154,7 +155,7 @@ def shard(
 
 
 def _check(source: str, check: Check, json_: bool) -> None:
-    """Every shard in ``source`` against its manifest; bad samples are listed, and end in exit code 1."""
+    """Check every shard in ``source`` against its manifest; bad samples are listed, with exit code 1."""
     from v2flow_cli.errors import DataError
     from v2flow_cli.store.failures import Failure
     from v2flow_cli.store.find import find_tars
@@ -173,8 +174,8 @@ def _check(source: str, check: Check, json_: bool) -> None:
     if json_:
         result_json({"shards": len(shards), "samples": samples, "failed": failures_json(failures)})
     else:
-        result(f"{source}: {samples} whole samples in {len(shards)} shards, {len(failures)} complaints")
+        result(f"{source}: {samples} intact samples in {len(shards)} shards, {len(failures)} problems")
     for failure in failures:
         log(f"{failure.name}: {failure.reason}")
     if failures:
-        fail(f"{source}: not what its manifest promises; the {check.value} check has {len(failures)} complaints.")
+        fail(f"{source}: differs from its manifest; the {check.value} check found {len(failures)} problems.")

@@ -1,4 +1,4 @@
-"""Tables as plain text that keep every row's name and every figure whole at any width of the terminal."""
+"""Tables as plain text that fit the terminal without cutting names or figures."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ GAP = 2  # columns between columns
 
 
 def text_table(heads: Sequence[str], rows: Sequence[Sequence[str]], width: int | None = None) -> str:
-    """Rows under their headings, the first column to the left, the others to the right.
+    """Rows under their headings, the first column left-aligned, the others right-aligned.
 
-    A table that is wider than ``width`` columns becomes several, one below the other, each with the first column and
-    as many of the others as fit; nothing is cut. Default: the terminal's width, no limit where there is no terminal.
+    A table that is wider than ``width`` columns is split into several, each with the first column and as many others as
+    fit. Default: the terminal's width, no limit without a terminal.
     """
     from rich.cells import cell_len
 
@@ -40,5 +40,5 @@ def text_table(heads: Sequence[str], rows: Sequence[Sequence[str]], width: int |
 
 
 def terminal_width() -> int:
-    """Columns of the terminal, or of the variable COLUMNS; 0 where there is neither."""
+    """Columns of the terminal, or of the variable COLUMNS; 0 if there is neither."""
     return shutil.get_terminal_size(fallback=(0, 0)).columns

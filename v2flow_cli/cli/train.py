@@ -7,26 +7,20 @@ from typing import Annotated
 
 import typer
 
+from v2flow_cli.cli import options
 from v2flow_cli.cli.console import fail, log, result, result_json, steps_bar
 from v2flow_cli.cli.endings import EXIT_INTERRUPTED
 
 
 def train(
     recipe: Annotated[Path, typer.Argument(help="Recipe of kind autoencoder or tokenizer (YAML).")],
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe key, such as train.steps=100."),
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the recipe's output folder.")] = False,
-    approximate: Annotated[
-        bool, typer.Option("--approximate", help="Let --resume go on with another number of processes, not exactly.")
-    ] = False,
-    push: Annotated[
-        str | None, typer.Option(metavar="REPO", help="Upload the finished model to the hub, as OWNER/NAME, private.")
-    ] = None,
-    public: Annotated[bool, typer.Option("--public", help="Let everybody see what --push makes.")] = False,
+    set_: options.Set = None,
+    resume: options.Resume = False,
+    approximate: options.Approximate = False,
+    push: options.Push = None,
+    public: options.Public = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Validate, report sizes, and stop.")] = False,
-    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+    json_: options.Json = False,
 ) -> None:
     """Train an autoencoder or a V2Flow tokenizer from photos.
 
@@ -43,7 +37,7 @@ def train(
     from v2flow_cli.recipe import AutoencoderRecipe, TokenizerRecipe, load_recipe
 
     tree = load_recipe(recipe, set_ or (), kinds=("autoencoder", "tokenizer"))
-    assert isinstance(tree, AutoencoderRecipe | TokenizerRecipe)  # the kinds asked for
+    assert isinstance(tree, AutoencoderRecipe | TokenizerRecipe)  # of these kinds
     if dry_run:
         from v2flow_cli.training.plan import plan
 
