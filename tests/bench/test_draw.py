@@ -15,7 +15,7 @@ from tests.bench.test_judge import judge, references, space  # noqa: F401  fixtu
 from tests.test_demo_page import llm_folder  # noqa: F401  a fixture
 from v2flow_cli.bench.draw import measure_copies, reconstruct, share_of, summarise
 from v2flow_cli.bench.judge import Judge, Verdict
-from v2flow_cli.bench.prompts import Thing, asked
+from v2flow_cli.bench.prompts import Thing, prompt_for
 from v2flow_cli.cli.app import app
 
 
@@ -34,7 +34,7 @@ def test_each_kind_has_its_own_figures_and_prompts_are_the_trials():
     def verdict(**right):
         return Verdict(((0,),), "red", 1, {**right, "all": all(right.values())}, 0.1)
 
-    fox, red = asked("object", [Thing("fox")]), asked("colour", [Thing("fox", "red")])
+    fox, red = prompt_for("object", [Thing("fox")]), prompt_for("colour", [Thing("fox", "red")])
     drawn = [(fox, verdict(noun=True)), (fox, verdict(noun=False)), (red, verdict(noun=True, colour=False))]
     real = [(fox, verdict(noun=True)), (red, verdict(noun=True, colour=True))]
     of_object, of_colour = summarise(drawn, real, real)

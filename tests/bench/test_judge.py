@@ -9,7 +9,7 @@ import torch
 from tests.bench.drawings import SHAPES, TONES, scene, shape, write_tar
 from v2flow_cli.bench.features import ClipSpace, NetworkSpace, load_space
 from v2flow_cli.bench.judge import Judge, real_pictures
-from v2flow_cli.bench.prompts import KINDS, Thing, asked
+from v2flow_cli.bench.prompts import KINDS, Thing, prompt_for
 from v2flow_cli.bench.references import read_references
 from v2flow_cli.errors import ModelError
 from v2flow_cli.training.perceptual import FeatureNetwork
@@ -40,28 +40,28 @@ def test_a_thing_is_known_wherever_and_however_large_it_is(judge):
     for name in SHAPES:
         picture = scene((shape(name, "green", lean=1).resize((70, 70)), 0.35, 0.6), ground=(230, 230, 250))
         for other in SHAPES:
-            verdict = right(judge, asked("object", [Thing(other)]), picture)
+            verdict = right(judge, prompt_for("object", [Thing(other)]), picture)
             assert verdict["noun"] == verdict["all"] == (other == name)
 
 
 def test_thing_and_colour_are_both_asked(judge):
     picture = scene((shape("disc", "blue"), 0.5, 0.5))
-    assert right(judge, asked("colour", [Thing("disc", "blue")]), picture) == {
+    assert right(judge, prompt_for("colour", [Thing("disc", "blue")]), picture) == {
         "noun": True,
         "noun_in_5": True,
         "colour": True,
         "all": True,
     }
-    wrong = right(judge, asked("colour", [Thing("disc", "red")]), picture)
+    wrong = right(judge, prompt_for("colour", [Thing("disc", "red")]), picture)
     assert wrong["noun"] and not wrong["colour"] and not wrong["all"]
-    assert not right(judge, asked("colour", [Thing("bar", "blue")]), picture)["all"]
+    assert not right(judge, prompt_for("colour", [Thing("bar", "blue")]), picture)["all"]
 
 
 def test_things_are_counted(judge):
     small = shape("cross", "red").resize((50, 50))
     picture = scene((small, 0.2, 0.5), (small, 0.5, 0.4), (small, 0.8, 0.6))
-    assert right(judge, asked("count", [Thing("cross")], count=3), picture)["all"]
-    two = right(judge, asked("count", [Thing("cross")], count=2), picture)
+    assert right(judge, prompt_for("count", [Thing("cross")], count=3), picture)["all"]
+    two = right(judge, prompt_for("count", [Thing("cross")], count=2), picture)
     assert two["noun"] and not two["count"] and not two["all"]
 
 
@@ -76,7 +76,7 @@ def test_things_are_counted(judge):
 )
 def test_places_are_those_of_the_things_themselves(judge, relation, here, there):
     first, second = shape("disc", "red").resize((70, 70)), shape("cross", "green").resize((60, 60))
-    prompt = asked("relation", [Thing("disc"), Thing("cross")], relation=relation)
+    prompt = prompt_for("relation", [Thing("disc"), Thing("cross")], relation=relation)
     assert right(judge, prompt, scene((first, *here), (second, *there)))["all"]
     turned = right(judge, prompt, scene((first, *there), (second, *here)))
     assert turned["noun"] and not turned["place"] and not turned["all"]
@@ -88,13 +88,13 @@ def test_places_are_those_of_the_things_themselves(judge, relation, here, there)
 
 
 def test_a_prompt_that_was_not_understood_has_no_verdict_but_a_neighbour(judge):
-    prompt = dataclasses.replace(asked("object", [Thing("x")]), kind="other", things=())
+    prompt = dataclasses.replace(prompt_for("object", [Thing("x")]), kind="other", things=())
     [verdict] = judge.verdicts([(prompt, scene((shape("bar", "red"), 0.5, 0.5)))])
     assert verdict.right == {} and judge.references[verdict.answers[0][0]].noun == "bar"
 
 
 def test_a_reference_itself_is_at_distance_0_and_others_are_not(judge, references):
-    prompt = asked("object", [Thing("disc")])
+    prompt = prompt_for("object", [Thing("disc")])
     same, other = judge.verdicts([(prompt, references[0].pixels()), (prompt, np.full((64, 64, 3), 99, np.uint8))])
     assert same.distance == pytest.approx(0, abs=1e-5) and same.answers[0][0] == 0
     assert other.distance > 1e-3

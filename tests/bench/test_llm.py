@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
-from v2flow_cli.bench.llm import caption_losses, measure_llm, trained_counts
+from v2flow_cli.bench.llm import caption_losses, measure_llm, training_counts
 from v2flow_cli.cli.app import app
 from v2flow_cli.errors import ModelError
 from v2flow_cli.llm.sample import DrawingLM
@@ -72,7 +72,7 @@ def test_a_model_that_listens_matches_and_one_that_does_not_ties(folder, monkeyp
 def test_unigrams_by_hand(folder):
     llm = DrawingLM.from_pretrained(folder)
     made = [TokenSample("a", ("x",), np.array([0, 0, 0, 0])), TokenSample("b", ("y",), np.array([1, 1, 2, 3]))]
-    assert trained_counts(llm) is None
+    assert training_counts(llm) is None
     found = measure_llm(llm, made)
     assert found.unigram_trained is None and found.tokens == 8
     # half of the ids are 0, a quarter 1, and one eighth each 2 and 3
@@ -83,7 +83,7 @@ def test_unigrams_by_hand(folder):
     assert measure_llm(seen, made).unigram_trained == pytest.approx((4 * math.log(65 / 2) + 4 * math.log(65)) / 8)
     np.save(folder / "token_counts.npy", np.zeros(3))
     with pytest.raises(ModelError, match=r"shape is \(3,\); expected \(64,\)"):
-        trained_counts(seen)
+        training_counts(seen)
 
 
 def test_command_reads_photos_and_their_tokens_alike(folder, tiny_tokenizer_folder, tmp_path, sample_images):

@@ -6,11 +6,11 @@ from v2flow_cli.bench.prompts import (
     KINDS,
     Prompt,
     Thing,
-    asked,
     make_prompts,
     parse_prompts,
     phrase_of,
     plural,
+    prompt_for,
     with_article,
     without_colour,
 )
@@ -91,7 +91,7 @@ def test_few_titles_make_few_prompts():
     ],
 )
 def test_plain_words(kind, things, more, text):
-    assert asked(kind, things, **more).text == text
+    assert prompt_for(kind, things, **more).text == text
 
 
 def test_articles_plurals_and_captions():

@@ -68,7 +68,7 @@ def test_parts_batches_and_notes():
 
 
 def test_what_cannot_be_measured_is_one_sentence():
-    with pytest.raises(DataError, match="names models whose shapes are not known here"):
+    with pytest.raises(DataError, match="names models whose shapes are unknown"):
         measure_recipe(load_recipe(RECIPES / "tiny" / "tokenizer.yaml"), device=CPU)
     with pytest.raises(DataError, match="--res 60: an image of 60 x 60 pixels does not fit"):
         measure_recipe(tiny(), size=60, device=CPU)
@@ -82,7 +82,7 @@ def test_the_command(tmp_path):
     assert done.exit_code == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["settings"]["num_flow_steps"] == 1 and len(report["parts"]) == 4
-    assert "the tokenizer had latents of its shape" in done.stderr
+    assert "timed on latents of its shape" in done.stderr
     table = CliRunner().invoke(app, ["bench", *options]).stdout
     assert "of matmul peak" in table and "GFLOP/image" in table
     assert CliRunner().invoke(app, ["bench", str(file), "--batches", "1,1"]).exit_code == 2

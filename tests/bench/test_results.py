@@ -51,9 +51,7 @@ def test_other_protocols_are_refused(record: dict, tmp_path: Path, key: str, val
     other = copy.deepcopy(record)
     other["protocols"][0][key] = value
     files = [write(tmp_path / "first.json", record), write(tmp_path / "second.json", other)]
-    with pytest.raises(
-        DataError, match=rf"second.json and .*first.json do not belong in one table.*{key}: {value} against"
-    ):
+    with pytest.raises(DataError, match=rf"second.json and .*first.json cannot share a table.*{key}: {value} against"):
         join(files)
 
 

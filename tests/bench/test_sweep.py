@@ -34,15 +34,15 @@ def test_every_combination_the_first_key_slowest() -> None:
         (["solver=euler,magic"], r"expected euler, heun, dpm\+\+, ddim"),
         (["schedule=up"], "expected constant, linear"),
         (["cfg=1,1.0"], "expected different values"),
-        (["cfg=1,2", "cfg=3"], "cfg is given twice"),
-        (["noise=1", "temperature=1"], "temperature is given twice"),
+        (["cfg=1,2", "cfg=3"], "cfg is set twice"),
+        (["noise=1", "temperature=1"], "temperature is set twice"),
         (["cfg="], "expected numbers"),
     ],
 )
 def test_bad_sweeps(texts: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse_sweeps(texts)
-    with pytest.raises(ValueError, match="given twice"):
+    with pytest.raises(ValueError, match="set twice"):
         parse_sweeps(["steps=1,2"], {"num_flow_steps": 4})
 
 

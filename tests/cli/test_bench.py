@@ -141,7 +141,7 @@ def test_saved_results_join_or_are_refused(run, imgs: Path, tmp_path: Path) -> N
     assert "v2flow (b)" in page.read_text(encoding="utf-8")
     done = CliRunner().invoke(app, ["bench", "join", *files["a"], *files["c"]])
     assert done.exit_code == 1 and done.stdout == ""
-    assert "do not belong in one table" in done.stderr and "count: 2 against 3" in done.stderr
+    assert "cannot share a table" in done.stderr and "count: 2 against 3" in done.stderr
 
 
 def test_report_and_csv(run, imgs: Path, tmp_path: Path) -> None:
@@ -178,8 +178,8 @@ def test_bad_images_are_listed_and_the_rest_measured(run, imgs: Path, tmp_path: 
         (["imgs", "--cfg", "2,2"], 2, "expected different numbers"),
         (["imgs", "--res", "32,big"], 2, "expected different numbers from 16 on"),
         (["imgs", "--sweep", "size=3"], 2, "expected KEY=V1,V2"),
-        (["imgs", "--sweep", "cfg=1,2", "--cfg", 3], 2, "given twice"),
-        (["imgs", "--sweep", "tokens=4,16"], 1, "v2flow always has 4). Give one --model for each length"),
+        (["imgs", "--sweep", "cfg=1,2", "--cfg", 3], 2, "set twice"),
+        (["imgs", "--sweep", "tokens=4,16"], 1, "v2flow always has 4). Use one --model for each length"),
         (["imgs", "--lpips-net", "vgg"], 1, "LPIPS (vgg): its weights are not at"),
         (["imgs", "--fid"], 1, "rFID (Inception v3): its weights are not at"),
         (["imgs", "--external", "nowhere"], 1, "expected MODULE:FACTORY"),

@@ -1,5 +1,5 @@
-"""The bench: what a tokenizer keeps of a picture, at what price, beside plain codecs and the published table.
+"""The bench: reconstruction quality, bits and speed of tokenizers, beside image codecs and published figures.
 
 Read ``metrics.py`` first, then ``evaluate.py``: one pass over the images that fills one row per system.
-``protocol.py`` names what two figures must share to be compared; ``report/`` draws the HTML page.
+``protocol.py`` records how figures are measured; ``report/`` writes the HTML page.
 """

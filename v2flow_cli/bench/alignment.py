@@ -1,4 +1,4 @@
-"""Where visual tokens lie among the words of the LLM (Figure 1b): one plane to look at, three figures to compare."""
+"""Visual tokens among the words of the LLM (Figure 1b): a plot of a plane, and three figures."""
 
 from __future__ import annotations
 
@@ -14,29 +14,31 @@ from v2flow_cli.errors import DataError, ModelError
 from v2flow_cli.tokenizer import V2FlowTokenizer
 from v2flow_cli.tokenizer.preprocess import image_to_tensor
 
-POINTS = 2000  # of each kind, drawn at random where there are more
+POINTS = 2000  # of each kind, a random choice if there are more
 WORD_COLOUR, TOKEN_COLOUR = (150, 150, 150), (208, 72, 40)
 
 
 @dataclass(frozen=True)
 class Alignment:
-    """Visual tokens of one tokenizer against the words, all in the LLM's embedding space.  plane: (N, 2) and (M, 2)."""
+    """Visual tokens of one tokenizer and the words, in the LLM's embedding space.  planes: (N, 2) and (M, 2)."""
 
     name: str
     has_vocabulary: bool
     tokens: int  # visual tokens compared
-    norm_ratio: float  # median norm of a visual token over that of a word; 1 is alike
-    nearest_word_cosine: float  # mean over visual tokens; a word's own, to the nearest other word, is beside it
-    word_nearest_cosine: float
-    energy_distance: float  # in [0, 1]: 0 for one distribution, 1 for two that do not meet
+    norm_ratio: float  # median norm of a visual token over that of a word
+    nearest_word_cosine: float  # mean over visual tokens
+    word_nearest_cosine: float  # mean over words, to the nearest other word
+    energy_distance: float  # in [0, 1]: 0 for equal distributions, 1 for disjoint ones
     words_plane: np.ndarray
     tokens_plane: np.ndarray
 
 
 def word_table(tokenizer: V2FlowTokenizer) -> Tensor:
-    """The words (V, D) that ``tokenizer`` mixes, in the LLM's own space.  Raises: ModelError where it has none."""
+    """The words (V, D) of the tokenizer's vocabulary, in the LLM's space.  Raises: ModelError if it has none."""
     if tokenizer.vocabulary is None:
-        raise ModelError("the tokenizer has no vocabulary; give one that has first, and this one as a second --model.")
+        raise ModelError(
+            "the tokenizer has no vocabulary; name one with a vocabulary first, and this one as a second --model."
+        )
     return tokenizer.vocabulary.codebook_to_llm(tokenizer.vocabulary.table.float())
 
 
@@ -49,12 +51,12 @@ def photo_tokens(
     if codebook.shape[1] != words.shape[1]:
         raise ModelError(
             f"{name}: its codes are {codebook.shape[1]} wide, the words {words.shape[1]}; they can be compared only "
-            f"where quantizer.code_size is {words.shape[1]}."
+            f"if quantizer.code_size is {words.shape[1]}."
         )
     size = tokenizer.config.image_size
     ids = [tokenizer.encode(image_to_tensor(image, size)[None])[0] for _, image in photos]
     if not ids:
-        raise DataError("bench alignment: no photo was given.")
+        raise DataError("bench alignment: no photo.")
     return codebook[torch.cat(ids)]
 
 
@@ -62,7 +64,7 @@ def align(name: str, has_vocabulary: bool, tokens: Tensor, words: Tensor, seed: 
     """Compare visual tokens (N, D) with words (V, D); the plane is that of their first two principal components."""
     generator = torch.Generator().manual_seed(seed)
     tokens, words = tokens.float().cpu(), words.float().cpu()
-    some_tokens, some_words = _draw(tokens, generator), _draw(words, generator)
+    some_tokens, some_words = _sample(tokens, generator), _sample(words, generator)
     both = torch.cat([some_words, some_tokens])
     _, _, axes = torch.linalg.svd(both - both.mean(0), full_matrices=False)
     plane = ((both - both.mean(0)) @ axes[:2].T).numpy()
@@ -72,7 +74,7 @@ def align(name: str, has_vocabulary: bool, tokens: Tensor, words: Tensor, seed: 
         tokens=len(tokens),
         norm_ratio=float(tokens.norm(dim=1).median() / words.norm(dim=1).median()),
         nearest_word_cosine=_nearest_cosine(some_tokens, words, 1),
-        word_nearest_cosine=_nearest_cosine(some_words, words, 2),  # the nearest word of all is the word itself
+        word_nearest_cosine=_nearest_cosine(some_words, words, 2),  # the nearest word is the word itself
         energy_distance=energy_distance(some_tokens, some_words),
         words_plane=plane[: len(some_words)],
         tokens_plane=plane[len(some_words) :],
@@ -80,7 +82,10 @@ def align(name: str, has_vocabulary: bool, tokens: Tensor, words: Tensor, seed: 
 
 
 def energy_distance(first: Tensor, second: Tensor) -> float:
-    """(2 E|X - Y| - E|X - X'| - E|Y - Y'|) / 2 E|X - Y| of two samples (N, D), (M, D), pairs of one left out."""
+    """(2 E|X - Y| - E|X - X'| - E|Y - Y'|) / 2 E|X - Y| of two samples (N, D), (M, D).
+
+    Pairs of a point with itself are left out.
+    """
     across = torch.cdist(first, second).mean()
     within = sum(torch.cdist(x, x).sum() / (len(x) * max(1, len(x) - 1)) for x in (first, second))
     return float((2 * across - within) / (2 * across)) if across > 0 else 0.0
@@ -93,16 +98,16 @@ def _nearest_cosine(points: Tensor, words: Tensor, rank: int) -> float:
     return float(torch.cat([(chunk @ unit.T).topk(rank, dim=1).values[:, -1] for chunk in chunks]).mean())
 
 
-def _draw(rows: Tensor, generator: torch.Generator) -> Tensor:
+def _sample(rows: Tensor, generator: torch.Generator) -> Tensor:
     return rows[torch.randperm(len(rows), generator=generator)[:POINTS]]
 
 
-def draw_planes(found: Sequence[Alignment]) -> Image.Image:
-    """One panel a tokenizer: words in grey, visual tokens in red, on the plane of their principal components."""
+def draw_planes(alignments: Sequence[Alignment]) -> Image.Image:
+    """One panel per tokenizer: words in grey, visual tokens in red, on the plane of their principal components."""
     side, top, gap = 480, 64, 12
-    sheet = Image.new("RGB", (len(found) * (side + gap) + gap, top + side + gap), "white")
+    sheet = Image.new("RGB", (len(alignments) * (side + gap) + gap, top + side + gap), "white")
     pen, font = ImageDraw.Draw(sheet, "RGBA"), ImageFont.load_default(15)
-    for column, one in enumerate(found):
+    for column, one in enumerate(alignments):
         left = gap + column * (side + gap)
         kind = "with vocabulary resampler" if one.has_vocabulary else "without"
         pen.text((left, 6), f"{one.name[-40:]}: {kind}", fill="black", font=font)

@@ -1,6 +1,6 @@
-"""What the bench compares: tokenizers at some settings, their autoencoders alone, codecs at the same bytes.
+"""The systems that the bench compares: tokenizers at some settings, their autoencoders alone, codecs at equal bytes.
 
-A system turns a ``Batch`` into 8-bit pictures and their sizes; every one of them is measured in the same way.
+A system turns a ``Batch`` into 8-bit pictures and their sizes; all systems are measured in the same way.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from v2flow_cli.tokenizer.preprocess import to_uint8
 
 @dataclass(frozen=True)
 class Batch:
-    """What to reconstruct: images (B, 3, S, S) in [-1, 1]; reference (B, S, S, 3) uint8; a seed for each."""
+    """Images (B, 3, S, S) in [-1, 1] to reconstruct; their 8-bit reference (B, S, S, 3); a seed for each."""
 
     images: Tensor
     reference: Tensor
     seeds: tuple[int, ...]
     features: dict[str, Tensor] = field(default_factory=dict)  # of the reference, by network
-    codes: dict[str, Tensor] = field(default_factory=dict)  # ids (B, L) by source, each encoded once
+    codes: dict[str, Tensor] = field(default_factory=dict)  # ids (B, L) by source
 
     def token_ids(self, coder: Coder) -> Tensor:
         if coder.source not in self.codes:
@@ -39,7 +39,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """Pictures (B, S, S, 3) uint8; bytes of each, and ids (B, L), None where there are none."""
+    """Pictures (B, S, S, 3) uint8; bytes of each, and ids (B, L), or None."""
 
     pictures: Tensor
     bytes: Sequence[int] | None = None
@@ -48,7 +48,7 @@ class Reconstruction:
 
 @dataclass(frozen=True)
 class System:
-    """A named way to reconstruct.  kind: tokenizer, external, autoencoder or codec; family joins points of a curve."""
+    """A way to reconstruct.  kind: tokenizer, external, autoencoder or codec; family: of the points of one curve."""
 
     name: str
     kind: str
@@ -60,7 +60,7 @@ class System:
 
 
 def coder_system(coder: Coder) -> System:
-    """A tokenizer, ours or another."""
+    """The system of a tokenizer, ours or an external one."""
 
     def reconstruct(batch: Batch) -> Reconstruction:
         ids = batch.token_ids(coder)
@@ -74,7 +74,7 @@ def coder_system(coder: Coder) -> System:
 
 
 def autoencoder_system(name: str, tokenizer: V2FlowTokenizer, *, dtype: torch.dtype = torch.float32) -> System:
-    """The autoencoder without tokens: the ceiling of every setting."""
+    """The autoencoder without tokens: the upper limit of every setting."""
 
     def reconstruct(batch: Batch) -> Reconstruction:
         with inference(tokenizer, dtype):
@@ -93,15 +93,15 @@ def codec_system(name: str, codec: Codec, budget: int) -> System:
     return System(name, "codec", codec.name, reconstruct, {"byte_budget": budget, **codec.options})
 
 
-def load_tokenizers(places: Sequence[str | None], device: torch.device) -> dict[str, V2FlowTokenizer]:
-    """Tokenizers by a short name: ``v2flow`` for one alone, else as much of each place's end as tells them apart.
+def load_tokenizers(paths: Sequence[str | None], device: torch.device) -> dict[str, V2FlowTokenizer]:
+    """Tokenizers by a short name: ``v2flow`` for a single one, else the last parts of the paths in which they differ.
 
     None is the embedded model.
     """
-    places = list(dict.fromkeys(places))
-    names = ["v2flow"] * len(places)
-    if len(places) > 1:
-        parts = [Path(place).parts if place else ("v2flow",) for place in places]
+    paths = list(dict.fromkeys(paths))
+    names = ["v2flow"] * len(paths)
+    if len(paths) > 1:
+        parts = [Path(path).parts if path else ("v2flow",) for path in paths]
         depth = next(d for d in range(1, 99) if len({p[-d:] for p in parts}) == len(parts))
         names = ["/".join(p[-depth:]) for p in parts]
-    return {name: V2FlowTokenizer.from_pretrained(place).to(device) for name, place in zip(names, places)}
+    return {name: V2FlowTokenizer.from_pretrained(path).to(device) for name, path in zip(names, paths)}

@@ -1,4 +1,4 @@
-"""How much of a codebook token ids use, and how many bits and bytes they take."""
+"""Codebook usage of token ids, and their bits and bytes."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class CodebookFigures:
-    """How much of the codebook the token ids of all images use."""
+    """Codebook usage and bits of the token ids of all images."""
 
     codebook_size: int  # K
-    tokens: int  # ids counted; at most this many codes can be used
+    tokens: int  # ids counted, the most codes that could be used
     distinct: int
     usage: float  # distinct / K, in [0, 1]
     perplexity: float  # exp of the entropy, in [1, K]
-    entropy_bits: float  # bits a token under the ideal order-0 code of these very ids; log2 K when all are as likely
-    adaptive_bits: float  # bits a token under an adaptive code that knows nothing beforehand and learns as it goes
+    entropy_bits: float  # bits a token under the ideal order-0 code of these ids; log2 K if all are equally likely
+    adaptive_bits: float  # bits a token under an adaptive code without prior knowledge
 
 
 class CodebookCounter:
@@ -34,30 +34,30 @@ class CodebookCounter:
         self._counts += torch.bincount(token_ids.flatten().cpu(), minlength=len(self._counts))
 
     def share(self, total: Callable[[Sequence[int]], list[int]]) -> None:
-        """Count what every rank has counted; ``total`` adds up numbers over them."""
+        """Sum the counts of all ranks with ``total``."""
         self._counts = torch.tensor(total(self._counts.tolist()))
 
     def figures(self) -> CodebookFigures:
         """Usage, perplexity and bits of all ids so far (at least one).
 
-        Of few ids the entropy is too low, since it grants the code table for free; the adaptive code
-        (Krichevsky-Trofimov: each code starts at count 1/2) pays for it, so the truth lies between the two.
+        For few ids the entropy is too low, because it does not count the code table; the adaptive code
+        (Krichevsky-Trofimov: each code starts at count 1/2) includes it, so the true value lies between the two.
         """
         total, size = int(self._counts.sum()), len(self._counts)
         p = self._counts[self._counts > 0].double() / total
         entropy = abs(float(-(p * p.log()).sum()))  # nats; abs: a single code gives -0.0
         half = torch.tensor(0.5).double()
-        code = torch.lgamma(total + size * half) - torch.lgamma(size * half)  # nats, whatever the order of the ids
+        code = torch.lgamma(total + size * half) - torch.lgamma(size * half)  # nats, for any order of the ids
         code = code - (torch.lgamma(self._counts + half) - torch.lgamma(half)).sum()
         bits = entropy / math.log(2), float(code) / total / math.log(2)
         return CodebookFigures(size, total, len(p), len(p) / size, math.exp(entropy), *bits)
 
 
 def bits_per_pixel(bytes_per_image: float, pixels: float) -> float:
-    """Bits per pixel of an image of so many ``pixels`` that takes ``bytes_per_image``."""
+    """Bits per pixel of an image of ``pixels`` pixels in ``bytes_per_image``."""
     return 8 * bytes_per_image / pixels
 
 
 def token_bytes(tokens_per_image: int, codebook_size: int) -> int:
-    """Bytes that hold ``tokens_per_image`` ids of ceil(log2 K) bits: 256 ids of 16,384 codes take 448."""
+    """Bytes of ``tokens_per_image`` ids of ceil(log2 K) bits: 448 for 256 ids of 16,384 codes."""
     return math.ceil(tokens_per_image * max(1, math.ceil(math.log2(codebook_size))) / 8)

@@ -1,4 +1,4 @@
-"""How fast: images a second through encode and decode, peak memory, and how soon a command answers."""
+"""Speed: images per second of encode and decode, peak memory, and seconds to the first result of a command."""
 
 from __future__ import annotations
 
@@ -38,20 +38,24 @@ class Speed:
 def measure_speeds(
     coders: Sequence[Coder], images: Tensor, *, dtype: torch.dtype = torch.float32, repeats: int = 3
 ) -> dict[str, Speed]:
-    """Speed of each coder by its name, on ``images`` (B, 3, S, S) in [-1, 1]; a model encodes once for all of its."""
+    """The speed of each coder by its name, on ``images`` (B, 3, S, S) in [-1, 1].
+
+    Each model encodes once for all its coders.
+    """
     speeds: dict[str, Speed] = {}
     encoded: dict[str, tuple[Tensor, float]] = {}  # ids and seconds, by model
     for coder in coders:
-        here, device = images.to(coder.device), coder.device
+        inputs, device = images.to(coder.device), coder.device
         cuda = device.type == "cuda"
         if cuda:
             torch.cuda.reset_peak_memory_stats(device)
         if coder.model not in encoded:
-            seconds = _seconds(lambda: coder.encode(here), device, repeats)  # noqa: B023  called at once
-            encoded[coder.model] = coder.encode(here), seconds
+            seconds = _seconds(lambda: coder.encode(inputs), device, repeats)  # noqa: B023  called at once
+            encoded[coder.model] = coder.encode(inputs), seconds
         ids, encode = encoded[coder.model]
         ids, seeds = ids[:, : coder.tokens].to(device), range(len(images))
-        decode = _seconds(lambda: coder.decode(ids, seeds, (images.shape[2], images.shape[3])), device, repeats)  # noqa: B023
+        size = (images.shape[2], images.shape[3])
+        decode = _seconds(lambda: coder.decode(ids, seeds, size), device, repeats)  # noqa: B023
         speeds[coder.name] = Speed(
             encode_images_per_s=len(images) / encode,
             decode_images_per_s=len(images) / decode,
@@ -94,10 +98,10 @@ def help_seconds(commands: Sequence[str], repeats: int = 3) -> dict[str, float]:
 
 
 def first_answer_seconds(commands: Sequence[str], repeats: int = 3) -> dict[str, float]:
-    """Median seconds of `python -c "import torch"` (key "import torch"), and of the first picture of each
-    of ``commands``: encode, and after it decode and generate.
+    """Median seconds of `python -c "import torch"` (key "import torch"), and of one picture by each of ``commands``:
+    encode, then decode and generate.
 
-    Every one is a new process, the embedded model's time included.
+    Each is a new process, including the load of the embedded model.
     """
     with tempfile.TemporaryDirectory() as folder:
         photo, tokens = Path(folder, "photo.png"), Path(folder, "tokens")

@@ -1,4 +1,4 @@
-"""JPEG, WebP and AVIF at a given number of bytes: the best of several downscales and qualities, measured."""
+"""JPEG, WebP and AVIF within a number of bytes: the best of several downscales and qualities."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _RESAMPLE = Image.Resampling.LANCZOS
 
 @dataclass(frozen=True)
 class Codec:
-    """An image format as Pillow writes it."""
+    """An image format that Pillow writes."""
 
     name: str
-    feature: str  # what Pillow calls it in ``features``
+    feature: str  # its name in Pillow's ``features``
     min_quality: int
     max_quality: int
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -47,19 +47,19 @@ class CodecResult:
 
 def available_codecs() -> tuple[list[Codec], list[str]]:
     """The codecs that this Pillow can write, and one line for each that it cannot."""
-    have = [codec for codec in CODECS if features.check(codec.feature)]
+    available = [codec for codec in CODECS if features.check(codec.feature)]
     lines = [
         f"{codec.name} is left out: this build of Pillow lacks it (wheels of Pillow 11.3 and later have it)."
         for codec in CODECS
-        if codec not in have
+        if codec not in available
     ]
-    return have, lines
+    return available, lines
 
 
 def best_at(codec: Codec, pixels: np.ndarray, budget: int) -> CodecResult:
     """The best by PSNR over all downscales, each at the highest quality that fits into ``budget`` bytes.
 
-    Where no setting fits, the smallest file that was tried, with its real size.
+    If no setting fits, the smallest file that was tried, with its real size.
     Args:  pixels, (H, W, 3) uint8; budget, bytes.
     """
     image = Image.fromarray(pixels)
@@ -76,7 +76,7 @@ def best_at(codec: Codec, pixels: np.ndarray, budget: int) -> CodecResult:
         elif smallest is None or len(content) < len(smallest[0]):
             smallest = (content, downscale, quality)
     if best is None:
-        assert smallest is not None  # nothing fitted, so something was too large
+        assert smallest is not None  # if none fitted, all were too large
         best = _decode(smallest[0], pixels, *smallest[1:])
     return best
 

@@ -1,12 +1,12 @@
-"""A tokenizer at one setting, as the bench sees it: ours, or anybody's that follows a small protocol.
+"""A tokenizer at one setting for the bench: ours, or an external one that follows a small protocol.
 
-The protocol for a tokenizer that is not ours (``--external module:factory``): an object with
+The protocol of an external tokenizer (``--external module:factory``): an object with
 
     codebook_size                   int, ids lie in [0, codebook_size)
     encode(images) -> ids           (B, 3, S, S) float in [-1, 1] -> (B, L) integers
     decode(ids) -> images           (B, L) -> (B, 3, S, S) float in [-1, 1]
 
-and, if it likes, ``name`` (str) and ``weights_digest`` (str).
+and optionally ``name`` (str) and ``weights_digest`` (str).
 """
 
 from __future__ import annotations
@@ -45,20 +45,19 @@ class Coder:
     tokens: int | None = None  # decode only the first so many ids
     weights_digest: str | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    length: int | None = None  # what ``encode`` is asked for: one of several lengths, not a prefix
+    length: int | None = None  # the length of ``encode``, if there are several that are no prefixes of each other
 
     @property
     def source(self) -> str:
-        """Names the ids: the model, and the length where it has several that are no prefixes of each other."""
+        """A name for the ids: the model, and the length if there are several that are no prefixes of each other."""
         return self.model if self.length is None else f"{self.model} at {self.length} tokens"
 
 
 def v2flow_coder(model: str, tokenizer: V2FlowTokenizer, setting: Setting, dtype: torch.dtype = torch.float32) -> Coder:
-    """A tokenizer of ours, its products in ``dtype``, as the commands encode and decode."""
-
+    """A tokenizer of ours, with products in ``dtype``, as in the commands."""
     tokenizer = tokenizer.with_decoder(setting.decoder)
     length = None if tokenizer.flexible else setting.tokens
-    named = {"decoder": tokenizer.decoder_name} if len(tokenizer.decoder_names) > 1 else {}
+    decoder = {"decoder": tokenizer.decoder_name} if len(tokenizer.decoder_names) > 1 else {}
 
     def encode(images: Tensor) -> Tensor:
         with inference(tokenizer, dtype):
@@ -75,7 +74,7 @@ def v2flow_coder(model: str, tokenizer: V2FlowTokenizer, setting: Setting, dtype
         encode,
         decode,
         tokenizer.config.codebook_size,
-        {**named, **(tokenizer.config.sampling or {}), **setting.values},
+        {**decoder, **(tokenizer.config.sampling or {}), **setting.values},
         setting.tokens,
         tokenizer.digest,
         tokenizer.device,
@@ -85,67 +84,67 @@ def v2flow_coder(model: str, tokenizer: V2FlowTokenizer, setting: Setting, dtype
 
 @contextlib.contextmanager
 def inference(tokenizer: V2FlowTokenizer, dtype: torch.dtype) -> Iterator[None]:
-    """No gradients, and products in ``dtype``, as the commands encode and decode."""
+    """No gradients, and products in ``dtype``, as in the commands."""
     kind = tokenizer.device.type
     with torch.inference_mode(), torch.autocast(kind, dtype, enabled=dtype != torch.float32):
         yield
 
 
-def load_external(place: str) -> Coder:
-    """The tokenizer that ``place`` makes: ``package.module:factory`` or ``path/to/file.py:factory``.
+def load_external(name: str) -> Coder:
+    """The tokenizer that ``name`` builds: ``package.module:factory`` or ``path/to/file.py:factory``.
 
-    The user's own code is imported and run, by explicit request only; ``factory`` takes no arguments.
-    Raises:  ModelError when it cannot be imported, or what it makes does not follow the protocol above.
+    It imports and runs the user's own code; ``factory`` takes no arguments.
+    Raises:  ModelError if it cannot be imported, or its result does not follow the protocol above.
     """
-    source, _, factory = place.rpartition(":")
+    source, _, factory = name.rpartition(":")
     if not source or not factory:
-        raise ModelError(f"--external {place}: expected MODULE:FACTORY or FILE.py:FACTORY.")
+        raise ModelError(f"--external {name}: expected MODULE:FACTORY or FILE.py:FACTORY.")
     try:
-        made = getattr(_import(source), factory)()
+        external = getattr(_import(source), factory)()
     except Exception as error:  # whatever the user's code raises
-        raise ModelError(f"--external {place}: {type(error).__name__}: {error}.") from error
-    missing = [name for name in ("encode", "decode", "codebook_size") if not hasattr(made, name)]
+        raise ModelError(f"--external {name}: {type(error).__name__}: {error}.") from error
+    missing = [attribute for attribute in ("encode", "decode", "codebook_size") if not hasattr(external, attribute)]
     if missing:
         raise ModelError(
-            f"--external {place}: {type(made).__name__} has no {', '.join(missing)}; expected encode(images) -> ids, "
-            "decode(ids) -> images and codebook_size."
+            f"--external {name}: {type(external).__name__} has no {', '.join(missing)}; expected "
+            "encode(images) -> ids, decode(ids) -> images and codebook_size."
         )
-    name, codes = str(getattr(made, "name", factory)), int(made.codebook_size)
+    label, codes = str(getattr(external, "name", factory)), int(external.codebook_size)
 
     def encode(images: Tensor) -> Tensor:
         with torch.inference_mode():
-            ids = torch.as_tensor(made.encode(images)).long().cpu()
+            ids = torch.as_tensor(external.encode(images)).long().cpu()
         if ids.ndim != 2 or len(ids) != len(images) or not 0 <= int(ids.min()) <= int(ids.max()) < codes:
             raise ModelError(
-                f"--external {place}: encode returned {_describe(ids)} for {len(images)} images; expected "
+                f"--external {name}: encode returned {_describe(ids)} for {len(images)} images; expected "
                 f"({len(images)}, L) in [0, {codes})."
             )
         return ids
 
     def decode(ids: Tensor, seeds: Sequence[int], size: tuple[int, int]) -> Tensor:
         with torch.inference_mode():
-            images = torch.as_tensor(made.decode(ids)).float().cpu()
+            images = torch.as_tensor(external.decode(ids)).float().cpu()
         if images.shape != (len(ids), 3, *size) or not images.isfinite().all():
             raise ModelError(
-                f"--external {place}: decode returned {_describe(images)}; expected finite "
+                f"--external {name}: decode returned {_describe(images)}; expected finite "
                 f"({len(ids)}, 3, {size[0]}, {size[1]}) in [-1, 1]."
             )
         return images
 
-    digest = getattr(made, "weights_digest", None)
-    return Coder(name, name, "external", encode, decode, codes, {"external": place}, None, digest and str(digest))
+    digest = getattr(external, "weights_digest", None)
+    return Coder(label, label, "external", encode, decode, codes, {"external": name}, None, digest and str(digest))
 
 
 def _import(source: str) -> Any:
     if not source.endswith(".py"):
         if "" not in sys.path:
-            sys.path.insert(0, "")  # a module in the current folder, as `python -m` finds it
+            sys.path.insert(0, "")  # so that modules in the current folder are found, as by `python -m`
         return importlib.import_module(source)
     spec = importlib.util.spec_from_file_location(Path(source).stem, source)
     if spec is None or spec.loader is None:
         raise ImportError(f"{source} is not a Python file")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[module.__name__] = module  # dataclasses and pickles of the user look themselves up there
+    sys.modules[module.__name__] = module  # the user's dataclasses need their module there
     spec.loader.exec_module(module)
     return module
 

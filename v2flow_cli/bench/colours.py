@@ -1,4 +1,4 @@
-"""The main colour of an object, as one of the names in ``prompts.COLOURS``, by its pixels.
+"""The main colour of an object by its pixels, as one of the names in ``prompts.COLOURS``.
 
 Pictures here are arrays (H, W, 3) uint8.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
-#: Hue in degrees up to which a strong colour has this name; red goes round.
+#: Hue in degrees up to which a saturated colour has this name; red is at both ends.
 HUES: tuple[tuple[int, str], ...] = (
     (14, "red"),
     (42, "orange"),
@@ -20,7 +20,7 @@ HUES: tuple[tuple[int, str], ...] = (
 )
 HUES += ((343, "pink"), (360, "red"))
 BROWN_VALUE = 0.78  # of 1: a darker orange is called brown
-PLAIN_WEIGHT = 0.5  # of black, white and grey pixels: outlines, eyes and highlights are rarely what is asked for
+PLAIN_WEIGHT = 0.5  # of black, white and grey pixels: outlines, eyes and highlights are rarely the colour in a prompt
 
 
 def name_pixels(pixels: np.ndarray) -> np.ndarray:
@@ -40,9 +40,10 @@ def name_pixels(pixels: np.ndarray) -> np.ndarray:
 
 
 def main_colour(pixels: np.ndarray) -> str:
-    """The name that most of the pixels (N, 3) of an object have, black, white and grey counting ``PLAIN_WEIGHT``.
+    """The most frequent colour name of an object's pixels (N, 3).
 
-    Of 700 drawings whose title names a colour it is that colour for 89%.
+    Black, white and grey are weighted by ``PLAIN_WEIGHT``. For 89% of 700 drawings with a colour in their title it is
+    that colour.
     """
     names, counts = np.unique(name_pixels(pixels), return_counts=True)
     weights = np.where(np.isin(names, ("black", "white", "grey")), PLAIN_WEIGHT, 1.0)

@@ -1,4 +1,4 @@
-"""``bench --draw``: how well a drawing LLM follows its prompts, and whether it copies what it was trained on."""
+"""``bench draw``: how well a drawing LLM follows its prompts, and whether it copies its training pictures."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from v2flow_cli.llm.sample import DrawingLM
 from v2flow_cli.tokenizer import V2FlowTokenizer
 from v2flow_cli.tokenizer.preprocess import to_uint8
 
-COPIES = 200  # training pictures that are taken through the tokenizer, to see how near copies would be
+COPIES = 200  # training pictures, after the tokenizer, that show how near copies would be
 PARTS = ("all", "noun", "noun_in_5", "colour", "count", "place")
 Z95 = 1.959964
 
@@ -36,7 +36,10 @@ class Share:
 
 
 def share_of(right: Sequence[bool], trials: int | None = None) -> Share:
-    """The share that is true.  ``trials``: independent ones among them (default: all).  Raises: ValueError for none."""
+    """The share of true values.  ``trials``: the number of independent ones (default: all).
+
+    Raises: ValueError for no values.
+    """
     if not right:
         raise ValueError("no trials")
     p, n = sum(right) / len(right), trials or len(right)
@@ -47,10 +50,10 @@ def share_of(right: Sequence[bool], trials: int | None = None) -> Share:
 
 @dataclass(frozen=True)
 class KindFigures:
-    """One kind of prompt: what was right in the drawn pictures, and what the judge finds right in real ones.
+    """One kind of prompt: the shares that the judge finds right in drawn pictures, and in real ones.
 
-    drawn, real, real_tokens: by ``PARTS``; real_tokens are the real pictures through the tokenizer, as many tokens as
-    the LLM draws. Prompts are the trials of ``drawn``: pictures of one prompt are not independent.
+    drawn, real, real_tokens: by ``PARTS``; real_tokens are real pictures after the tokenizer, with as many tokens as
+    the LLM draws. The trials of ``drawn`` are prompts, because pictures of one prompt are not independent.
     """
 
     kind: str
@@ -73,11 +76,11 @@ class Spread:
 
 @dataclass(frozen=True)
 class Copies:
-    """How near drawn pictures come to training pictures, beside pictures that were not trained on, and copies.
+    """Distances of drawn pictures to training pictures, beside those of held-out pictures and of copies.
 
-    held_out, held_out_tokens: pictures that were not trained on, as they are and through the tokenizer; copies:
-    training pictures through the tokenizer. nearer: share of the drawn ones that are nearer than 95% of
-    held_out_tokens are; 5% is what pictures that copy nothing would have.
+    held_out, held_out_tokens: pictures without training, before and after the tokenizer; copies: training pictures
+    after the tokenizer. nearer: share of the drawn pictures that are nearer than 95% of held_out_tokens; without
+    copying it would be 5%.
     """
 
     drawn: Spread
@@ -89,7 +92,7 @@ class Copies:
 
 @dataclass(frozen=True)
 class Drawing:
-    """One picture that was drawn; pixels (H, W, 3) uint8."""
+    """One drawn picture; pixels (H, W, 3) uint8."""
 
     prompt: Prompt
     file: Path
@@ -99,7 +102,7 @@ class Drawing:
 
 @dataclass(frozen=True)
 class DrawBench:
-    """What ``measure_drawing`` found; copies is None where no picture was held out."""
+    """The result of ``measure_drawing``; copies is None if no picture was held out."""
 
     drawings: tuple[Drawing, ...]
     figures: tuple[KindFigures, ...]
@@ -123,15 +126,15 @@ def measure_drawing(
     dtype: torch.dtype = torch.float32,
     tick: Callable[[int], None] = lambda advance: None,
 ) -> DrawBench:
-    """Draw every prompt at every seed into PNG files in ``out``, and judge them beside real pictures.
+    """Draw every prompt at every seed into PNG files in ``out``, and judge them and real pictures.
 
-    Args:    training, pictures that the LLM learned from, in the judge's space; held_out, pictures that neither the LLM
-             nor the judge has; per_kind, most real pictures of each kind of prompt that the judge is tried on.
+    Args:    training, the LLM's training pictures in the judge's space; held_out, pictures that neither the LLM nor the
+             judge has; per_kind, the most real pictures of each kind of prompt for the judge.
     """
     by_text = {prompt.text: prompt for prompt in prompts}
     plan = plan_pictures(list(by_text), seeds, [temperature])
-    drawn = draw_pictures(llm, tokenizer, plan, out, settings, batch_size=batch_size, dtype=dtype, tick=tick)
-    pictures = [(picture, np.asarray(image)) for picture, image in drawn]
+    results = draw_pictures(llm, tokenizer, plan, out, settings, batch_size=batch_size, dtype=dtype, tick=tick)
+    pictures = [(picture, np.asarray(image)) for picture, image in results]
     pairs = [(by_text[picture.prompt], pixels) for picture, pixels in pictures]
     verdicts = judge.verdicts(pairs)
 
@@ -142,17 +145,17 @@ def measure_drawing(
     nouns = list(nouns_with_colours(judge.references, least=1))
     kinds = {prompt.kind for prompt in prompts}
     real = [pair for pair in real_pictures(held_out, nouns, per_kind, seed=0) if pair[0].kind in kinds]
-    asked_of_real = [prompt for prompt, _ in real]
-    back = through_tokens([pixels for _, pixels in real])
+    real_prompts = [prompt for prompt, _ in real]
+    reconstructions = through_tokens([pixels for _, pixels in real])
     figures = summarise(
         [(prompt, verdict) for (prompt, _), verdict in zip(pairs, verdicts)],
-        list(zip(asked_of_real, judge.verdicts(real))),
-        list(zip(asked_of_real, judge.verdicts(list(zip(asked_of_real, back))))),
+        list(zip(real_prompts, judge.verdicts(real))),
+        list(zip(real_prompts, judge.verdicts(list(zip(real_prompts, reconstructions))))),
     )
     copies = None
     if held_out:
-        unseen = [reference.pixels() for reference in held_out[:COPIES]]
-        copies = measure_copies(judge, training, [pixels for _, pixels in pictures], unseen, through_tokens)
+        others = [reference.pixels() for reference in held_out[:COPIES]]
+        copies = measure_copies(judge, training, [pixels for _, pixels in pictures], others, through_tokens)
     drawings = tuple(
         Drawing(prompt, out / f"{picture.name}.png", pixels, verdict)
         for (picture, pixels), (prompt, _), verdict in zip(pictures, pairs, verdicts)
@@ -165,18 +168,18 @@ def summarise(
     real: Sequence[tuple[Prompt, Verdict]],
     real_tokens: Sequence[tuple[Prompt, Verdict]],
 ) -> list[KindFigures]:
-    """The figures of every kind of prompt that was drawn; prompts that were not understood are none."""
+    """The figures of every kind of prompt; prompts of kind "other" have none."""
     figures = []
     for kind in KINDS:
-        mine = [(prompt, verdict) for prompt, verdict in drawn if prompt.kind == kind]
-        if mine:
-            prompts = len({prompt.text for prompt, _ in mine})
+        of_kind = [(prompt, verdict) for prompt, verdict in drawn if prompt.kind == kind]
+        if of_kind:
+            prompts = len({prompt.text for prompt, _ in of_kind})
             figures.append(
                 KindFigures(
                     kind,
                     prompts,
-                    len(mine),
-                    _parts(mine, prompts),
+                    len(of_kind),
+                    _parts(of_kind, prompts),
                     _parts([pair for pair in real if pair[0].kind == kind]),
                     _parts([pair for pair in real_tokens if pair[0].kind == kind]),
                 )
@@ -196,21 +199,21 @@ def measure_copies(
     held_out: Sequence[np.ndarray],
     through_tokens: Callable[[Sequence[np.ndarray]], list[np.ndarray]],
 ) -> Copies:
-    """Distances to the pictures of ``training``; ``COPIES`` of them are taken for copies, evenly from all.
+    """Distances to the pictures of ``training``; ``COPIES`` of them, evenly spaced, serve as copies.
 
     Args:    through_tokens, pictures to tokens and back.
     """
     step = max(1, len(training.references) // COPIES)
-    known = [reference.pixels() for reference in training.references[::step]]
+    originals = [reference.pixels() for reference in training.references[::step]]
 
     def distances(pictures: Sequence[np.ndarray]) -> torch.Tensor:
         return training.distances(judge.embed(whole_object(picture) for picture in pictures))
 
-    mine, copies = distances(drawn), distances(through_tokens(known))
+    to_drawn, copies = distances(drawn), distances(through_tokens(originals))
     others, others_tokens = distances(held_out), distances(through_tokens(held_out))
-    border = float(torch.quantile(others_tokens, 0.05))
-    nearer = share_of([float(value) < border for value in mine])
-    return Copies(_spread(mine), _spread(others), _spread(others_tokens), _spread(copies), nearer)
+    threshold = float(torch.quantile(others_tokens, 0.05))
+    nearer = share_of([float(value) < threshold for value in to_drawn])
+    return Copies(_spread(to_drawn), _spread(others), _spread(others_tokens), _spread(copies), nearer)
 
 
 def _spread(distances: torch.Tensor) -> Spread:
@@ -226,9 +229,9 @@ def reconstruct(
     batch_size: int = 16,
     dtype: torch.dtype = torch.float32,
 ) -> list[np.ndarray]:
-    """Pictures as ``num_tokens`` tokens and back, at the tokenizer's own size: the best that an LLM could draw.
+    """Pictures as ``num_tokens`` tokens and back, at the tokenizer's image size: the best that an LLM could draw.
 
-    A picture that is not square gets white margins: the centre crop would cut it.
+    A picture that is not square gets white margins, because the centre crop would cut it.
     """
     results: list[np.ndarray] = []
     size = tokenizer.config.image_size

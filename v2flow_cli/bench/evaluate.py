@@ -1,4 +1,4 @@
-"""One pass over the images: every system reconstructs each batch, every figure is taken per image."""
+"""One pass over the images: every system reconstructs each batch, and figures are computed per image."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from v2flow_cli.tokenizer.preprocess import fitted_size, image_to_tensor, to_uin
 
 @dataclass(frozen=True)
 class ImageFigures:
-    """One system on one image; ``values`` by the key of every metric that is taken per image, None where missing."""
+    """One system on one image; ``values`` by the key of every metric of images, None if missing."""
 
     image: str
     system: str
@@ -40,12 +40,12 @@ class ImageFigures:
 WHOLE_PICTURE = (
     "whole picture at the size nearest to image_size squared and to its shape in multiples of {} pixels (Pillow "
     "bicubic, antialiased), centre"
-)  # the protocol's crop where pictures keep their shapes
+)  # the protocol's crop if pictures keep their shapes
 
 
 @dataclass(frozen=True)
 class Row:
-    """One system over all images; ``values`` by the key of every metric: an Estimate where it is taken per image."""
+    """One system over all images; ``values`` by the key of every metric: an Estimate for metrics of images."""
 
     system: str
     kind: str  # tokenizer, external, autoencoder or codec
@@ -61,7 +61,7 @@ class Row:
 
 @dataclass(frozen=True)
 class KeptImage:
-    """What the report shows of an image: reference and systems' pictures (S, S, 3) uint8, ids (L,) by system."""
+    """An image for the report: reference and systems' pictures (S, S, 3) uint8, ids (L,) by system."""
 
     name: str
     reference: np.ndarray
@@ -71,7 +71,7 @@ class KeptImage:
 
 @dataclass(frozen=True)
 class Result:
-    """Everything one pass measured: one protocol, one table."""
+    """The result of one pass: one protocol, one table."""
 
     protocol: Protocol
     rows: tuple[Row, ...]
@@ -89,7 +89,7 @@ class Result:
 
 @dataclass
 class _Sums:
-    """What is gathered of one system over the batches."""
+    """The sums of one system over the batches."""
 
     system: System
     counter: CodebookCounter | None
@@ -99,7 +99,7 @@ class _Sums:
 
     @property
     def mean_tokens(self) -> float | None:
-        """Tokens an image; a whole number where all have as many."""
+        """Tokens per image; an int if it is a whole number."""
         if not self.tokens:
             return None
         mean = sum(self.tokens) / len(self.tokens)
@@ -122,13 +122,13 @@ def evaluate(
 ) -> Result:
     """Figures of every system on every photo; memory holds one batch, the figures, and ``keep`` images.
 
-    Of several ``ranks`` each reads all photos and reconstructs every so many-th batch; all return the same figures, and
-    the first one also what is kept.
+    Each of several ``ranks`` reads all photos and reconstructs its share of the batches; all return the same figures,
+    and the first one also the images for the report.
 
     Args:    photos, (name, RGB image) pairs with distinct names; size in pixels, and multiple, as ``batches`` takes
-             them; an image is decoded from ``image_seed(seed, name)``, as the decode command does; speeds, by
-             system, where they were measured.
-    Raises:  DataError when there is no photo.
+             them; seed: an image is decoded from ``image_seed(seed, name)``, as by the decode command; speeds, by
+             system, if they were measured; keep, the number of images for the report.
+    Raises:  DataError if there is no photo.
     """
     sums = [_start(system, networks) for system in systems]
     kept: list[KeptImage] = []
@@ -141,13 +141,13 @@ def evaluate(
         count += len(names)
         pixels += batch.reference.shape[:3].numel()
         tick(len(names))
-        mine, shown = number % ranks.count == ranks.rank, ranks.rank == 0 and len(kept) < keep
-        if not (mine or shown):
+        measured, shown = number % ranks.count == ranks.rank, ranks.rank == 0 and len(kept) < keep
+        if not (measured or shown):
             continue
         outputs = {}
         for of_system in sums:
             out = outputs[of_system.system.name] = of_system.system.reconstruct(batch)
-            if not mine:
+            if not measured:
                 continue
             of_system.figures += _measure(names, of_system.system.name, batch.reference, out, networks)
             for metric in of_system.of_set.values():
@@ -160,7 +160,7 @@ def evaluate(
             ids = {name: out.token_ids[i].numpy() for name, out in outputs.items() if out.token_ids is not None}
             kept.append(KeptImage(names[i], batch.reference[i].numpy(), pictures, ids))
     if not count:
-        raise DataError("No image could be read, so there is nothing to measure.")
+        raise DataError("No image could be read.")
     for of_system in sums:
         _share(of_system, ranks, batch_size)
     protocol = Protocol(
@@ -181,11 +181,11 @@ def evaluate(
 
 
 def _share(sums: _Sums, ranks: Processes, batch_size: int) -> None:
-    """Give every rank what all ranks have gathered, in the order of the photos."""
+    """Give every rank the sums of all ranks, in the order of the photos."""
     if ranks.count == 1:
         return
-    mine = {"tokens": sums.tokens, "figures": [astuple(figures) for figures in sums.figures]}
-    parts_of_all = [json.loads(text) for text in gather_texts(json.dumps(mine))]
+    record = {"tokens": sums.tokens, "figures": [astuple(figures) for figures in sums.figures]}
+    parts_of_all = [json.loads(text) for text in gather_texts(json.dumps(record))]
     sums.tokens = [count for each in parts_of_all for count in each["tokens"]]
     parts = [[ImageFigures(*values) for values in each["figures"]] for each in parts_of_all]
     sums.figures = []
@@ -201,16 +201,16 @@ def batches(
 ) -> Iterator[list[tuple[list[str], Batch]]]:
     """The photos, ``batch_size`` at a time, as (names, batch) for each size among them.
 
-    Args:  size, pixels of a square's side, through the one crop of the product; with ``multiple`` of one as large as a
-           picture that keeps its shape, on a grid of so many pixels.
+    Args:  size, side in pixels of the centre crop; with ``multiple`` pictures keep their shapes, with the area of that
+           square and sides that are multiples of ``multiple`` pixels.
     """
     stream = iter(photos)
     while chunk := list(itertools.islice(stream, batch_size)):
         of_size: dict[tuple[int, int], list[tuple[str, Image.Image]]] = {}
         for name, image in chunk:
-            fitted = fitted_size(*image.size, size, multiple) if multiple else (size, size)
-            of_size.setdefault(fitted, []).append((name, image))
-        yield [_batch(images, fitted, seed) for fitted, images in of_size.items()]
+            shape = fitted_size(*image.size, size, multiple) if multiple else (size, size)
+            of_size.setdefault(shape, []).append((name, image))
+        yield [_batch(images, shape, seed) for shape, images in of_size.items()]
 
 
 def _batch(photos: Sequence[tuple[str, Image.Image]], size: tuple[int, int], seed: int) -> tuple[list[str], Batch]:

@@ -1,4 +1,4 @@
-"""How well an LLM draws, in figures: its loss on visual tokens, and whether a picture fits its own caption best."""
+"""Figures of a drawing LLM: its loss on visual tokens, and whether a caption makes its own image more likely."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ class LLMFigures:
     other_caption_loss: float  # under another photo's
     no_caption_loss: float  # under the empty prompt
     ln_codebook_size: float  # a uniform guess
-    unigram_entropy: float  # of the measured ids: a code's own frequency among them, known beforehand
-    unigram_trained: float | None  # the measured ids under the frequencies of the training set
-    matched_share: float  # likelier under the own caption than under the other; a tie is half; chance is 0.5
+    unigram_entropy: float  # of the measured ids, by the frequencies of the codes among them
+    unigram_trained: float | None  # the measured ids by the frequencies of the training set
+    matched_share: float  # more likely under the own caption than under the other; a tie is half; chance is 0.5
     matched_ci95: float  # half-width
 
 
@@ -48,11 +48,11 @@ def read_captioned(
     tick: Callable[[int], None],
     not_taken: NotTaken | None = None,
 ) -> list[TokenSample]:
-    """The captioned images of token sets (what ``encode`` wrote), tars or folders; photos are encoded at ``length``.
+    """The captioned images of token sets, tars or folders; photos are encoded at ``length``.
 
-    What else lies there, images without a caption above all, goes to ``not_taken``.
-    Raises:  DataError where fewer than two images have a caption, or a photo cannot be read; TokenFileError for
-             tokens of another tokenizer.
+    Images without a caption and other files are added to ``not_taken``.
+    Raises:  DataError if fewer than two images have a caption, or a photo cannot be read; TokenFileError for tokens of
+             another tokenizer.
     """
     left = NotTaken() if not_taken is None else not_taken
     pairs: list[TokenSample] = []
@@ -102,9 +102,9 @@ def measure_llm(
     seed: int = 0,
     tick: Callable[[int], None] = lambda advance: None,
 ) -> LLMFigures:
-    """``pairs``, at least two, each under its first caption, under that of another one, and under none.
+    """Losses of ``pairs``, at least two, each under its first caption, under that of another one, and under none.
 
-    Which other one is drawn from ``seed``: a cycle through all of them in random order, so nobody meets itself.
+    The other one comes from ``seed``: a random cycle through all of them, so that none is its own.
     """
     order = np.random.default_rng(seed).permutation(len(pairs))
     other = {int(i): int(j) for i, j in zip(order, np.roll(order, -1))}
@@ -115,7 +115,7 @@ def measure_llm(
     ]
     ids = np.concatenate([pair.token_ids for pair in pairs])
     share = float(((losses[0] < losses[1]) + 0.5 * (losses[0] == losses[1])).double().mean())
-    counts, trained = np.bincount(ids, minlength=llm.vocabulary.codebook_size), trained_counts(llm)
+    counts, train_counts = np.bincount(ids, minlength=llm.vocabulary.codebook_size), training_counts(llm)
     return LLMFigures(
         photos=len(pairs),
         tokens=len(ids),
@@ -124,7 +124,9 @@ def measure_llm(
         no_caption_loss=float(losses[2].sum()) / len(ids),
         ln_codebook_size=math.log(llm.vocabulary.codebook_size),
         unigram_entropy=_cross_entropy(ids, counts / len(ids)),
-        unigram_trained=None if trained is None else _cross_entropy(ids, (trained + 1) / (trained + 1).sum()),
+        unigram_trained=(
+            None if train_counts is None else _cross_entropy(ids, (train_counts + 1) / (train_counts + 1).sum())
+        ),
         matched_share=share,
         matched_ci95=1.96 * math.sqrt(share * (1 - share) / len(pairs)),
     )
@@ -138,15 +140,15 @@ def caption_losses(
     batch_size: int,
     tick: Callable[[int], None] = lambda advance: None,
 ) -> torch.Tensor:
-    """-log p of each image's visual tokens given the caption beside it, in nats an image, (N,) float64."""
+    """-log p of each image's visual tokens given its caption, in nats an image, (N,) float64."""
     vocabulary, model = llm.vocabulary, llm.model
-    found = []
+    parts = []
     for first in range(0, len(pairs), batch_size):
-        chosen = slice(first, first + batch_size)
+        part = slice(first, first + batch_size)
         batch = collate(
             [
                 sample(vocabulary, caption_ids(llm.text_tokenizer, caption), pair.token_ids)
-                for caption, pair in zip(captions[chosen], pairs[chosen])
+                for caption, pair in zip(captions[part], pairs[part])
             ],
             pad_id=0,
         )
@@ -154,15 +156,15 @@ def caption_losses(
         out = labelled_losses(model, model.get_output_embeddings(), input_ids, labels)
         visual = out.losses.double() * vocabulary.is_visual(out.targets)
         sums = torch.zeros(len(batch["labels"]), dtype=torch.float64, device=model.device)
-        found.append(sums.index_add_(0, out.rows, visual).cpu())
+        parts.append(sums.index_add_(0, out.rows, visual).cpu())
         tick(len(sums))
-    return torch.cat(found)
+    return torch.cat(parts)
 
 
-def trained_counts(llm: DrawingLM) -> np.ndarray | None:
-    """How often each code was trained on, (K,); None where the LLM's folder does not say.
+def training_counts(llm: DrawingLM) -> np.ndarray | None:
+    """How often each code occurs in the training data, (K,); None if the LLM's folder has no counts.
 
-    Raises:  ModelError for a file that is damaged.
+    Raises:  ModelError for a damaged file.
     """
     path = Path(llm.name, TOKEN_COUNTS)
     if not path.is_file():

@@ -19,12 +19,12 @@ from v2flow_cli.bench.candidates import Batch
 from v2flow_cli.bench.codebook_use import CodebookFigures, bits_per_pixel
 from v2flow_cli.bench.codec_speed import Speed
 from v2flow_cli.bench.networks import MetricNetworks
-from v2flow_cli.bench.perceptual import Features, FrechetDistance, Inception
+from v2flow_cli.bench.perceptual import INCEPTION_WIDTH, FrechetDistance
 
 
 @dataclass(frozen=True)
 class SystemFacts:
-    """What is known of a system besides its pictures; None where it has no such thing."""
+    """Facts of a system besides its pictures; None if it has no such thing."""
 
     pixels: float  # of an image, on average
     tokens: float | None  # of an image, on average
@@ -34,66 +34,55 @@ class SystemFacts:
 
 
 class SetMetric(Protocol):
-    """A figure of a whole set of images, filled batch by batch."""
+    """A figure of a set of images, updated batch by batch."""
 
     def add(self, batch: Batch, pictures: Tensor) -> None:
-        """Take in the ``pictures`` (B, S, S, 3) uint8 that a system made of ``batch``."""
+        """Add a system's ``pictures`` (B, S, S, 3) uint8 of ``batch``."""
         ...
 
     def value(self, images: int) -> float | None:
-        """The figure over all ``images`` of all processes; None where they are too few."""
+        """The figure over all ``images`` of all processes; None if they are too few."""
         ...
 
 
 @dataclass(frozen=True)
 class Metric:
-    """One figure of a system: how it is taken and how it is shown. Exactly one of the three functions is set."""
+    """One figure of a system, and its format. Exactly one of the three functions is set."""
 
     key: str  # in JSON and CSV, with the unit
-    heading: str  # in tables; "" for what only JSON and CSV have
+    heading: str  # in tables; "" for only JSON and CSV
     decimals: int
-    #: (reference, pictures) (B, S, S, 3) uint8 to one value an image (B,), shown as mean and 95% interval; None where
+    #: (reference, pictures) (B, S, S, 3) uint8 to one value an image (B,), printed as mean and 95% interval; None if
     #: there is no such figure.
     of_images: Callable[[Tensor, Tensor, MetricNetworks], Tensor | None] | None = None
     of_set: Callable[[MetricNetworks], SetMetric | None] | None = None
     of_system: Callable[[SystemFacts], float | None] | None = None
-    better: Literal["higher", "lower", ""] = ""  # what is plotted has one
-    always: bool = False  # has a column even where it was not measured; a note says why
-    infinite: bool = False  # of equal pictures; JSON holds null
+    better: Literal["higher", "lower", ""] = ""  # only figures with a direction are plotted
+    always: bool = False  # has a column even if it was not measured; a note explains why
+    infinite: bool = False  # for equal pictures; null in JSON
 
     def show(self, value: float | None, ci95: float | None = None) -> str:
-        """``value`` with its decimals and interval; "-" where not measured, the sign of infinity where infinite."""
+        """``value`` with its decimals and interval; "-" if not measured, the sign of infinity if infinite."""
         if value is None or math.isinf(value):
             return "∞" if self.infinite or value else "-"
         text = f"{value:,.{self.decimals}f}"
         return text if ci95 is None else f"{text} ± {ci95:.{self.decimals}f}"
 
 
-class RFID:
-    """Frechet distance of reconstructions to their references; a batch's reference features are taken once."""
+class FrechetMetric:
+    """Frechet distance of reconstructions to their references in the space of a network.
 
-    def __init__(self, inception: Inception) -> None:
-        self._inception, self._distance = inception, FrechetDistance()
+    Args:  name, of the network, for a batch's reference features, which are computed once; vectors, pictures
+           (B, H, W, 3) uint8 to features (B, width).
+    """
 
-    def add(self, batch: Batch, pictures: Tensor) -> None:
-        if "inception" not in batch.features:
-            batch.features["inception"] = self._inception(batch.reference)
-        self._distance.add(batch.features["inception"], self._inception(pictures))
-
-    def value(self, images: int) -> float | None:
-        return self._distance.value(images)
-
-
-class FeatureFrechet:
-    """Frechet distance of reconstructions to their references in the features of ``--features``; it is no FID."""
-
-    def __init__(self, features: Features) -> None:
-        self._features, self._distance = features, FrechetDistance(features.width)
+    def __init__(self, name: str, vectors: Callable[[Tensor], Tensor], width: int) -> None:
+        self._name, self._vectors, self._distance = name, vectors, FrechetDistance(width)
 
     def add(self, batch: Batch, pictures: Tensor) -> None:
-        if "features" not in batch.features:
-            batch.features["features"] = self._features.vectors(batch.reference)
-        self._distance.add(batch.features["features"], self._features.vectors(pictures))
+        if self._name not in batch.features:
+            batch.features[self._name] = self._vectors(batch.reference)
+        self._distance.add(batch.features[self._name], self._vectors(pictures))
 
     def value(self, images: int) -> float | None:
         return self._distance.value(images)
@@ -151,7 +140,7 @@ METRICS = (
         "rfid",
         "rFID",
         2,
-        of_set=lambda n: RFID(n.inception) if n.inception else None,
+        of_set=lambda n: FrechetMetric("inception", n.inception, INCEPTION_WIDTH) if n.inception else None,
         better="lower",
         always=True,
     ),
@@ -166,7 +155,7 @@ METRICS = (
         "feature_frechet",
         "feature Fréchet",
         1,
-        of_set=lambda n: FeatureFrechet(n.features) if n.features else None,
+        of_set=lambda n: FrechetMetric("features", n.features.vectors, n.features.width) if n.features else None,
         better="lower",
     ),
     Metric("encode_images_per_s", "encode/s", 2, of_system=lambda s: s.speed.encode_images_per_s if s.speed else None),
@@ -198,10 +187,10 @@ def estimate(values: Sequence[float]) -> Estimate:
 @functools.cache
 def student_t_97_5(degrees: int) -> float:
     """The 97.5% quantile of Student's t with ``degrees`` of freedom, at least 1: half the width of a 95% interval."""
-    from mpmath import betainc, findroot  # torch brings it; SciPy would take 140 MB for this one number
+    from mpmath import betainc, findroot  # a dependency of torch; SciPy needs 140 MB
 
     def outside(t: float) -> float:
-        """Probability of more than t on either side, less the 5% that are wanted."""
+        """Probability of more than t on either side, minus 5%."""
         return betainc(degrees / 2, 0.5, 0, degrees / (degrees + t * t), regularized=True) - 0.05
 
     return float(findroot(outside, (1.95, 12.8), solver="anderson", tol=1e-20))

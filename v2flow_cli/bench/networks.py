@@ -1,4 +1,4 @@
-"""The networks that LPIPS and rFID are defined on, loaded where their weights can be had."""
+"""The networks of LPIPS, rFID and feature distances, loaded if their weights are available."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class MetricNetworks:
-    """None where the weights are missing, with one note for each that is; ``features`` are there only if asked for."""
+    """The networks; None if their weights are missing, with a note. ``features`` needs the option ``--features``."""
 
     lpips: Lpips | None = None
     inception: Inception | None = None
@@ -36,9 +36,9 @@ def load_networks(
 ) -> MetricNetworks:
     """LPIPS (alex unless ``lpips_net`` is another) and Inception, from ``folder``, the cache, or by ``download``.
 
-    ``features``: a file of the network that feature distances are taken in; without it there are none.
+    ``features``: the file of the network of feature distances, if any.
 
-    Raises:  ModelError for missing weights, where ``lpips_net``, ``fid``, ``features`` or ``download`` ask for them.
+    Raises:  ModelError for missing weights that ``lpips_net``, ``fid``, ``features`` or ``download`` require.
     """
     weights, notes = JudgeWeights(folder, download), []
 

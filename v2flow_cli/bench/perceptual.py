@@ -1,7 +1,6 @@
-"""Figures that a network gives: LPIPS of each image, and the Frechet distance rFID of two sets of images.
+"""Figures by networks: LPIPS of each image, and Frechet distances of two sets of images.
 
-Images here are 8-bit tensors (B, H, W, 3). The networks' weights come from ``store/network_weights.py``; nothing stands
-in for them.
+Images here are 8-bit tensors (B, H, W, 3). The networks' weights come from ``store/network_weights.py``.
 """
 
 from __future__ import annotations
@@ -14,28 +13,24 @@ from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance, NoTrainInceptionV3
 
 from v2flow_cli.store.network_weights import INCEPTION, JudgeWeights
+from v2flow_cli.tokenizer.preprocess import from_uint8
 from v2flow_cli.training import perceptual
 
-FEATURES = 2048  # of Inception's last pooling
+INCEPTION_WIDTH = 2048  # features of Inception's last pooling
 
 
 class Lpips:
     """LPIPS of each image, (B,) float32 on the CPU: the `lpips` package, version 0.1 weights."""
 
     def __init__(self, net: str, weights: JudgeWeights, device: torch.device | str = "cpu") -> None:
-        """Raises:  ModelError when the backbone is not to be had; ValueError for an unknown net."""
+        """Raises:  ModelError if the backbone is not available; ValueError for an unknown net."""
         self._device = torch.device(device)
         self._model = perceptual.Lpips(net, weights).to(self._device)
         self.definition = f"{self._model.definition}, 8-bit images in [-1, 1]"
 
     def __call__(self, reference: Tensor, images: Tensor) -> Tensor:
         with torch.inference_mode():
-            return self._model(*(as_floats(x, self._device) for x in (reference, images))).cpu()
-
-
-def as_floats(pictures: Tensor, device: torch.device) -> Tensor:
-    """Pictures (B, H, W, 3) uint8 as images (B, 3, H, W) in [-1, 1]."""
-    return pictures.permute(0, 3, 1, 2).to(device).float() / 127.5 - 1
+            return self._model(*(from_uint8(x.to(self._device)) for x in (reference, images))).cpu()
 
 
 class Features:
@@ -53,7 +48,7 @@ class Features:
     def __call__(self, reference: Tensor, images: Tensor) -> Tensor:
         """Distances (B,) float32 on the CPU."""
         with torch.inference_mode():
-            return self._model(*(as_floats(x, self._device) for x in (reference, images))).cpu()
+            return self._model(*(from_uint8(x.to(self._device)) for x in (reference, images))).cpu()
 
     @property
     def width(self) -> int:
@@ -63,7 +58,7 @@ class Features:
     def vectors(self, images: Tensor) -> Tensor:
         """(B, C) float32 on the CPU."""
         with torch.inference_mode():
-            return self._model.pooled(as_floats(images, self._device)).cpu()
+            return self._model.pooled(from_uint8(images.to(self._device))).cpu()
 
 
 class Inception:
@@ -75,10 +70,10 @@ class Inception:
     )
 
     def __init__(self, weights: JudgeWeights, device: torch.device | str = "cpu") -> None:
-        """Raises:  ModelError when the weights are not to be had."""
-        file = weights.find(INCEPTION)  # its hash is checked: torch-fidelity unpickles it
+        """Raises:  ModelError if the weights are not available."""
+        file = weights.find(INCEPTION)  # with a checked hash, because torch-fidelity unpickles it
         self._device = torch.device(device)
-        self._model = NoTrainInceptionV3(INCEPTION, [str(FEATURES)], str(file), antialias=False).to(self._device)
+        self._model = NoTrainInceptionV3(INCEPTION, [str(INCEPTION_WIDTH)], str(file), antialias=False).to(self._device)
 
     def __call__(self, images: Tensor) -> Tensor:
         with torch.inference_mode():
@@ -86,10 +81,10 @@ class Inception:
 
 
 class FrechetDistance:
-    """Frechet distance of two sets of features (N, D), filled batch by batch; memory does not grow with N."""
+    """Frechet distance of two sets of features (N, D), updated batch by batch; memory does not grow with N."""
 
-    def __init__(self, num_features: int = FEATURES) -> None:
-        features: Any = nn.Identity()  # what comes in are features already
+    def __init__(self, num_features: int = INCEPTION_WIDTH) -> None:
+        features: Any = nn.Identity()  # the inputs are features already
         features.num_features = num_features
         self._metric = FrechetInceptionDistance(feature=features)
 
@@ -98,7 +93,7 @@ class FrechetDistance:
         self._metric.update(features, real=False)
 
     def value(self, images: int) -> float | None:
-        """None for fewer than two ``images``, which have no covariance; of all ranks together (torchmetrics)."""
+        """The distance over all ranks; None for fewer than two ``images``, which have no covariance."""
         if images < 2:
             return None
         return max(0.0, float(self._metric.compute()))

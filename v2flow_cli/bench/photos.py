@@ -1,4 +1,4 @@
-"""The pictures to measure on, one at a time: files, folders, globs and WebDataset tars."""
+"""The images of a bench, one at a time: from files, folders, globs and WebDataset tars."""
 
 from __future__ import annotations
 
@@ -17,38 +17,38 @@ from v2flow_cli.store.shards import iterate_shard
 
 
 class PhotoReader:
-    """Iterates over (name, RGB image), no name twice; bad ones are skipped and listed in ``failed``.
+    """Iterates over (name, RGB image) with unique names; bad images are skipped and listed in ``failed``.
 
-    ``not_taken`` is what else the inputs hold.
+    ``not_taken`` has the other files of the inputs.
 
-    Raises:  DataError at once for an input that is missing or holds neither images nor tars.
+    Raises:  DataError on construction for an input that is missing or holds neither images nor tars.
     """
 
     def __init__(self, inputs: Sequence[str]) -> None:
-        self.failed: list[Failure] = []  # filled while iterating
+        self.failed: list[Failure] = []  # after an iteration
         self._listed = NotTaken()
-        found = find_inputs(inputs, not_taken=self._listed)
+        files = find_inputs(inputs, not_taken=self._listed)
         self.not_taken = self._listed
-        self._images = [(file.key, file.path) for file in found.images]
-        self._shards = [file.path for file in found.tars]
+        self._images = [(file.key, file.path) for file in files.images]
+        self._shards = [file.path for file in files.tars]
 
     @property
     def count(self) -> int | None:
-        """Number of image files; None where there are shards, whose samples are not counted beforehand."""
+        """Number of image files; None for tars, whose samples are not counted in advance."""
         return None if self._shards else len(self._images)
 
     def __iter__(self) -> Iterator[tuple[str, Image.Image]]:
-        self.failed[:] = self._listed.lost  # and nothing of an earlier pass
+        self.failed[:] = self._listed.lost  # without those of an earlier pass
         self.not_taken = NotTaken(dict(self._listed.groups))
-        seen: Counter[str] = Counter()
+        counts: Counter[str] = Counter()
         for key, name, source in self._sources():
             try:
                 image = open_image(source, name)
             except DataError as error:
                 self.failed.append(Failure(name, str(error).removeprefix(f"{name}: ")))
                 continue
-            seen[key] += 1
-            yield (key if seen[key] == 1 else f"{key} ({seen[key]})"), image
+            counts[key] += 1
+            yield (key if counts[key] == 1 else f"{key} ({counts[key]})"), image
 
     def _sources(self) -> Iterator[tuple[str, str, Path | bytes]]:
         for key, path in self._images:

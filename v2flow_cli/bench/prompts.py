@@ -1,4 +1,4 @@
-"""What a drawing is asked to show: things, colours, numbers and places, made into sentences and read from them.
+"""Prompts of drawings: things, colours, numbers and places, written as sentences and parsed from them.
 
 Standard library only.
 """
@@ -36,13 +36,13 @@ _GROUND = re.compile(r" (on|against|before|in front of) (an? |the )?[\w ]*\b(bac
 _RELATION = re.compile(r" (?:to the )?(left of|right of|above|below) ")
 _ARTICLE = re.compile(r"^(an?|the|some|one) ")
 _SIZE = re.compile(r"^(small|little|big|large) ")
-# Nouns that take no article; a plural takes none either.
+# Nouns without an article; plurals have none either.
 _UNCOUNTED = tuple("spaghetti rice bread water fire snow rain money hair cheese butter sushi".split())
 
 
 @dataclass(frozen=True)
 class Thing:
-    """A noun phrase without article, such as "fox" or "hot dog", and the colour asked for, or ""."""
+    """A noun phrase without article, such as "fox" or "hot dog", and its colour, or ""."""
 
     noun: str
     colour: str = ""
@@ -50,9 +50,9 @@ class Thing:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A sentence and what it asks for: one thing ``count`` times, or a first thing ``relation`` a second.
+    """A sentence and its content: one thing ``count`` times, or a first thing ``relation`` a second.
 
-    kind: one of ``KINDS``, or "other" where the sentence was not understood; it then has no things.
+    kind: one of ``KINDS``, or "other" for a sentence that could not be parsed, which has no things.
     """
 
     text: str
@@ -62,8 +62,8 @@ class Prompt:
     relation: str = ""
 
 
-def asked(kind: str, things: Sequence[Thing], count: int = 1, relation: str = "") -> Prompt:
-    """The prompt that asks for this in plain words."""
+def prompt_for(kind: str, things: Sequence[Thing], count: int = 1, relation: str = "") -> Prompt:
+    """The prompt for this content."""
     phrases = [f"{thing.colour} {thing.noun}".strip() for thing in things]
     if kind == "count":
         text = f"{NUMBERS[count]} {plural(phrases[0])}"
@@ -77,29 +77,29 @@ def asked(kind: str, things: Sequence[Thing], count: int = 1, relation: str = ""
 def make_prompts(names: Mapping[str, Collection[str]], per_kind: int, seed: int) -> list[Prompt]:
     """At most ``per_kind`` prompts of each of ``KINDS``, chosen by ``seed``; no two are equal.
 
-    Args:    names, the nouns that may be asked for, each with the colours that it may be asked for in.
+    Args:    names, the possible nouns, each with its possible colours.
     """
     rng, nouns = random.Random(seed), sorted(names)
     coloured = [(noun, colour) for noun in nouns for colour in sorted(names[noun]) if colour in COLOURS]
     some = rng.sample(nouns, min(per_kind, len(nouns)))
-    prompts = [asked("object", [Thing(noun)]) for noun in some]
-    prompts += [asked("colour", [Thing(*pair)]) for pair in rng.sample(coloured, min(per_kind, len(coloured)))]
+    prompts = [prompt_for("object", [Thing(noun)]) for noun in some]
+    prompts += [prompt_for("colour", [Thing(*pair)]) for pair in rng.sample(coloured, min(per_kind, len(coloured)))]
     prompts += [
-        asked("count", [Thing(noun)], count=rng.choice(list(NUMBERS)))
+        prompt_for("count", [Thing(noun)], count=rng.choice(list(NUMBERS)))
         for noun in rng.sample(nouns, min(per_kind, len(nouns)))
         if plural(noun) != noun
     ]
     if len(nouns) > 1:
         pairs = [tuple(rng.sample(nouns, 2)) for _ in range(per_kind)]
         prompts += [
-            asked("relation", [Thing(a), Thing(b)], relation=rng.choice(list(OPPOSITES)))
+            prompt_for("relation", [Thing(a), Thing(b)], relation=rng.choice(list(OPPOSITES)))
             for a, b in dict.fromkeys(pairs)
         ]
     return list({prompt.text: prompt for prompt in prompts}.values())
 
 
 def parse_prompts(lines: Iterable[str], nouns: Collection[str]) -> list[Prompt]:
-    """What each line asks for, as far as ``nouns`` (singular, lower case) name it; of equal lines the first."""
+    """The content of each different line in terms of ``nouns`` (singular, lower case)."""
     plurals = {plural(noun): noun for noun in nouns}
     return [_read(line, nouns, plurals) for line in dict.fromkeys(" ".join(line.split()) for line in lines) if line]
 
@@ -124,7 +124,7 @@ def _read(text: str, nouns: Collection[str], plurals: Mapping[str, str]) -> Prom
 
 
 def _thing(words: str, nouns: Collection[str]) -> Thing | None:
-    """The thing that ``words`` name.  A noun that is known with its colour word, "orange juice", is that noun."""
+    """The thing that ``words`` name.  A known noun that includes a colour word, "orange juice", is that noun."""
     while True:
         if words in nouns:
             return Thing(words)
@@ -138,7 +138,7 @@ def _thing(words: str, nouns: Collection[str]) -> Thing | None:
 
 
 def _colour(words: str) -> tuple[str, str]:
-    """(colour, what follows it); ("", words) where no colour comes first."""
+    """(colour, the rest); ("", words) if the first word is no colour."""
     first, _, rest = words.partition(" ")
     first = {"gray": "grey"}.get(first, first)
     return (first, rest) if rest and first in COLOURS else ("", words)
@@ -151,7 +151,7 @@ def phrase_of(text: str) -> str:
 
 
 def without_colour(name: str) -> str:
-    """``name`` without the colour word that it starts with."""
+    """``name`` without a colour word at its start."""
     return _colour(name)[1]
 
 

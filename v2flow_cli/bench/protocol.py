@@ -1,4 +1,4 @@
-"""How figures are measured, as one record; only figures of equal records may stand in one table."""
+"""The protocol of a measurement; only figures with the same key may share a table."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from importlib.metadata import PackageNotFoundError, version
 
 NAME = "v2flow-bench-2"
 LIBRARIES = ("torch", "torchmetrics", "lpips", "torch-fidelity", "pillow", "numpy")
-NETWORKS = ("lpips", "rfid", "features")  # compared where both results have them
+NETWORKS = ("lpips", "rfid", "features")  # compared if both results have them
 NOT_IN_KEY = (*NETWORKS, "seed", "versions")
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """One way of measuring reconstructions; every field is part of ``key`` but those of NOT_IN_KEY."""
+    """How reconstructions are measured; ``key`` covers all fields except NOT_IN_KEY."""
 
     image_size: int  # pixels, side of the square reference
     count: int  # images
     reference_digest: str  # 16 hex digits of SHA-256 over the 8-bit references, in order
     lpips: str | None  # backbone and weights; None: not measured
     rfid: str | None
-    seed: int  # an image's own is drawn from it and its name
+    seed: int  # an image's own seed is derived from it and its name
     versions: dict[str, str]
     features: str | None = None
     name: str = NAME
@@ -49,14 +49,14 @@ class Protocol:
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:12]
 
     def record(self) -> dict:
-        """The protocol as plain JSON values, its key included."""
+        """The protocol as plain JSON values, with its key."""
         return {"key": self.key, **dataclasses.asdict(self)}
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of what the figures depend on, of those that are installed."""
-    found = {"python": platform.python_version()}
+    """Versions of the installed libraries that the figures depend on."""
+    versions = {"python": platform.python_version()}
     for name in LIBRARIES:
         with contextlib.suppress(PackageNotFoundError):  # of the extra `metrics`
-            found[name] = version(name)
-    return found
+            versions[name] = version(name)
+    return versions

@@ -9,7 +9,7 @@ SOURCE = "V2Flow (arXiv 2503.07493), Table 1: ImageNet-1K test images"
 
 @dataclass(frozen=True)
 class PublishedRow:
-    """One line of the table.  psnr in dB; a lower lpips is better."""
+    """One row of the table.  psnr in dB; a lower lpips is better."""
 
     system: str
     tokens: int

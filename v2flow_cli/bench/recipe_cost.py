@@ -1,4 +1,4 @@
-"""What a recipe's tokenizer costs, with random weights: FLOPs, images a second, share of the matmul peak, memory."""
+"""Cost of a recipe's tokenizer with random weights: FLOPs, images per second, share of the matmul peak, memory."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ class PartSpeed:
     seconds: float
     images_per_s: float
     peak_share: float  # of the matmul peak
-    peak_memory_bytes: int  # resident in the process, or allocated on the GPU, weights included
+    peak_memory_bytes: int  # resident in the process, or allocated on the GPU, including weights
 
 
 @dataclass(frozen=True)
 class RecipeSpeed:
-    """Where and how it was measured, and ``parts``: the tokenizer's, then its autoencoder's if there is one."""
+    """The conditions of the measurement, and the figures of the tokenizer's parts, then those of the autoencoder."""
 
     image_size: int  # pixels
     tokens: int  # an image
@@ -70,8 +70,8 @@ def measure_recipe(
 ) -> RecipeSpeed:
     """Speed of ``recipe`` with random weights on images of ``size`` pixels (default: the recipe's).
 
-    The tokenizer is timed on latents of the right shape; with ``autoencoder`` that one is timed too, on its own and
-    at the first batch size alone. ``settings`` (num_mask_steps, solver, ...) go to ``decode``; None is the recipe's.
+    The tokenizer is timed on latents of the right shape; with ``autoencoder`` the autoencoder is timed too, separately
+    and only at the first batch size. ``settings`` (num_mask_steps, solver, ...) go to ``decode``; None is the recipe's.
 
     Raises:  DataError for a size that does not fit.
     """
@@ -79,7 +79,7 @@ def measure_recipe(
     spec, shape, notes = named_models(recipe)
     if notes:
         raise DataError(
-            f"{recipe.output}: the recipe names models whose shapes are not known here ({' '.join(notes)}) Run its "
+            f"{recipe.output}: the recipe names models whose shapes are unknown ({' '.join(notes)}) Run its "
             "earlier stages first, or name others with --set."
         )
     with torch.device("meta"):
@@ -88,7 +88,7 @@ def measure_recipe(
         tokens = model.num_tokens(size, size)
     except ValueError as error:
         raise DataError(f"--res {size}: {error}.") from None
-    frozen, model.latents = model.latents, _GivenLatents(model.latents)  # type: ignore[assignment]
+    frozen, model.latents = model.latents, _NoiseLatents(model.latents)  # type: ignore[assignment]
     most = max(batch_sizes)
     images, ids = torch.zeros(most, 3, size, size), torch.randint(model.config.codebook_size, (most, tokens))
 
@@ -103,13 +103,15 @@ def measure_recipe(
     images = images.to(device, dtype)
     clock = _Clock(device, dtype, repeats)
     clock.measure("encode", flop["encode"], encode, batch_sizes, warm_up=lambda: encode(1))
-    few = {"num_mask_steps": 1, "num_flow_steps": 1}  # all weights are read once
+    few = {"num_mask_steps": 1, "num_flow_steps": 1}  # reads all weights once
     clock.measure("decode", flop["decode"], decode, batch_sizes, warm_up=lambda: decode(1, **few))
     if autoencoder:
         notes = ["The autoencoder was timed with random weights."]
         _measure_autoencoder(frozen, images[: batch_sizes[0]], clock)
     else:
-        notes = [f"Without the autoencoder ({recipe.latents.autoencoder}): the tokenizer had latents of its shape."]
+        notes = [
+            f"Without the autoencoder ({recipe.latents.autoencoder}): the tokenizer was timed on latents of its shape."
+        ]
     side = frozen.downsampling * model.patch_size
     defaults = {name: getattr(recipe.sampling, name) for name in settings if hasattr(recipe.sampling, name)}
     return RecipeSpeed(
@@ -139,7 +141,7 @@ def _measure_autoencoder(frozen: Latents, images: Tensor, clock: _Clock) -> None
 
 
 def count_flop(step: Callable[[], Any]) -> int:
-    """FLOPs of products and convolutions in ``step``, two a multiply-add; on the meta device it costs nothing."""
+    """FLOPs of products and convolutions in ``step``, two per multiply-add; on the meta device nothing is computed."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         step()
     return counter.get_total_flops()
@@ -157,13 +159,13 @@ def randomise(module: Module, device: torch.device, dtype: torch.dtype) -> Modul
         bound = 1 / math.sqrt(max(1, parameter[0].numel() if parameter.ndim > 1 else parameter.numel()))
         parameter.uniform_(-bound, bound, generator=generator)
     for buffer in module.buffers():
-        # Positive, for among them are counts, variances and standard deviations.
+        # Positive, because some are counts, variances and standard deviations.
         buffer.uniform_(0.5, 1.5, generator=generator) if buffer.is_floating_point() else buffer.zero_()
     return module.to(dtype)
 
 
-class _GivenLatents(nn.Module):
-    """Stands in for an autoencoder: the latents of every image are the same noise, and decoding returns them."""
+class _NoiseLatents(nn.Module):
+    """Replaces an autoencoder: the latents of every image are the same noise, and decoding returns them."""
 
     def __init__(self, latents: Latents) -> None:
         super().__init__()
@@ -172,14 +174,16 @@ class _GivenLatents(nn.Module):
     def encode(self, images: Tensor) -> Tensor:
         batch, _, height, width = images.shape
         shape = (batch, self.channels, height // self.downsampling, width // self.downsampling)
-        return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(images)  # on its device, as its type
+        return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(
+            images
+        )  # on the same device, with the same type
 
     def decode(self, latents: Tensor) -> Tensor:
         return latents
 
 
 class _Clock:
-    """Times passes beside the matmul peak, which is the best product seen between them."""
+    """Times passes, and the matmul peak, which is the fastest product between them."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype, repeats: int) -> None:
         self.device, self.repeats = device, repeats
@@ -201,26 +205,26 @@ class _Clock:
         with torch.inference_mode():
             warm_up()
             for batch in sorted(batch_sizes):
-                self._see_peak()
-                self._forget_memory()
+                self._update_peak()
+                self._reset_peak_memory()
                 seconds = statistics.median(self._seconds(step, batch) for _ in range(self.repeats))
                 self.rows.append((part, batch, flop, seconds, self._memory()))
 
     def parts(self) -> tuple[PartSpeed, ...]:
-        """All that was timed, in the light of the best product of the whole run."""
+        """All timings, relative to the fastest product of the run."""
         return tuple(
             PartSpeed(part, batch, flop / 1e9, seconds, batch / seconds, flop * batch / seconds / self.peak, memory)
             for part, batch, flop, seconds, memory in self.rows
         )
 
-    def _see_peak(self) -> None:
+    def _update_peak(self) -> None:
         for _ in range(8):
             self.peak = max(self.peak, self.flop / self._seconds(torch.matmul, self.square, self.square))
 
-    def _seconds(self, step: Callable[..., Any], *given: Any) -> float:
+    def _seconds(self, step: Callable[..., Any], *args: Any) -> float:
         self._wait()
         start = time.perf_counter()
-        step(*given)
+        step(*args)
         self._wait()
         return time.perf_counter() - start
 
@@ -228,7 +232,7 @@ class _Clock:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def _forget_memory(self) -> None:
+    def _reset_peak_memory(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         elif sys.platform == "linux":

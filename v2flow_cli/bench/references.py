@@ -1,4 +1,4 @@
-"""Pictures with titles: what drawings are compared with, and which of them are kept for judging the judge."""
+"""Titled pictures that drawings are compared with, some of them held out to measure the judge."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from v2flow_cli.store.images import open_image, read_bytes
 from v2flow_cli.store.shard_index import read_member
 from v2flow_cli.store.shards import index_shard, open_shard
 
-TEXTS: tuple[str, ...] = ("json", "txt")  # suffixes of what lies beside a picture
-MARGIN = 0.1  # of its longest side, around a cut-out: a drawing's ground is found by its border
-HELD_OUT_SHARE = 0.25  # of the titles with at least three pictures, that lose one of them to judging
+TEXTS: tuple[str, ...] = ("json", "txt")  # suffixes of the files beside a picture
+MARGIN = 0.1  # of its longest side, around a cut-out, because the background is fitted to the border
+HELD_OUT_SHARE = 0.25  # of the titles with at least three pictures, of which one picture is held out
 
 
 @dataclass(frozen=True)
 class Reference:
-    """One picture.  names: what it may be called, lower case, its title first; colour: its main one, or ""."""
+    """One picture.  names: its possible names in lower case, the title first; colour: its main one, or ""."""
 
     key: str
     content: bytes  # of its file
@@ -41,7 +41,7 @@ class Reference:
         return without_colour(self.names[0])
 
     def pixels(self) -> np.ndarray:
-        """(H, W, 3) uint8; a cut-out is laid on white with a margin.  Raises: DataError for a damaged file."""
+        """(H, W, 3) uint8; a cut-out is placed on white with a margin.  Raises: DataError for a damaged file."""
         image = open_image(self.content, self.key)
         with Image.open(io.BytesIO(self.content)) as opened:
             if not opened.has_transparency_data:
@@ -50,29 +50,29 @@ class Reference:
 
 
 def read_references(sources: Sequence[str]) -> list[Reference]:
-    """The titled pictures of tars and folders: beside each KEY.webp (jpg, png, ...) lies KEY.json or KEY.txt.
+    """The titled pictures of tars and folders, with KEY.json or KEY.txt beside each KEY.webp (jpg, png, ...).
 
-    Of ``KEY.json`` ``title`` counts, and ``colour_title`` and ``colours`` where they are there; of ``KEY.txt`` every
-    line, such as "a red apple" or "a drawing of an apple".
-    Raises:  DataError where nothing has a title, or a shard is damaged.
+    In ``KEY.json`` ``title`` counts, and optionally ``colour_title`` and ``colours``; in ``KEY.txt`` every line, such
+    as "a red apple" or "a drawing of an apple".
+    Raises:  DataError if no picture has a title, or a shard is damaged.
     """
-    found: dict[str, Reference] = {}
+    references: dict[str, Reference] = {}
     for source in sources:
         for key, content, record, captions in _samples(source):
             names, colour = _names(record, captions)
             if names:
-                found.setdefault(key, Reference(key, content, names, colour))
-    if not found:
+                references.setdefault(key, Reference(key, content, names, colour))
+    if not references:
         raise DataError(
             f"{', '.join(sources)}: no picture with a title; expected KEY.json with a title, or KEY.txt, beside each."
         )
-    return [found[key] for key in sorted(found)]
+    return [references[key] for key in sorted(references)]
 
 
 def _samples(source: str) -> Iterator[tuple[str, bytes, dict, tuple[str, ...]]]:
     """(key, bytes of the picture, JSON record, lines of the text) of every picture."""
-    found = find_inputs([source])
-    for shard in (tar.path for tar in found.tars):
+    files = find_inputs([source])
+    for shard in (tar.path for tar in files.tars):
         index = index_shard(shard)
         for failure in index.failures:
             raise DataError(f"{failure.name}: {failure.reason}")
@@ -81,9 +81,9 @@ def _samples(source: str) -> Iterator[tuple[str, bytes, dict, tuple[str, ...]]]:
                 if sample.image is not None:
                     texts = {e: read_member(file, sample.members[e]) for e in TEXTS if e in sample.members}
                     yield sample.key, read_member(file, sample.members[sample.image]), *_texts(texts)
-    for image in found.images:
-        beside = {e: image.path.with_suffix(f".{e}") for e in TEXTS}
-        texts = {e: read_bytes(path) for e, path in beside.items() if path.is_file()}
+    for image in files.images:
+        paths = {e: image.path.with_suffix(f".{e}") for e in TEXTS}
+        texts = {e: read_bytes(path) for e, path in paths.items() if path.is_file()}
         yield image.key, read_bytes(image.path), *_texts(texts)
 
 
@@ -96,7 +96,7 @@ def _texts(texts: dict[str, bytes]) -> tuple[dict, tuple[str, ...]]:
 
 
 def _names(record: dict, captions: Sequence[str]) -> tuple[tuple[str, ...], str]:
-    """(names, main colour) from what lies beside a picture."""
+    """(names, main colour) from the files beside a picture."""
     titles = [record[key] for key in ("title", "colour_title") if isinstance(record.get(key), str)]
     phrases = [phrase_of(text) for text in (*titles, *captions) if text.strip()]
     names = [name for phrase in phrases for name in (phrase, without_colour(phrase), phrase.removesuffix(" face"))]
@@ -107,7 +107,7 @@ def _names(record: dict, captions: Sequence[str]) -> tuple[tuple[str, ...], str]
 
 
 def split_held_out(references: Sequence[Reference]) -> tuple[list[Reference], list[Reference]]:
-    """(to compare with, to judge the judge by): one picture of a quarter of the titles that have three, by hash."""
+    """(references, held-out pictures): one picture of a quarter of the titles that have three is held out, by hash."""
     of_noun: dict[str, list[Reference]] = defaultdict(list)
     for reference in references:
         of_noun[reference.noun].append(reference)
@@ -118,7 +118,7 @@ def split_held_out(references: Sequence[Reference]) -> tuple[list[Reference], li
 
 
 def nouns_with_colours(references: Sequence[Reference], least: int = 2) -> dict[str, set[str]]:
-    """The nouns that at least ``least`` pictures have as their title, with the colours that any of them has."""
+    """The nouns that are the title of at least ``least`` pictures, with the colours of these."""
     pictures: dict[str, int] = defaultdict(int)
     colours: dict[str, set[str]] = defaultdict(set)
     for reference in references:

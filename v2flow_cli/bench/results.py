@@ -1,6 +1,6 @@
-"""Results as plain JSON values and as CSV, and results of several runs joined into one table, or refused.
+"""Results as JSON and CSV, and results of several runs joined into one table.
 
-Every row carries the key of its protocol, so a row never loses what it was measured on.
+Every row has the key of its protocol.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ def tables(benches: Sequence[Bench]) -> list[Table]:
     ]
 
 
-def as_record(found: Sequence[Table], notes: Sequence[str] = ()) -> Record:
+def as_record(tables: Sequence[Table], notes: Sequence[str] = ()) -> Record:
     """Tables as one object with stable, unit-bearing keys; ``measured`` lists the rows of all of them."""
     return {
-        "protocols": [table.protocol for table in found],
-        "measured": [row for table in found for row in table.rows],
+        "protocols": [table.protocol for table in tables],
+        "measured": [row for table in tables for row in table.rows],
         "published": {
             "source": SOURCE,
             "rows": [
                 {"image_size_px": table.size, **dataclasses.asdict(row)}
-                for table in found
+                for table in tables
                 for row in PUBLISHED.get(table.size, ())
             ],
         },
@@ -65,7 +65,7 @@ def _row(row: Row, bench: Bench) -> Record:
     figures: Record = {}
     for metric in METRICS:
         value = row.values[metric.key]
-        if metric.of_images:  # NaN is what was not measured, infinity the PSNR of equal pictures
+        if metric.of_images:  # NaN: not measured; infinity: the PSNR of equal pictures
             mean, ci95 = (value.mean, value.ci95) if isinstance(value, Estimate) else (math.nan, math.nan)
             figures[metric.key] = mean if math.isfinite(mean) else None
             figures[f"{metric.key}_ci95"] = ci95 if math.isfinite(ci95) else None
@@ -92,7 +92,7 @@ def shown(metric: Metric, row: Record) -> str:
 
 
 def columns(table: Table) -> list[Metric]:
-    """The metrics that a table shows: those that a row has, and those whose absence a note explains."""
+    """The metrics of a table: those that a row has, and those whose absence a note explains."""
     return [
         metric
         for metric in METRICS
@@ -101,9 +101,9 @@ def columns(table: Table) -> list[Metric]:
 
 
 def length_curves(table: Table) -> dict[str, list[Record]]:
-    """By family the rows of those that were measured at several lengths, shortest first.
+    """The rows of each family with several lengths, shortest first, by the family's name.
 
-    A family that was measured more than once at a length, as by two sweeps, has no curve.
+    A family with two rows at one length, as after two sweeps, has no curve.
     """
     curves: dict[str, list[Record]] = {}
     for row in table.rows:
@@ -116,9 +116,9 @@ def length_curves(table: Table) -> dict[str, list[Record]]:
     }
 
 
-def as_csv(found: Sequence[Table]) -> str:
-    """One line a system, under a heading; an empty field was not measured."""
-    rows = [_flat(row) for table in found for row in table.rows]
+def as_csv(tables: Sequence[Table]) -> str:
+    """One line per system, under a heading; an empty field was not measured."""
+    rows = [_flat(row) for table in tables for row in table.rows]
     return _csv(list(rows[0]), [list(row.values()) for row in rows])
 
 
@@ -135,7 +135,7 @@ def _flat(row: Record) -> Record:
 
 
 def images_csv(benches: Sequence[Bench]) -> str:
-    """One line an image and system, under a heading; an empty field was not measured."""
+    """One line per image and system, under a heading; an empty field was not measured."""
     keys = [metric.key for metric in METRICS if metric.of_images]
     return _csv(
         ["protocol", "image_size_px", "image", "system", "bytes", *keys],
@@ -163,7 +163,7 @@ def _csv(heads: Sequence[str], lines: Sequence[Sequence[Any]]) -> str:
 
 
 def join(files: Sequence[Path]) -> tuple[list[Table], list[str]]:
-    """The tables of results that ``bench --json`` printed into ``files``, and notes; one table an image size.
+    """The tables of ``bench --json`` results in ``files``, and notes; one table per image size.
 
     Raises:  DataError for a file that is no such result, and for results whose protocols differ.
     """
@@ -177,11 +177,11 @@ def join(files: Sequence[Path]) -> tuple[list[Table], list[str]]:
                 joined[size], origin[size] = table, file
                 continue
             notes += _compare(joined[size].protocol, origin[size], table.protocol, file)
-            taken = {row["system"] for row in joined[size].rows}
+            systems = {row["system"] for row in joined[size].rows}
             rows = [
-                {**row, "system": f"{row['system']} ({file.stem})"} if row["system"] in taken else row
+                {**row, "system": f"{row['system']} ({file.stem})"} if row["system"] in systems else row
                 for row in table.rows
-                if row not in joined[size].rows  # a codec measured twice on the same photos is one row
+                if row not in joined[size].rows  # equal rows of a codec are one row
             ]
             protocol = {**joined[size].protocol}
             protocol |= {key: protocol.get(key) or table.protocol.get(key) for key in NETWORKS}
@@ -193,24 +193,24 @@ def _read(file: Path) -> list[Table]:
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
         protocols, rows = record["protocols"], record["measured"]
-        found = [Table(p, tuple(row for row in rows if row["protocol"] == p["key"])) for p in protocols]
-        if sum(len(table.rows) for table in found) == len(rows) and all(table.size for table in found):
-            return found
+        tables = [Table(p, tuple(row for row in rows if row["protocol"] == p["key"])) for p in protocols]
+        if sum(len(table.rows) for table in tables) == len(rows) and all(table.size for table in tables):
+            return tables
     except OSError as error:
         raise DataError(f"{file}: cannot be read ({error.strerror}).") from None
     except (ValueError, KeyError, TypeError):
-        pass  # said below
+        pass  # the error below
     raise DataError(f"{file}: not a result of `v2flow bench --json`. Print one with `v2flow bench ... --json > FILE`.")
 
 
 def _compare(first: Record, first_file: Path, other: Record, file: Path) -> list[str]:
-    """Notes on what may differ.  Raises: DataError on what must not."""
+    """Notes on differences that are allowed.  Raises: DataError for others."""
     must = [key for key in {*first, *other} - {"key", *NOT_IN_KEY} if first.get(key) != other.get(key)]
     must += [key for key in NETWORKS if first.get(key) and other.get(key) and first[key] != other[key]]
     if must:
         differences = "; ".join(f"{key}: {other.get(key)} against {first.get(key)}" for key in sorted(must))
         raise DataError(
-            f"{file} and {first_file} do not belong in one table: their protocols differ ({differences}). "
+            f"{file} and {first_file} cannot share a table: their protocols differ ({differences}). "
             "Measure both on the same photos, at the same size, with the same version."
         )
     differ = [key for key in ("seed", "versions") if first[key] != other[key]]

@@ -28,7 +28,7 @@ from v2flow_cli.tokenizer import V2FlowTokenizer
 
 @dataclass(frozen=True)
 class Bench:
-    """The result of a bench, and notes: what was left out, and why."""
+    """The result of a bench, and notes on what was left out and why."""
 
     result: Result
     notes: tuple[str, ...] = ()
@@ -53,13 +53,13 @@ def run_bench(
     ranks: Processes = Processes(),  # noqa: B008  frozen
     tick: Callable[[int], None] = lambda advance: None,
 ) -> Bench:
-    """Each model at each setting, tokenizers that are not ours, autoencoders, and codecs, on the same photos.
+    """Each model at each setting, external tokenizers, autoencoders, and codecs, on the same photos.
 
-    Args:    photos, (name, RGB image) with distinct names, read as they are needed; size in pixels (default:
-             the first model's), of a square, or of one as large as a picture that keeps its aspect; codec_bytes,
-             budgets of the codecs beside those of the tokenizers; keep, images to hold for the report; ranks share
-             the photos, and the first of them measures speed.
-    Raises:  DataError for a size or number of tokens that does not fit, or when there is no photo.
+    Args:    photos, (name, RGB image) with distinct names, read one by one; size, side in pixels of a square (default:
+             the first model's), or of one with the area of a picture that keeps its aspect; codec_bytes, budgets of
+             the codecs besides those of the tokenizers; keep, images for the report; ranks, which share the photos,
+             and of which the first measures speed.
+    Raises:  DataError for a size or number of tokens that does not fit, or if there is no photo.
     """
     size = size or next((tokenizer.config.image_size for tokenizer in models.values()), 256)
     if size < similarity.SSIM_WINDOW:
@@ -70,19 +70,21 @@ def run_bench(
     if keep_aspect:
         multiple = math.lcm(*(tokenizer.size_multiple for tokenizer in models.values())) if models else 16
         if any(coder.length is not None for coder in coders):
-            raise DataError("--aspect keep: a picture has as many tokens as its shape gives, so leave tokens out.")
-    twice = [name for name, count in Counter(coder.name for coder in coders).items() if count > 1]
-    if twice:
-        raise DataError(f"{twice[0]}: two tokenizers of this name. Give one of them another name.")
+            raise DataError(
+                "--aspect keep: the shape of a picture determines its number of tokens, so leave tokens out."
+            )
+    duplicates = [name for name, count in Counter(coder.name for coder in coders).items() if count > 1]
+    if duplicates:
+        raise DataError(f"{duplicates[0]}: two tokenizers with this name. Rename one of them.")
     stream = iter(photos)
     first = list(itertools.islice(stream, batch_size))
     speeds: Mapping[str, Speed] = {}
     budgets = set(codec_bytes)
     if first:
-        # One full batch, the photos repeated where they are fewer, before anything else has filled the memory.
+        # One full batch, with repeated photos if they are fewer, before other work fills the memory.
         cycle = itertools.islice(itertools.cycle(first), batch_size)
         [[(_, batch)]] = batches(cycle, size, batch_size, seed)  # squares
-        # One rank measures while the others wait: they would share the machine.
+        # One rank measures while the others wait, because they share the machine.
         speeds = measure_speeds(coders, batch.images, dtype=dtype) if with_speed and ranks.rank == 0 else {}
         ranks.wait()
         lengths = {coder.name: batch.token_ids(coder).shape[1] for coder in coders}
@@ -96,7 +98,7 @@ def run_bench(
             systems.append(codec_system(name, codec, budget))
         notes += missing
     if keep_aspect and with_codecs:
-        notes.append("The codecs get the bytes of a square picture's tokens, whatever the shape.")
+        notes.append("The codecs get the bytes of a square picture's tokens, for every shape.")
     if size < similarity.MS_SSIM_MIN_SIZE:
         notes.append(f"MS-SSIM is left out: its five scales need {similarity.MS_SSIM_MIN_SIZE} pixels a side.")
     result = evaluate(
@@ -116,7 +118,7 @@ def run_bench(
 
 
 def _autoencoders(models: Mapping[str, V2FlowTokenizer], dtype: torch.dtype) -> list[System]:
-    """One system for each different autoencoder; models that share its weights share the row."""
+    """One system for each different autoencoder; models with equal weights share it."""
     different: dict[str, str] = {}
     for name, tokenizer in models.items():
         different.setdefault(model_digest("", tokenizer.latents.state_dict()), name)

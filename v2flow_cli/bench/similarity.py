@@ -1,6 +1,6 @@
-"""How near a reconstruction is to its reference, by pixels: PSNR, SSIM and MS-SSIM of each image.
+"""Similarity of a reconstruction to its reference by pixels: PSNR, SSIM and MS-SSIM of each image.
 
-Images here are 8-bit tensors (B, H, W, 3), as a viewer sees them.
+Images here are 8-bit tensors (B, H, W, 3).
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ MS_SSIM_MIN_SIZE = SSIM_WINDOW * 2 ** (len(MS_SSIM_WEIGHTS) - 1)  # pixels a sid
 def ssim(reference: Tensor, images: Tensor) -> Tensor:
     """Structural similarity of each image, (B,) float64 in [-1, 1]; 11 x 11 Gaussian window of sigma 1.5.
 
-    Only windows that lie wholly inside the image count, as in Wang et al. 2004 and scikit-image; torchmetrics
-    alone averages over mirrored borders too, in some of its versions.
+    Only windows inside the image count, as in Wang et al. 2004 and scikit-image; some versions of torchmetrics also
+    average over mirrored borders.
     Args:  reference, images: (B, H, W, 3) uint8, more than 10 pixels a side.
     """
     a, b = (x.permute(0, 3, 1, 2).float() / 255 for x in (images, reference))
@@ -34,8 +34,8 @@ def ssim(reference: Tensor, images: Tensor) -> Tensor:
 def ms_ssim(reference: Tensor, images: Tensor) -> Tensor | None:
     """Multi-scale SSIM of each image (Wang et al. 2003), (B,) float64 in [0, 1]; None under 176 pixels a side.
 
-    Five scales, each half the one before (2 x 2 means). Like ``ssim``, windows that lie wholly inside count;
-    torchmetrics' own function averages its last scale over mirrored borders too.
+    Five scales, each half the one before (2 x 2 means). As in ``ssim``, only windows inside the image count;
+    torchmetrics' own function also averages its last scale over mirrored borders.
     Args:  reference, images: (B, H, W, 3) uint8.
     """
     if min(reference.shape[1:3]) < MS_SSIM_MIN_SIZE:
@@ -51,7 +51,7 @@ def ms_ssim(reference: Tensor, images: Tensor) -> Tensor | None:
 
 
 def _similarity(a: Tensor, b: Tensor) -> Tensor:
-    """Mean SSIM of each image (B, 3, H, W) in [0, 1] over the windows wholly inside, (B,) float64."""
+    """Mean SSIM of each image (B, 3, H, W) in [0, 1] over the windows inside it, (B,) float64."""
     _, similarity = structural_similarity_index_measure(a, b, return_full_image=True, **_SSIM)
     edge = SSIM_WINDOW // 2
     return similarity[..., edge:-edge, edge:-edge].double().flatten(1).mean(1)

@@ -1,4 +1,4 @@
-"""Sweeps: which settings a model is measured at.  ``cfg=1,2,3`` and ``solver=euler,heun`` make six of them."""
+"""Sweeps: the settings at which a model is measured.  ``cfg=1,2,3`` and ``solver=euler,heun`` are six settings."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ TOKENS, DECODER = "tokens", "decoder"
 class Setting:
     """One way to decode.
 
-    values: keyword arguments of ``decode``; tokens: decode only the first so many; decoder: with which decoder.
+    values: keyword arguments of ``decode``; tokens: decode only the first so many; decoder: its name.
     """
 
-    label: str = ""  # "" where nothing is swept
+    label: str = ""  # "" without a sweep
     values: Mapping[str, Any] = field(default_factory=dict)
     tokens: int | None = None
     decoder: str | None = None  # None: with each decoder that a model has
@@ -50,27 +50,27 @@ def _read(field: str, text: str) -> Any:
     return value
 
 
-#: What ``--sweep`` takes, and the argument of ``decode`` that it sets.
+#: The keys of ``--sweep``, and the arguments of ``decode`` that they set.
 KEYS = {TOKENS: TOKENS, DECODER: DECODER, **SAMPLING_OPTIONS, "temperature": SAMPLING_OPTIONS["noise"]}
 
 
 def parse_sweeps(texts: Sequence[str], fixed: Mapping[str, Any] | None = None) -> list[Setting]:
     """Every combination of the ``KEY=V1,V2`` in ``texts``, the first key slowest; one empty setting without any.
 
-    Args:    fixed, arguments of ``decode`` that all settings share; None values are left to the model.
-    Raises:  ValueError for an unknown key or value, and for a key that is given twice.
+    Args:    fixed, arguments of ``decode`` that all settings share; None takes the model's value.
+    Raises:  ValueError for an unknown key or value, and for a repeated key.
     """
     base = {key: value for key, value in (fixed or {}).items() if value is not None}
-    taken = set(base)
+    arguments_set = set(base)
     axes: list[list[tuple[str, str, Any]]] = []
     for text in texts:
         key, equals, values = text.partition("=")
         if key not in KEYS or not equals:
             raise ValueError(f"{text}: expected KEY=V1,V2,... with KEY one of {', '.join(KEYS)}")
         argument = KEYS[key]
-        if argument in taken:
-            raise ValueError(f"{text}: {key} is given twice")
-        taken.add(argument)
+        if argument in arguments_set:
+            raise ValueError(f"{text}: {key} is set twice")
+        arguments_set.add(argument)
         try:
             axis = [(f"{key} {value.strip()}", argument, _read(argument, value.strip())) for value in values.split(",")]
         except ValueError as error:
@@ -79,24 +79,24 @@ def parse_sweeps(texts: Sequence[str], fixed: Mapping[str, Any] | None = None) -
             raise ValueError(f"{text}: expected different values")
         axes.append(axis)
     settings = []
-    for chosen in itertools.product(*axes):
-        arguments = {**base, **{argument: value for _, argument, value in chosen}}
+    for point in itertools.product(*axes):
+        arguments = {**base, **{argument: value for _, argument, value in point}}
         tokens, decoder = arguments.pop(TOKENS, None), arguments.pop(DECODER, None)
-        settings.append(Setting(", ".join(label for label, _, _ in chosen), arguments, tokens, decoder))
+        settings.append(Setting(", ".join(label for label, _, _ in point), arguments, tokens, decoder))
     return settings
 
 
 def settings_of_models(
     models: Mapping[str, V2FlowTokenizer], size: int, settings: Sequence[Setting]
 ) -> list[tuple[str, Setting]]:
-    """(model, setting) of everything to measure at ``size`` pixels.
+    """Every (model, setting) to measure at ``size`` pixels.
 
-    A flexible tokenizer decodes any prefix. Another takes part where a swept length is one of its own, so that several
-    of them make the rows of one sweep; so with decoders. A length or a decoder that no model has is an error. Where
-    no decoder is asked for, a model takes part with each that it has.
-    Raises:  DataError, also for a size that does not fit a model.
+    A flexible tokenizer decodes any prefix. Another one is measured only at its own lengths, so that several of them
+    are the rows of one sweep; likewise with decoders. Without a decoder in the setting, a model is measured with each
+    of its decoders.
+    Raises:  DataError for a length or decoder that no model has, and for a size that does not fit a model.
     """
-    chosen: list[tuple[str, Setting]] = []
+    pairs: list[tuple[str, Setting]] = []
     lengths: dict[str, str] = {}
     decoders: set[str] = set()
     for name, tokenizer in models.items():
@@ -108,24 +108,24 @@ def settings_of_models(
         lengths[name] = f"{name} has 1 to {whole:,}" if tokenizer.flexible else f"{name} always has {fixed}"
         decoders |= {*tokenizer.decoder_names}
         for setting in itertools.chain.from_iterable(_each_decoder(tokenizer, each) for each in settings):
-            wanted = setting.tokens or whole
-            if wanted in (whole, *others) or (tokenizer.flexible and wanted < whole):
-                chosen.append((name, setting))
+            length = setting.tokens or whole
+            if length in (whole, *others) or (tokenizer.flexible and length < whole):
+                pairs.append((name, setting))
     for missing in (setting.decoder for setting in settings if setting.decoder not in (None, *decoders)):
         raise DataError(f"--decoder {missing}: no model has it; they have {' and '.join(sorted(decoders))}.")
-    wanted_lengths = dict.fromkeys(setting.tokens for setting in settings if setting.tokens)
-    had = {setting.tokens for _, setting in chosen}
-    lost = [str(tokens) for tokens in wanted_lengths if tokens not in had]
-    if lost:
+    measured = {setting.tokens for _, setting in pairs}
+    swept = dict.fromkeys(setting.tokens for setting in settings if setting.tokens)
+    impossible = [str(tokens) for tokens in swept if tokens not in measured]
+    if impossible:
         raise DataError(
-            f"--sweep tokens: no model has {' or '.join(lost)} tokens at {size} px ({'; '.join(lengths.values())}). "
-            "Give one --model for each length, or a model of flexible length."
+            f"--sweep tokens: no model has {' or '.join(impossible)} tokens at {size} px "
+            f"({'; '.join(lengths.values())}). Use one --model for each length, or a model of flexible length."
         )
-    return chosen
+    return pairs
 
 
 def _each_decoder(tokenizer: V2FlowTokenizer, setting: Setting) -> list[Setting]:
-    """``setting`` with its decoder, if the model has it; with each of the model's where it names none."""
+    """``setting`` with its decoder, if the model has it; with each of the model's if it names none."""
     names = tokenizer.decoder_names
     if setting.decoder is not None or len(names) == 1:
         return [setting] if setting.decoder in (None, *names) else []

@@ -146,10 +146,10 @@ def draw(
         "references": f"{len(library):,} pictures of {things:,} things; {len(held_out_pictures):,} held out",
     }
     if report:
-        from v2flow_cli.bench.report.draw_page import DrawnSheet, render
+        from v2flow_cli.bench.report.draw_page import DrawSheet, render
 
         drawings = [(drawing.prompt, drawing.pixels, drawing.verdict) for drawing in bench.drawings]
-        page = DrawnSheet(drawings, bench.figures, bench.copies, library, facts, "v2flow bench draw")
+        page = DrawSheet(drawings, bench.figures, bench.copies, library, facts, "v2flow bench draw")
         write_bytes(report, render(page).encode())
     if json_:
         result_json({**_record(bench, judge), **facts, "report": str(report) if report else None})
@@ -185,13 +185,10 @@ def _record(bench: DrawBench, judge: Judge) -> dict[str, Any]:
 
 
 def _print(bench: DrawBench) -> None:
-    from v2flow_cli.bench.report.draw_page import copy_rows, percent, table_rows
+    from v2flow_cli.bench.report.draw_page import copies_note, copy_rows, table_rows
     from v2flow_cli.cli.text_table import text_table
 
     result(text_table(*table_rows(bench.figures)) + "\n")
     if bench.copies:
         result(text_table(*copy_rows(bench.copies)) + "\n")
-        result(
-            f"{percent(bench.copies.nearer)} of the drawn pictures are nearer to a training picture than 95% of the "
-            "held-out ones are after the tokenizer; without any copying it would be 5%."
-        )
+        result(copies_note(bench.copies))

@@ -185,14 +185,14 @@ def reconstruction(
     options.write_to(images_csv, images_as_csv(benches).encode())
     if report:
         from v2flow_cli.bench.report.page import Page, write_report
-        from v2flow_cli.bench.report.token_view import token_views
+        from v2flow_cli.bench.report.token_view import token_view
 
         page = Page(
             title="Reconstruction of photos from tokens",
             lead="Photos as tokens and back, measured on every photo, beside codecs with the same number of bytes.",
             tables=measured,
             benches=benches,
-            views=token_views(models),
+            views={name: token_view(tokenizer) for name, tokenizer in models.items()},
             command="v2flow bench",
             help_seconds=seconds_of_help,
             notes=notes,

@@ -41,7 +41,7 @@ def print_tables(tables: Sequence[Table]) -> None:
 
 
 def _print_curves(table: Table) -> None:
-    """PSNR over the number of tokens, a line for each length, where a family was measured at several."""
+    """PSNR over the number of tokens, a line for each length, for the families with several lengths."""
     from v2flow_cli.bench.results import length_curves
 
     for family, rows in length_curves(table).items():

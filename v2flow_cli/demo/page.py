@@ -49,7 +49,7 @@ def demo(
 
     from v2flow_cli.bench.networks import load_networks
     from v2flow_cli.bench.report.page import Page, write_report
-    from v2flow_cli.bench.report.token_view import token_views
+    from v2flow_cli.bench.report.token_view import token_view
     from v2flow_cli.bench.results import tables
     from v2flow_cli.bench.run import run_bench
     from v2flow_cli.bench.sweep import parse_sweeps
@@ -100,7 +100,7 @@ def demo(
         "Everything on this page was computed on this machine.",
         tables=tables([bench]),
         benches=[bench],
-        views=token_views({"v2flow": tokenizer}),
+        views={"v2flow": token_view(tokenizer)},
         command="python -m v2flow_cli.demo.page",
         drawn=drawn,
         drawn_note="Written word by word by a language model that was given nothing but the sentence, then "

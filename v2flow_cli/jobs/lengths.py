@@ -1,4 +1,4 @@
-"""How many tokens the images of a set needed, by the input that they came from."""
+"""The number of tokens of the images of a set, by input."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from v2flow_cli.store.find import FoundFile
+from v2flow_cli.store.find import InputFile
 from v2flow_cli.store.paths import user_path
 from v2flow_cli.store.token_file import TokenManifest, load_token_ids
 from v2flow_cli.tokenizer.prefix import doublings
@@ -19,12 +19,12 @@ BAR_WIDTH = 40  # characters
 
 @dataclass(frozen=True)
 class LengthHistogram:
-    """Images by number of tokens.  counts: images with more tokens than the bin before, and at most ``up_to``."""
+    """Images by number of tokens.  counts: images with at most ``up_to`` tokens and more than the bin before."""
 
     input: str
     images: int
     mean_tokens: float
-    counts: Mapping[int, int]  # by ``up_to``: 1, 2, 4, ... and the most that an image can have
+    counts: Mapping[int, int]  # by ``up_to``: 1, 2, 4, ... and the maximum of an image
 
     def lines(self) -> Iterator[str]:
         """A heading, then a line with a bar for each bin."""
@@ -37,23 +37,23 @@ class LengthHistogram:
             low = up_to + 1
 
 
-def inputs_of(inputs: Sequence[str], files: Sequence[FoundFile]) -> dict[str, str]:
-    """The input of each file, as the user wrote it, by the file's key; all inputs are one where one is a glob."""
-    places = [os.path.abspath(user_path(given)) for given in inputs]
-    if not all(map(os.path.exists, places)):
+def inputs_of(inputs: Sequence[str], files: Sequence[InputFile]) -> dict[str, str]:
+    """The input of each file, as the user wrote it, by the file's key; with a glob all inputs count as one."""
+    paths = [os.path.abspath(user_path(text)) for text in inputs]
+    if not all(map(os.path.exists, paths)):
         return dict.fromkeys((file.key for file in files), " ".join(inputs))
 
     def origin(path: str) -> str:
-        return next(given for given, place in zip(inputs, places) if path == place or path.startswith(place + os.sep))
+        return next(text for text, root in zip(inputs, paths) if path == root or path.startswith(root + os.sep))
 
     return {file.key: origin(os.path.abspath(file.path)) for file in files}
 
 
 def length_histograms(folder: Path, manifest: TokenManifest, origins: Mapping[str, str]) -> list[LengthHistogram]:
-    """One histogram for each input, of the token files of ``folder``, those of earlier runs included.
+    """One histogram for each input, of all token files of ``folder``, also those of earlier runs.
 
     Args:    origins, see ``inputs_of``.
-    Raises:  TokenFileError for a file that is damaged.
+    Raises:  TokenFileError for a damaged file.
     """
     lengths: dict[str, list[np.ndarray]] = {}
     for name in manifest.files:
@@ -62,7 +62,7 @@ def length_histograms(folder: Path, manifest: TokenManifest, origins: Mapping[st
     ends = doublings(manifest.tokens_per_image)
     histograms = []
     for origin in sorted(lengths, key=[*origins.values()].index):
-        counted = np.concatenate(lengths[origin])
-        bins = np.bincount(np.searchsorted(ends, counted), minlength=len(ends))
-        histograms.append(LengthHistogram(origin, len(counted), float(counted.mean()), dict(zip(ends, bins.tolist()))))
+        values = np.concatenate(lengths[origin])
+        bins = np.bincount(np.searchsorted(ends, values), minlength=len(ends))
+        histograms.append(LengthHistogram(origin, len(values), float(values.mean()), dict(zip(ends, bins.tolist()))))
     return histograms

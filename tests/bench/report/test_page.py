@@ -13,7 +13,7 @@ import pytest
 
 from tests.tokenizer.test_seams import build
 from v2flow_cli.bench.report.page import DrawnPicture, Page, render, write_report
-from v2flow_cli.bench.report.token_view import token_views
+from v2flow_cli.bench.report.token_view import token_view
 from v2flow_cli.bench.results import tables
 from v2flow_cli.bench.run import run_bench
 from v2flow_cli.bench.sweep import parse_sweeps
@@ -35,7 +35,7 @@ def page(tiny_tokenizer_folder: Path, sample_images) -> Page:
         lead=f"A lead with {EVIL}.",
         tables=tables([bench]),
         benches=[bench],
-        views=token_views(models),
+        views={name: token_view(tokenizer) for name, tokenizer in models.items()},
         command=f"v2flow bench {EVIL}",
         help_seconds={"": 0.25, "bench": 0.31},
         drawn=drawn,
@@ -88,7 +88,7 @@ def test_published_rows_are_marked_as_such() -> None:
     from v2flow_cli.bench.report.tables import published_table
 
     found = Tags(published_table(256))
-    assert "not measured here and on other pictures" in found.text
+    assert "measured by others on other pictures" in found.text
     assert all(figure in found.text for figure in ("Open-MAGVIT2", "262,144", "22.37"))
 
 

@@ -1,6 +1,6 @@
-"""The sheet of ``bench draw``: every prompt with its picture, what the judge saw in it, and the figures.
+"""The sheet of ``bench draw``: every prompt with its picture, what the judge recognized in it, and the figures.
 
-One self-contained page, as ``page.py`` makes; markup and style stand in ``draw.html``. All text is escaped.
+One self-contained page, like that of ``page.py``; markup and style are in ``draw.html``. All text is escaped.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ from v2flow_cli.bench.report.illustrations import data_uri
 
 SIDE, SMALL_SIDE = 192, 68  # pixels of a picture and of its neighbour on the sheet
 TITLES = {
-    "object": "A thing",
-    "colour": "A thing in a colour",
-    "count": "Several of a thing",
-    "relation": "Two things, and where they are",
-    "other": "Not judged: nothing in these prompts is a title of the references",
+    "object": "One object",
+    "colour": "An object with a colour",
+    "count": "Several objects of one kind",
+    "relation": "Two objects and their positions",
+    "other": "Not judged: no object of these prompts is a title of the references",
 }
 HEADS = {
     "all": "all right",
-    "noun": "thing",
-    "noun_in_5": "thing among the nearest 5",
+    "noun": "object",
+    "noun_in_5": "object among the nearest 5",
     "colour": "colour",
     "count": "number",
-    "place": "place",
+    "place": "position",
 }
 
 
 @dataclass(frozen=True)
-class DrawnSheet:
-    """What the sheet shows: pictures (H, W, 3) uint8 with their prompts and verdicts, and the figures of all."""
+class DrawSheet:
+    """The content of the sheet: pictures (H, W, 3) uint8 with their prompts and verdicts, and the figures of all."""
 
     pictures: Sequence[tuple[Prompt, np.ndarray, Verdict]]
     figures: Sequence[KindFigures]
@@ -51,15 +51,15 @@ class DrawnSheet:
     command: str
 
 
-def render(sheet: DrawnSheet) -> str:
+def render(sheet: DrawSheet) -> str:
     """The page as one HTML text."""
     template = string.Template(files("v2flow_cli.bench.report").joinpath("draw.html").read_text(encoding="utf-8"))
     kinds = [(kind, [p for p in sheet.pictures if p[0].kind == kind]) for kind in (*KINDS, "other")]
     sections = [_section(kind, pictures, sheet.references) for kind, pictures in kinds if pictures]
     facts = "".join(f"<dt>{escape(term)}</dt><dd>{escape(text)}</dd>" for term, text in sheet.facts.items())
     return template.substitute(
-        title="Prompts and what was drawn",
-        lead="All pictures, in the order of the prompts, none picked. Below each: what the judge takes it for, by its "
+        title="Prompts and drawn pictures",
+        lead="All pictures, in the order of the prompts, without selection. Below each: the judge's answer, from the "
         "nearest neighbour among titled pictures, which is shown beside it.",
         body=f"{_figures(sheet.figures)}{_copies(sheet.copies)}<dl>{facts}</dl>{''.join(sections)}",
         footer=f"Made by <code>{escape(sheet.command)}</code> with v2flow {__version__}.",
@@ -73,14 +73,14 @@ def percent(share: Share) -> str:
 
 
 def table_rows(figures: Sequence[KindFigures]) -> tuple[list[str], list[list[str]]]:
-    """Heads and lines of the table of figures: for each kind the drawn pictures, then the judge on real ones."""
-    parts = [part for part in PARTS if any(part in one.drawn for one in figures)]
+    """Headings and lines of the table of figures: for each kind the drawn pictures, then the judge on real ones."""
+    parts = [part for part in PARTS if any(part in kind.drawn for kind in figures)]
     lines = []
-    for one in figures:
+    for kind in figures:
         rows = (
-            (f"{one.kind}: {one.prompts} prompts, {one.pictures} pictures drawn", one.drawn),
-            ("  the judge, on real pictures", one.real),
-            ("  the judge, on real pictures through the tokenizer", one.real_tokens),
+            (f"{kind.kind}: {kind.prompts} prompts, {kind.pictures} pictures drawn", kind.drawn),
+            ("  the judge, on real pictures", kind.real),
+            ("  the judge, on real pictures through the tokenizer", kind.real_tokens),
         )
         for label, shares in rows:
             if shares:
@@ -90,7 +90,7 @@ def table_rows(figures: Sequence[KindFigures]) -> tuple[list[str], list[list[str
 
 
 def copy_rows(copies: Copies) -> tuple[list[str], list[list[str]]]:
-    """Heads and lines of the table of distances."""
+    """Headings and lines of the table of distances."""
     rows = {
         "drawn": copies.drawn,
         "held out, through the tokenizer": copies.held_out_tokens,
@@ -105,6 +105,14 @@ def copy_rows(copies: Copies) -> tuple[list[str], list[list[str]]]:
     return heads, lines
 
 
+def copies_note(copies: Copies) -> str:
+    """One sentence on the share of drawn pictures that lie near a training picture."""
+    return (
+        f"{percent(copies.nearer)} of the drawn pictures are nearer to a training picture than 95% of the held-out "
+        "pictures (through the tokenizer); for pictures that copy nothing, 5% is expected."
+    )
+
+
 def _figures(figures: Sequence[KindFigures]) -> str:
     return _table(*table_rows(figures)) if figures else ""
 
@@ -112,11 +120,7 @@ def _figures(figures: Sequence[KindFigures]) -> str:
 def _copies(copies: Copies | None) -> str:
     if copies is None:
         return ""
-    note = (
-        f"{percent(copies.nearer)} of the drawn pictures are nearer to a training picture than 95% of the held-out "
-        "ones are (through the tokenizer); 5% would be expected of pictures that copy nothing."
-    )
-    return f"<h2>Copies</h2>{_table(*copy_rows(copies))}<p>{escape(note)}</p>"
+    return f"<h2>Copies</h2>{_table(*copy_rows(copies))}<p>{escape(copies_note(copies))}</p>"
 
 
 def _table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -126,29 +130,30 @@ def _table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 
 def _section(kind: str, pictures: Sequence[tuple[Prompt, np.ndarray, Verdict]], references: Sequence[Reference]) -> str:
-    cards = "".join(_card(*one, references) for one in pictures)
+    cards = "".join(_card(*picture, references) for picture in pictures)
     return f'<h2>{escape(TITLES[kind])}</h2><div class="sheet">{cards}</div>'
 
 
 def _card(prompt: Prompt, picture: np.ndarray, verdict: Verdict, references: Sequence[Reference]) -> str:
-    near = references[verdict.answers[0][0]]
-    seen = " and ".join(references[answers[0]].names[0] for answers in verdict.answers)
+    nearest = references[verdict.answers[0][0]].pixels()
+    small = data_uri(_thumbnail(nearest, SMALL_SIDE))
+    answer = " and ".join(references[answers[0]].names[0] for answers in verdict.answers)
     if "count" in verdict.right:
-        seen = f"{verdict.count} × {seen}"
+        answer = f"{verdict.count} × {answer}"
     if "colour" in verdict.right:
-        seen += f", {verdict.colour}"
+        answer += f", {verdict.colour}"
     mark = ""
     if verdict.right:
         mark = '<span class="yes">✓</span> ' if verdict.right["all"] else '<span class="no">✗</span> '
     return (
-        f'<figure><img src="{data_uri(_shrunk(picture, SIDE))}" alt="{escape(prompt.text)}"><figcaption>'
+        f'<figure><img src="{data_uri(_thumbnail(picture, SIDE))}" alt="{escape(prompt.text)}"><figcaption>'
         f"<b>{mark}{escape(prompt.text)}</b>"
-        f'<span class="near"><img src="{data_uri(_shrunk(near.pixels(), SMALL_SIDE))}" alt="">{escape(seen)}</span>'
+        f'<span class="near"><img src="{small}" alt="">{escape(answer)}</span>'
         "</figcaption></figure>"
     )
 
 
-def _shrunk(picture: np.ndarray, side: int) -> np.ndarray:
+def _thumbnail(picture: np.ndarray, side: int) -> np.ndarray:
     image = Image.fromarray(picture)
     image.thumbnail((side, side), Image.Resampling.LANCZOS)
     return np.asarray(image)

@@ -1,4 +1,4 @@
-"""Pictures about pictures: error maps, token colours, and images as data URIs."""
+"""Error maps, token colours, and images as data URIs."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ def error_map(reference: np.ndarray, picture: np.ndarray) -> np.ndarray:
     """(H, W, 3) uint8: mean absolute difference over the channels, dark (none) to bright (64 grey levels)."""
     error = np.abs(reference.astype(np.float64) - picture).mean(axis=-1) / ERROR_FULL_SCALE
     stops = np.linspace(0, 1, len(_ERROR_RAMP))
-    colour = [np.interp(error, stops, _ERROR_RAMP[:, c]) for c in range(3)]
-    return np.stack(colour, axis=-1).round().astype(np.uint8)
+    channels = [np.interp(error, stops, _ERROR_RAMP[:, c]) for c in range(3)]
+    return np.stack(channels, axis=-1).round().astype(np.uint8)
 
 
 def token_colours(codebook: Tensor) -> np.ndarray:
-    """(K, 3) uint8: near codes get near colours.
+    """(K, 3) uint8: near codes get similar colours.
 
     The first three principal components of the codebook (K, D), each replaced by its rank so that all colours
-    occur, become lightness and the two colour axes of OKLab.
+    occur, are the lightness and the two colour axes of OKLab.
     """
     codes = codebook.detach().float().cpu()
     q = min(3, *codes.shape)
-    with torch.random.fork_rng(devices=[]):  # pca_lowrank draws; the caller's generator stays untouched
+    with torch.random.fork_rng(devices=[]):  # pca_lowrank draws random numbers
         torch.manual_seed(0)
         _, _, axes = torch.pca_lowrank(codes, q=q, niter=4)
     ranks = (codes @ axes).argsort(0).argsort(0).double() / max(1, len(codes) - 1)  # (K, q) in [0, 1]

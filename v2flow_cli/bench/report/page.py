@@ -1,7 +1,7 @@
 """One self-contained HTML page: photos against their reconstructions, drawn pictures, figures, protocol.
 
-No network, no external file: pictures are data URIs. All text is escaped. Markup, style and script stand in
-``report.html``; this file fills its five places.
+No network, no external file: pictures are data URIs. All text is escaped. Markup, style and script are in
+``report.html``; this file fills its five fields.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ class DrawnPicture:
 
 @dataclass(frozen=True)
 class Page:
-    """What the page shows, with a heading and one sentence on top of it; results alone where there are no benches."""
+    """The content of the page, its heading and first sentence; without benches it shows results only."""
 
     title: str
     lead: str
     tables: Sequence[Table]
-    command: str  # that made the page
+    command: str  # command line that made the page
     benches: Sequence[Bench] = ()
     views: Mapping[str, TokenView] = field(default_factory=dict)  # by family
     help_seconds: Mapping[str, float] = field(default_factory=dict)
@@ -55,7 +55,7 @@ class Page:
 
 
 def write_report(page: Page, path: Path) -> None:
-    """Write ``render(page)`` to ``path``, or nothing.  Raises: DataError where it cannot be written."""
+    """Write ``render(page)`` to ``path``, or nothing.  Raises: DataError if the file cannot be written."""
     write_bytes(path, render(page).encode())
 
 
@@ -107,20 +107,20 @@ def _failed(page: Page) -> str:
 
 
 def _photos(page: Page, bench: Bench) -> str:
-    kept, protocol = bench.result.kept, bench.result.protocol
-    if not kept:
+    images, protocol = bench.result.kept, bench.result.protocol
+    if not images:
         return ""
-    shown = f"The first {len(kept)} of {protocol.count:,} photos. " if len(kept) < protocol.count else ""
+    shown = f"The first {len(images)} of {protocol.count:,} photos. " if len(images) < protocol.count else ""
     hint = (
-        "Drag across the large picture: the original is on the left, on the right whatever you choose beside "
-        "it; 2× and 4× enlarge it, and dragging takes you across. The coloured strip is the photo as a language "
-        "model reads it, one cell a token; near codes, or near words of the language model, have near colours. Error "
+        "Drag across the large picture: the original is on the left, the picture chosen beside it on the right; "
+        "2× and 4× enlarge it, and dragging moves it. The coloured strip is the photo as a language model "
+        "reads it, one cell a token; near codes, or near words of the language model, have similar colours. Error "
         f"maps run from black (none) to pale yellow ({illustrations.ERROR_FULL_SCALE} grey levels or more). Below each "
         "picture: PSNR and SSIM."
     )
-    cards = "".join(photo_article(bench, image, page.views) for image in kept)
+    cards = "".join(photo_article(bench, image, page.views) for image in images)
     at = f" at {protocol.image_size} pixels" if len(page.benches) > 1 else ""
-    return f'<section><h2>Photos, and what comes back{at}</h2><p class="hint">{shown}{hint}</p>{cards}</section>'
+    return f'<section><h2>Photos and their reconstructions{at}</h2><p class="hint">{shown}{hint}</p>{cards}</section>'
 
 
 def _drawn(page: Page) -> str:
@@ -142,13 +142,13 @@ def _drawn(page: Page) -> str:
 
 def _tables(page: Page) -> str:
     hint = (
-        "Click a heading to sort. The codecs are given as many bytes as the tokens take and may choose any "
-        "downscale and quality; their bytes are whole files. The autoencoder alone keeps all its latents, so "
-        "it is the ceiling of every setting. Point at a mark of a plot to read it."
+        "Click a heading to sort. The codecs may use as many bytes as the tokens take, with any "
+        "downscale and quality; their bytes are whole files. The autoencoder alone keeps all its latents: "
+        "it is the upper limit of every setting. Point at a mark of a plot to read its value."
     )
-    found = "".join(plots(table) + measured_table(table) + published_table(table.size) for table in page.tables)
-    found += "".join(image_table(bench) for bench in page.benches)
-    return f'<section><h2>Figures</h2><p class="hint">{hint}</p><div class="tables">{found}</div></section>'
+    tables = "".join(plots(table) + measured_table(table) + published_table(table.size) for table in page.tables)
+    tables += "".join(image_table(bench) for bench in page.benches)
+    return f'<section><h2>Figures</h2><p class="hint">{hint}</p><div class="tables">{tables}</div></section>'
 
 
 def _speed(page: Page) -> str:
@@ -158,7 +158,7 @@ def _speed(page: Page) -> str:
         text = (
             f"{codebook['usage']:.1%} of the codes used ({codebook['distinct']:,} of {codebook['codebook_size']:,}); "
             f"perplexity {codebook['perplexity']:,.0f}; {codebook['entropy_bits']:.2f} bits a token by the entropy of "
-            f"the codes, {codebook['adaptive_bits']:.2f} by a code that has to learn it"
+            f"the codes, {codebook['adaptive_bits']:.2f} by an adaptive code"
         )
         if speed:
             where = f"batches of {speed['batch_size']}, {speed['dtype']}, {speed['device']}"
@@ -190,7 +190,7 @@ def _protocol(page: Page) -> str:
         size, seed = protocol.pop("image_size"), protocol.pop("seed")
         lines = [("name", f"{name}, key {key}"), ("image size", f"{size} pixels")]
         lines += [(term.replace("_", " "), str(text or "not measured")) for term, text in protocol.items()]
-        lines.append(("seed", f"{seed}; each photo's own is drawn from it and the photo's name"))
+        lines.append(("seed", f"{seed}; each photo's own seed depends on it and on the photo's name"))
         lines.append(("versions", ", ".join(f"{library} {number}" for library, number in versions.items())))
         digests = {row["family"]: row["weights_digest"] for row in table.rows if row["weights_digest"]}
         lines += [(f"weights of {family}", digest) for family, digest in digests.items()]

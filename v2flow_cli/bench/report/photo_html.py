@@ -1,4 +1,4 @@
-"""One photo of the report: original against everything it can be compared with, and its tokens."""
+"""One photo of the report: the original, every picture it can be compared with, and its tokens."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from v2flow_cli.bench.report.tables import show_number
 from v2flow_cli.bench.report.token_view import TokenView
 from v2flow_cli.bench.run import Bench
 
-MAX_ERROR_MAPS = 3  # tokenizers with an error map of their own; of more, only the first has one
+MAX_ERROR_MAPS = 3  # with more tokenizers than this, only the first has an error map
 
 Variant = tuple[str, str, np.ndarray, bool]  # label, note, pixels, enlarge without smoothing
 
@@ -126,7 +126,7 @@ def _words(name: str, group: str, ids: np.ndarray, view: TokenView) -> str:
 {choice}<div class="sentence" style="--n:{len(ids)}">{images}<i></i>
 <input type="range" min="0" max="{len(ids) - 1}" value="0" aria-label="Token of {name}">
 </div>
-<output>{len(ids):,} tokens in reading order. Slide along to see which code stands where.</output>
+<output>{len(ids):,} tokens in reading order. Move the slider to see the code at each position.</output>
 </div>"""
 
 

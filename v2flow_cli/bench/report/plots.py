@@ -2,7 +2,7 @@
 
 Means have their 95% intervals.
 
-Published figures are not drawn: they were measured in another way, on other pictures.
+Published figures are not plotted: their protocol and pictures differ.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ WIDTH, HEIGHT = 560, 380
 LEFT, RIGHT, TOP, BOTTOM = 56, 16, 16, 46  # pixels around the axes
 HUES = 8  # series colours in report.html
 TOKENS = "tokens_per_image"
-AUTOENCODER = "autoencoder"  # rows of this kind bound a plot, and are no point of it
+AUTOENCODER = "autoencoder"  # rows of this kind are a limit line in a plot, not a point
 PERCEPTION = tuple(m for m in METRICS if m.key in ("feature_distance", "lpips", "feature_frechet", "rfid"))
 
 
@@ -33,7 +33,7 @@ class Axis:
 
     @classmethod
     def around(cls, values: Sequence[float], log: bool) -> Axis:
-        """An axis that holds all values with some room; never empty."""
+        """An axis that contains all values, with a margin; never empty."""
         low, high = min(values), max(values)
         if log:
             room = max((high / low) ** 0.12, 1.3)
@@ -62,7 +62,7 @@ class Axis:
 
 
 def plots(table: Table) -> str:
-    """The plots of a table, each with a choice of metrics; one without two points is left out."""
+    """The plots of a table, each with a choice of metrics; a plot with fewer than two points is left out."""
     charts = [
         _chart(table, TOKENS, "tokens an image", "Length and quality") if length_curves(table) else "",
         _chart(table, "bits_per_pixel", "bits a pixel", "Rate and distortion"),
@@ -76,14 +76,14 @@ def plots(table: Table) -> str:
 def _chart(
     table: Table, x: str, x_label: str, title: str, log: bool = True, metrics: Sequence[Metric] = METRICS
 ) -> str:
-    """One figure: a drawing for each metric, of which the page shows one."""
+    """One figure with a drawing for each metric; the page shows one of them."""
     group = f"{x}-{table.size}"
     drawings: list[str] = []
     choices: list[str] = []
     for metric in metrics:
-        rows = [row for row in table.rows if row[x] and row.get(metric.key) is not None and row["kind"] != AUTOENCODER]
         if not metric.better:
             continue
+        rows = [row for row in table.rows if row[x] and row.get(metric.key) is not None and row["kind"] != AUTOENCODER]
         if len(rows) < 2:
             continue
         first = not drawings
@@ -128,11 +128,11 @@ def _drawing(table: Table, rows: Sequence[Record], x: str, x_label: str, metric:
         y = HEIGHT - BOTTOM - up.at(tick) * (HEIGHT - TOP - BOTTOM)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{tick:.{digits}f}</text>')
-    # Lengths are few, and nobody asks for those between them.
+    # The lengths are few; ticks between them are not useful.
     for tick in sorted({row[x] for row in rows}) if x == TOKENS else across.ticks():
-        place = LEFT + across.at(tick) * (WIDTH - LEFT - RIGHT)
-        parts.append(f'<line class="grid" x1="{place:.1f}" x2="{place:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
-        parts.append(f'<text x="{place:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{tick:g}</text>')
+        tick_x = LEFT + across.at(tick) * (WIDTH - LEFT - RIGHT)
+        parts.append(f'<line class="grid" x1="{tick_x:.1f}" x2="{tick_x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
+        parts.append(f'<text x="{tick_x:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{tick:g}</text>')
     below = f"{x_label} (log)" if log else x_label
     parts.append(f'<text class="axis" x="{WIDTH - RIGHT}" y="{HEIGHT - 8}" text-anchor="end">{below}</text>')
     parts.append(f'<text class="axis" x="{LEFT + 6}" y="{TOP + 12}">{label}</text>')
@@ -142,7 +142,7 @@ def _drawing(table: Table, rows: Sequence[Record], x: str, x_label: str, metric:
     on_top = sorted(rows, key=lambda row: row["kind"] != "codec")  # tokenizers are drawn over codecs
     for family in dict.fromkeys(row["family"] for row in on_top):
         curve = sorted((row for row in rows if row["family"] == family), key=lambda row: row[x])
-        if len({row[x] for row in curve}) == len(curve) > 1:  # a sweep at one rate has no order along this axis
+        if len({row[x] for row in curve}) == len(curve) > 1:  # a sweep at one rate has no order on this axis
             line = " ".join(f"{a:.1f},{b:.1f}" for a, b in map(point, curve))
             parts.append(f'<polyline class="hue{_hue(table, family)}" points="{line}"/>')
         for row in curve:
@@ -163,7 +163,7 @@ def _drawing(table: Table, rows: Sequence[Record], x: str, x_label: str, metric:
 
 
 def _ceilings(table: Table, x: str) -> list[Record]:
-    """Autoencoders alone bound the quality at any rate; over speed they would only flatten the plot."""
+    """Autoencoders limit the quality at any rate; they are not shown over speed."""
     return [row for row in table.rows if row["kind"] == AUTOENCODER and x == "bits_per_pixel"]
 
 

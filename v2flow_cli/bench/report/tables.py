@@ -1,4 +1,4 @@
-"""The report's tables: what was measured, what was published, every photo on its own; all sort on click."""
+"""The report's tables: measured and published figures, and each photo; all sort on click."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from v2flow_cli.bench.published import PUBLISHED, SOURCE
 from v2flow_cli.bench.results import Record, Table, columns, shown
 from v2flow_cli.bench.run import Bench
 
-MAX_IMAGE_ROWS = 600  # of the table of single photos; ``--images-csv`` has them all
+MAX_IMAGE_ROWS = 600  # of the table of single photos; ``--images-csv`` writes all
 
-Cell = tuple[str, str]  # (HTML, sort key; "" for what was not measured)
+Cell = tuple[str, str]  # (HTML, sort key; "" if not measured)
 
 
 def measured_table(table: Table) -> str:
-    """Every system over all photos, tokenizers marked; columns that no row fills are left out."""
+    """Every system over all photos, tokenizers marked; empty columns are left out."""
     metrics = columns(table)
     rows = [[_text(row["system"]), *(_figure(row, metric) for metric in metrics)] for row in table.rows]
     protocol = table.protocol
@@ -42,7 +42,7 @@ def published_table(image_size: int) -> str:
         ]
         for row in PUBLISHED.get(image_size, ())
     ]
-    caption = f"Published figures, not measured here and on other pictures: {SOURCE}."
+    caption = f"Published figures, measured by others on other pictures: {SOURCE}."
     heads = ("tokens", "codebook", "PSNR dB", "SSIM", "LPIPS")
     return _table(caption, ("published",), heads, rows) if rows else ""
 
@@ -63,11 +63,11 @@ def image_table(bench: Bench) -> str:
     more = f", the first {len(rows):,} of {len(figures):,} lines" if len(rows) < len(figures) else ""
     heads = ("bytes", *(metric.heading for metric in metrics))
     size = bench.result.protocol.image_size
-    return _table(f"Every photo on its own at {size} pixels{more}.", ("photo", "system"), heads, rows, tall=True)
+    return _table(f"Each photo at {size} pixels{more}.", ("photo", "system"), heads, rows, tall=True)
 
 
 def show_number(value: float, digits: int) -> str:
-    """``value`` with ``digits`` decimals, or the sign of infinity."""
+    """``value`` with ``digits`` decimals, or ∞."""
     return "∞" if math.isinf(value) else f"{value:,.{digits}f}"
 
 

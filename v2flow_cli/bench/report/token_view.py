@@ -1,8 +1,7 @@
-"""Codes as a reader may look at them: a colour of their own, and the LLM's word that they lie nearest to."""
+"""A colour for each code, and the word of the LLM's vocabulary that is nearest to it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +19,7 @@ CODES_AT_A_TIME = 1024  # keeps the cosines of a vocabulary of 152,000 words at 
 
 @dataclass(frozen=True)
 class TokenView:
-    """colours (K, 3) uint8 by code; word_colours by nearest word, and that word of each code, where there is one."""
+    """colours (K, 3) uint8 by code; word_colours and words by nearest word, if there is a vocabulary."""
 
     colours: np.ndarray
     word_colours: np.ndarray | None = None
@@ -28,7 +27,7 @@ class TokenView:
 
 
 def token_view(tokenizer: V2FlowTokenizer) -> TokenView:
-    """Near codes and near words get near colours; a tokenizer without vocabulary has no words."""
+    """Near codes and near words get similar colours; a tokenizer without vocabulary has no words."""
     colours = token_colours(tokenizer.codebook)
     if tokenizer.vocabulary is None:
         return TokenView(colours)
@@ -41,11 +40,6 @@ def token_view(tokenizer: V2FlowTokenizer) -> TokenView:
     )
 
 
-def token_views(models: Mapping[str, V2FlowTokenizer]) -> dict[str, TokenView]:
-    """The view of each model, by its name."""
-    return {name: token_view(tokenizer) for name, tokenizer in models.items()}
-
-
 def nearest_words(codes: Tensor, table: Tensor) -> np.ndarray:
     """Index (K,) of the row of ``table`` (V, D) with the largest cosine to each of ``codes`` (K, D)."""
     rows = normalize(table.detach().float(), dim=-1)
@@ -54,7 +48,7 @@ def nearest_words(codes: Tensor, table: Tensor) -> np.ndarray:
 
 
 def _word_names(tokenizer: V2FlowTokenizer, count: int) -> list[str]:
-    """The LLM's words as text, from the tokenizer.json of the LLM in the config; none where it is not available."""
+    """The LLM's words as text, from the tokenizer.json of the LLM in the config; empty if it is not available."""
     from tokenizers import Tokenizer
 
     folder = Path((tokenizer.config.vocabulary or {}).get("llm", ""))
