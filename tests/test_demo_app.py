@@ -151,9 +151,9 @@ def test_the_rectangle_is_what_is_changed(tiny_tokenizer_folder: Path, llm_folde
 def test_what_is_missing_is_said(client) -> None:
     with pytest.raises(Exception, match="The prompt is empty"):
         client.predict(" ", 0.9, *DECODER, api_name="/draw")
-    with pytest.raises(Exception, match="No photo yet"):
+    with pytest.raises(Exception, match="No photo: drop"):
         client.predict(None, 4, *DECODER, api_name="/reconstruct")
-    with pytest.raises(Exception, match="No photo yet"):
+    with pytest.raises(Exception, match="No photo: drop"):
         client.predict(None, 0, 0, 1, 1, *DECODER, api_name="/tokens")
 
 

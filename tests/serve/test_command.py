@@ -68,7 +68,7 @@ def test_a_port_that_is_taken_and_packages_that_are_missing():
         code = (
             f"import sys; from v2flow_cli.serve.__main__ import main; sys.argv = ['serve', '--port', '{port}']; main()"
         )
-        assert f"--host 127.0.0.1 --port {port}: Address already in use. Give another one." in fails(code)
+        assert f"--host 127.0.0.1 --port {port}: Address already in use. Use another address." in fails(code)
     missing = "import sys; sys.modules['uvicorn'] = None; "
     missing += "from v2flow_cli.serve.__main__ import main; sys.argv = ['serve']; main()"
     assert "the server needs the package uvicorn" in fails(missing)

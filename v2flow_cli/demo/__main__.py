@@ -1,4 +1,4 @@
-"""``python -m v2flow_cli.demo``: the live demo on this machine alone, until Ctrl-C."""
+"""``python -m v2flow_cli.demo``: runs the live demo on this machine until Ctrl-C."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from v2flow_cli.runtime.extras import extra
 def demo(
     model: Annotated[str | None, typer.Option(help="Tokenizer: folder or hub id. Default: the embedded one.")] = None,
     llm: Annotated[str | None, typer.Option(help="LLM: folder or hub id. Default: the embedded one.")] = None,
-    decoder: Annotated[str | None, typer.Option(help="What is chosen at first. Default: the model's.")] = None,
+    decoder: Annotated[str | None, typer.Option(help="Decoder selected at the start. Default: the model's.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
-    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 lets others in.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen at.")] = 7860,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 accepts other machines.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 7860,
 ) -> None:
-    """Photos to tokens and back, sentences to pictures, in a browser."""
+    """Encode and decode photos, and draw pictures from prompts, in a browser."""
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     with extra("demo", "gradio", "the live demo (`make demo` makes a page without it)"):
         importlib.import_module("gradio")
@@ -34,7 +34,7 @@ def demo(
     try:
         app.launch(server_name=host, server_port=port, quiet=True, prevent_thread_lock=True)
     except OSError as error:
-        raise V2FlowError(f"--host {host} --port {port}: {error} Give another --port.") from None
+        raise V2FlowError(f"--host {host} --port {port}: {error} Use another --port.") from None
     result(f"http://{host}:{port}")
     app.block_thread()
 

@@ -14,10 +14,10 @@ from v2flow_cli.errors import V2FlowError
 
 PROMPTS = ("a red fox", "a cat", "a sunflower", "a hamburger", "a watermelon", "a pig", "a red heart", "a tram")
 TITLE = """# v2flow
-A photo becomes {count:,} tokens of a language model's vocabulary, and they become a photo again; a prompt becomes
-such tokens, and they become a picture."""
+The tokenizer encodes a photo to {count:,} tokens of a language model's vocabulary and decodes them to a photo. The
+language model writes such tokens for a prompt, and the tokenizer decodes them to a picture."""
 EDITING = """Encode a photo or draw something, click two corners of a rectangle in the coloured tokens, and change
-what is inside."""
+the tokens in it."""
 
 
 def build_app(studio: Studio) -> gr.Blocks:
@@ -53,15 +53,15 @@ def _photo_tab(studio: Studio) -> None:
             go = gr.Button("Encode and decode", variant="primary")
             _photo_examples(photo)
         with gr.Column():
-            cropped = gr.Image(label="As it is encoded", format="png")
-            back = gr.Image(label="Decoded from its tokens", format="png")
-            grid = gr.Image(label="Its tokens; near codes have near colours", format="png")
+            cropped = gr.Image(label="Cropped for the encoder", format="png")
+            back = gr.Image(label="Decoded from the tokens", format="png")
+            grid = gr.Image(label="The tokens; near codes have similar colours", format="png")
             figures = gr.Markdown()
     outputs = [cropped, back, grid, figures]
     inputs = [photo, tokens, *settings]
-    go.click(_shown(reconstruct), inputs, outputs, api_name="reconstruct")
-    if studio.tokenizer.flexible:  # the picture grows with the slider
-        tokens.release(_shown(reconstruct), inputs, outputs, api_visibility="private")
+    go.click(_show_errors(reconstruct), inputs, outputs, api_name="reconstruct")
+    if studio.tokenizer.flexible:  # the slider updates the picture
+        tokens.release(_show_errors(reconstruct), inputs, outputs, api_visibility="private")
 
 
 def _drawing_tab(studio: Studio) -> None:
@@ -88,17 +88,17 @@ def _drawing_tab(studio: Studio) -> None:
             )
             gr.Examples([[text] for text in PROMPTS], [prompt], label="Prompts to start with")
         with gr.Column():
-            drawn = gr.Image(label="Drawn", format="png")
+            picture = gr.Image(label="Picture", format="png")
             grid = gr.Image(label="The tokens that the language model wrote", format="png")
     inputs = [prompt, temperature, *settings]
     ids = gr.State(None)
-    gr.on([go.click, prompt.submit], _shown(draw), inputs, [drawn, grid, ids], api_name="draw")
+    gr.on([go.click, prompt.submit], _show_errors(draw), inputs, [picture, grid, ids], api_name="draw")
     if studio.llm.vocabulary.flexible:
-        count.release(_shown(shorten), [ids, count, *settings], [drawn, grid], api_name="shorten")
+        count.release(_show_errors(shorten), [ids, count, *settings], [picture, grid], api_name="shorten")
 
 
 def _editing_tab(studio: Studio) -> None:
-    length = studio.llm.vocabulary.tokens_per_image  # so that the LLM can resample them
+    length = studio.llm.vocabulary.tokens_per_image  # the length that the LLM can resample
     rows, columns = studio.grid_shape(length)
     choices = [BY_LLM, ONE_CODE, RANDOM_CODES] if studio.can_resample else [ONE_CODE, RANDOM_CODES]
 
@@ -136,7 +136,7 @@ def _editing_tab(studio: Studio) -> None:
         return show(edited, rectangle, *settings)
 
     def click(ids: list[int] | None, second: bool, a: int, b: int, c: int, d: int, event: gr.SelectData) -> Any:
-        """The first click is one corner and the rectangle, the second one the other corner."""
+        """The first click selects one token, the second one the opposite corner of the rectangle."""
         if not ids:
             return None, False, a, b, c, d
         row, column = studio.token_at(ids, *event.index)
@@ -165,7 +165,7 @@ def _editing_tab(studio: Studio) -> None:
                         ("Last column", columns // 2),
                     )
                 ]
-            how = gr.Radio(choices, value=choices[0], label="What is inside becomes")
+            how = gr.Radio(choices, value=choices[0], label="Replace the tokens by")
             with gr.Row():
                 code = gr.Number(0, precision=0, minimum=0, maximum=studio.codes - 1, label="Code")
                 resample_seed = gr.Number(1, precision=0, minimum=0, label="Seed of the change")
@@ -174,11 +174,11 @@ def _editing_tab(studio: Studio) -> None:
             picture = gr.Image(label="Decoded", format="png", interactive=False)
             before = gr.Image(label="Before the last change", format="png", interactive=False)
     outputs = [ids, grid, picture]
-    encode.click(_shown(tokens), [photo, *corners, *settings], outputs, api_name="tokens")
-    draw.click(_shown(draw_tokens), [prompt, temperature, *corners, *settings], outputs, api_name="draw_tokens")
+    encode.click(_show_errors(tokens), [photo, *corners, *settings], outputs, api_name="tokens")
+    draw.click(_show_errors(draw_tokens), [prompt, temperature, *corners, *settings], outputs, api_name="draw_tokens")
     inputs = [ids, how, code, prompt, temperature, resample_seed, *corners, *settings]
     change.click(lambda image: image, [picture], [before], api_name=False).then(  # type: ignore[arg-type]
-        _shown(edit), inputs, outputs, api_name="edit"
+        _show_errors(edit), inputs, outputs, api_name="edit"
     )
     grid.select(click, [ids, second, *corners], [grid, second, *corners], api_name=False)  # type: ignore[arg-type]
 
@@ -194,12 +194,13 @@ def _photo_examples(photo: Any) -> None:
 def _prompt(studio: Studio) -> tuple[Any, Any]:
     """A prompt and the LLM's temperature."""
     prompt = gr.Textbox(PROMPTS[0], label="Prompt")
-    own = studio.llm.sampling.temperature
-    return prompt, gr.Slider(0, 2, own, step=0.05, label="Temperature of the language model")
+    return prompt, gr.Slider(
+        0, 2, studio.llm.sampling.temperature, step=0.05, label="Temperature of the language model"
+    )
 
 
 def _token_count(studio: Studio) -> Any:
-    """A slider where the length is flexible, a choice where there are several, and hidden where there is one."""
+    """A slider for a flexible length, a choice of several lengths, hidden for a single length."""
     most = studio.lengths[0]
     if studio.tokenizer.flexible:
         return gr.Slider(1, most, most, step=1, label="Tokens")
@@ -207,10 +208,10 @@ def _token_count(studio: Studio) -> Any:
 
 
 def _decoder_settings(studio: Studio) -> list[Any]:
-    """What DecoderSettings has, at the decoder's own values; the decoder itself only where there are several."""
-    names, chosen = studio.tokenizer.decoder_names, studio.tokenizer.decoder_name
-    rounds, steps, scale = sampling_of(studio.tokenizer, chosen)
-    decoder = gr.Radio(names, value=chosen, label="Decoder", visible=len(names) > 1)
+    """The inputs of DecoderSettings with the defaults of the decoder; a single decoder has no visible choice."""
+    names, default = studio.tokenizer.decoder_names, studio.tokenizer.decoder_name
+    rounds, steps, scale = sampling_of(studio.tokenizer, default)
+    decoder = gr.Radio(names, value=default, label="Decoder", visible=len(names) > 1)
     with gr.Accordion("Decoder settings", open=False):
         sliders = [
             gr.Slider(1, 16, rounds, step=1, label="Rounds of unmasking"),
@@ -222,12 +223,12 @@ def _decoder_settings(studio: Studio) -> list[Any]:
     return [*sliders, seed, decoder]
 
 
-def _shown(work: Callable[..., Any]) -> Callable[..., Any]:
-    """``work`` with our own errors shown as a message instead of a failure."""
+def _show_errors(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` with every V2FlowError shown as a message on the page."""
 
     def run(*inputs: Any) -> Any:
         try:
-            return work(*inputs)
+            return function(*inputs)
         except V2FlowError as error:
             raise gr.Error(str(error)) from None
 

@@ -1,4 +1,4 @@
-"""``python -m v2flow_cli.demo.page``, what ``make demo`` runs: the whole road on a few photos, and a page of it.
+"""``python -m v2flow_cli.demo.page`` (``make demo``): all steps on a few photos, and a page with the results.
 
 photos -> tokens -> photos at two guidance scales -> pictures from a sentence -> a bench -> ``index.html``
 """
@@ -29,18 +29,18 @@ BATCH_SIZE = 4
 
 
 def demo(
-    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for everything that is made.")] = Path("demo"),
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder of all output files.")] = Path("demo"),
     images: Annotated[Path | None, typer.Option(help="Folder of photos. Default: five sample photos.")] = None,
-    prompt: Annotated[str, typer.Option(help="What to draw.")] = "a red fox",
+    prompt: Annotated[str, typer.Option(help="Prompt to draw.")] = "a red fox",
     limit: Annotated[int, typer.Option(min=1, help="Most photos to show.")] = 12,
     model: Annotated[str | None, typer.Option(help="Tokenizer: folder or hub id. Default: the embedded one.")] = None,
     llm: Annotated[str | None, typer.Option(help="LLM: folder or hub id. Default: the embedded one.")] = None,
     decoder: Annotated[
-        str | None, typer.Option(help="faithful or sharp, where the model has both. Default: the model's.")
+        str | None, typer.Option(help="faithful or sharp, if the model has both. Default: the model's.")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
 ) -> None:
-    """Photos to tokens and back, a sentence to pictures, a short bench, and one page that shows it all."""
+    """Encode and decode photos, draw a prompt, run a short bench, and write one page with the results."""
     from v2flow_cli.store.find import find_images
 
     files = find_images([images]) if images is not None else _write_sample_photos(out / "photos")
@@ -66,22 +66,22 @@ def demo(
         encoder = SetEncoder(tokenizer, batch_size=BATCH_SIZE, dtype=dtype)
         report = encode_files(encoder, files[:limit], out / "tokens", force=True, tick=tick)
     failed = [f"{failure.source}: {failure.reason}" for failure in report.failures]
-    bad = {failure.source for failure in report.failures}
-    good = [file for file in files[:limit] if str(file.path) not in bad]
+    sources = {failure.source for failure in report.failures}
+    readable = [file for file in files[:limit] if str(file.path) not in sources]
     for line in failed:
         log(f"left out: {line}")
-    if not good:
+    if not readable:
         raise DataError(f"{images}: none of the images could be read.")
     for scale in GUIDANCE_SCALES:
-        _decode(tokenizer, good, out, scale, dtype)
-    drawn = _draw(tokenizer, llm, prompt, out / "drawn", target, dtype)
+        _decode(tokenizer, readable, out, scale, dtype)
+    pictures = _draw(tokenizer, llm, prompt, out / "drawn", target, dtype)
 
     def photos() -> Iterator[tuple[str, Image.Image]]:
-        for file in good:
+        for file in readable:
             yield file.key, open_image(file.path, str(file.path))
 
     scales = ",".join(f"{scale:g}" for scale in GUIDANCE_SCALES)
-    with progress("bench", len(good)) as tick:
+    with progress("bench", len(readable)) as tick:
         bench = run_bench(
             {"v2flow": tokenizer},
             photos(),
@@ -94,17 +94,17 @@ def demo(
         )
     tokens = bench.result.coders[0].tokens_per_image
     page = Page(
-        title=f"Photos as {tokens:,} words each, and back",
-        lead=f"A tokenizer turns a photo into {tokens:,} of its {tokenizer.config.codebook_size:,} codes: "
-        "words that a language model can read and write. A decoder turns the words back into a picture. "
-        "Everything on this page was computed on this machine.",
+        title=f"Photos as {tokens:,} words each",
+        lead=f"The tokenizer encodes a photo to {tokens:,} of its {tokenizer.config.codebook_size:,} codes, "
+        "words that a language model can read and write. The decoder makes a picture of the words. "
+        "This machine computed all results on this page.",
         tables=tables([bench]),
         benches=[bench],
         views={"v2flow": token_view(tokenizer)},
         command="python -m v2flow_cli.demo.page",
-        drawn=drawn,
-        drawn_note="Written word by word by a language model that was given nothing but the sentence, then "
-        "decoded like the photos above. A higher temperature takes more risks.",
+        drawn=pictures,
+        drawn_note="A language model writes the tokens of a picture for the sentence; the tokenizer decodes them "
+        "like those of the photos above. A higher temperature gives more varied pictures.",
         notes=bench.notes,
         failed=failed,
     )
@@ -113,7 +113,7 @@ def demo(
 
 
 def _write_sample_photos(folder: Path) -> list[InputFile]:
-    """The sample photos as PNG files, as if a user had brought them."""
+    """The sample photos as PNG files in ``folder``."""
     from v2flow_cli.assets import sample_photos
     from v2flow_cli.store.files import write_bytes
     from v2flow_cli.store.find import InputFile
@@ -129,7 +129,7 @@ def _write_sample_photos(folder: Path) -> list[InputFile]:
 def _decode(
     tokenizer: V2FlowTokenizer, files: Sequence[InputFile], out: Path, scale: float, dtype: torch.dtype
 ) -> None:
-    """The saved tokens of ``files`` back to PNG files in ``out/guidance-SCALE``."""
+    """Decode the saved tokens of ``files`` to PNG files in ``out/guidance-SCALE``."""
     from v2flow_cli.jobs.decode import decode_files, open_token_files
     from v2flow_cli.store.find import InputFile
 

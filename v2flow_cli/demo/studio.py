@@ -1,4 +1,4 @@
-"""What the live demo's buttons do, without the page: photos and prompts to token ids, edited, and to pictures."""
+"""The actions of the live demo's buttons: photos and prompts to token ids, editing ids, and ids to pictures."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Rectangle = tuple[int, int, int, int]  # first row, first column, last row, last
 
 @dataclass(frozen=True)
 class DecoderSettings:
-    """The sliders of a decoder."""
+    """The sampling settings of a decoder."""
 
     rounds: float
     steps: float
@@ -37,12 +37,12 @@ class DecoderSettings:
 
 
 class Studio:
-    """The models behind the page."""
+    """The models of the page."""
 
     def __init__(
         self, model: str | None = None, llm: str | None = None, device: str = "auto", decoder: str | None = None
     ) -> None:
-        """Raises:  ModelError when a model is missing, or the two do not belong together."""
+        """Raises:  ModelError if a model is missing, or if the LLM draws tokens of another tokenizer."""
         target = pick_device(device)
         self.dtype = pick_dtype("auto", target)
         self.tokenizer = V2FlowTokenizer.from_pretrained(model, decoder=decoder).to(target)
@@ -55,14 +55,14 @@ class Studio:
 
     @property
     def can_resample(self) -> bool:
-        """True if the LLM's number of tokens is one that images can be encoded to."""
+        """True if images can be encoded to the LLM's number of tokens."""
         length = self.llm.vocabulary.tokens_per_image
         return length in self.lengths or (self.tokenizer.flexible and length <= self.lengths[0])
 
     def crop(self, photo: Image.Image | None) -> torch.Tensor:
-        """The photo as it is encoded, (1, 3, H, W) in [-1, 1].  Raises: V2FlowError where there is none."""
+        """The photo cropped for the encoder, (1, 3, H, W) in [-1, 1].  Raises: V2FlowError if there is none."""
         if photo is None:
-            raise V2FlowError("No photo yet: drop one in, or choose one of the examples.")
+            raise V2FlowError("No photo: drop one on the page, or choose one of the examples.")
         return image_to_tensor(photo.convert("RGB"), self.size)[None]
 
     def encode(self, images: torch.Tensor, num_tokens: float | None = None) -> list[int]:
@@ -90,7 +90,7 @@ class Studio:
         return to_pil(images)[0]
 
     def figures(self, ids: list[int], reference: torch.Tensor, images: torch.Tensor) -> str:
-        """What the tokens take, and how near the image is to the photo."""
+        """The size of the tokens in bytes, and the PSNR and SSIM of the image."""
         before, after = to_uint8(reference), to_uint8(images)
         return (
             f"{len(ids):,} tokens of {self.codes:,} codes: {token_bytes(len(ids), self.codes):,} bytes. "
@@ -100,14 +100,14 @@ class Studio:
     def draw(self, prompt: str, temperature: float, seed: float) -> list[int]:
         """The token ids that the LLM writes for ``prompt``."""
         if not prompt.strip():
-            raise V2FlowError('The prompt is empty; say what to draw, such as "a red fox".')
+            raise V2FlowError('The prompt is empty. Expected a text such as "a red fox".')
         ids = self.llm.generate(prompt, seeds=int(seed), temperature=temperature)[0]
         return ids[ids != STOPPED].tolist()
 
     # -- tokens as a grid ----------------------------------------------------------------------------------
 
     def grid_shape(self, num_tokens: int) -> tuple[int, int]:
-        """(rows, columns) of an image's tokens; of an ordered sequence, which has no places, the squarest grid."""
+        """(rows, columns) of an image's tokens: the squarest grid of ``num_tokens`` cells."""
         return illustrations.token_grid_shape(num_tokens)
 
     def grid(self, ids: list[int], rectangle: Rectangle | None = None) -> Image.Image:
@@ -140,17 +140,17 @@ class Studio:
         temperature: float = 1.0,
         seed: float = 0,
     ) -> list[int]:
-        """``ids`` with those inside ``rectangle`` replaced.
+        """``ids`` with the tokens inside ``rectangle`` replaced.
 
-        The LLM writes from the first token to the last, so it resamples a token from the prompt and from what precedes
-        it, replaced or kept; it does not see what follows.
-        Raises:  V2FlowError for a code that does not exist, or where the LLM draws another number of tokens.
+        The LLM writes from the first token to the last: it resamples a token from the prompt and the tokens before
+        it, and does not use the tokens after it.
+        Raises:  V2FlowError for a code that does not exist, or if the LLM draws another number of tokens.
         """
         rows, columns = self.grid_shape(len(ids))
         top, left, bottom, right = _edges(rectangle, rows, columns)
-        chosen = np.zeros((rows, columns), dtype=bool)
-        chosen[top:bottom, left:right] = True
-        inside = torch.from_numpy(chosen.ravel())
+        mask = np.zeros((rows, columns), dtype=bool)
+        mask[top:bottom, left:right] = True
+        inside = torch.from_numpy(mask.ravel())
         edited = torch.tensor(ids)
         if how == ONE_CODE:
             if not 0 <= code < self.codes:
@@ -163,13 +163,13 @@ class Studio:
             length = self.llm.vocabulary.tokens_per_image
             if len(ids) != length:
                 raise V2FlowError(f"{len(ids)} tokens, but the language model writes {length}; encode with {length}.")
-            kept = edited.masked_fill(inside, STOPPED)[None]
-            edited = self.llm.generate(prompt, seeds=int(seed), temperature=temperature, kept=kept)[0]
+            outside = edited.masked_fill(inside, STOPPED)[None]
+            edited = self.llm.generate(prompt, seeds=int(seed), temperature=temperature, kept=outside)[0]
         return edited.tolist()
 
 
 def _edges(rectangle: Rectangle, rows: int, columns: int) -> Rectangle:
-    """(top, left, bottom, right) inside the grid, bottom and right exclusive, whichever corners were given."""
+    """(top, left, bottom, right) inside the grid, bottom and right exclusive, from any two opposite corners."""
     row, column, other_row, other_column = (int(value) for value in rectangle)
     top, bottom = sorted((min(max(row, 0), rows - 1), min(max(other_row, 0), rows - 1)))
     left, right = sorted((min(max(column, 0), columns - 1), min(max(other_column, 0), columns - 1)))
@@ -177,6 +177,6 @@ def _edges(rectangle: Rectangle, rows: int, columns: int) -> Rectangle:
 
 
 def sampling_of(tokenizer: V2FlowTokenizer, decoder: str) -> list[Any]:
-    """Rounds, flow steps and guidance scale of a decoder's own settings."""
-    own = tokenizer.with_decoder(decoder).config.sampling or {}
-    return [own.get("num_mask_steps", 1), own.get("num_flow_steps", 4), own.get("guidance_scale", 1.0)]
+    """Rounds, flow steps and guidance scale of a decoder's defaults."""
+    sampling = tokenizer.with_decoder(decoder).config.sampling or {}
+    return [sampling.get("num_mask_steps", 1), sampling.get("num_flow_steps", 4), sampling.get("guidance_scale", 1.0)]

@@ -1,4 +1,4 @@
-"""``python -m v2flow_cli.serve``: the server on this machine alone, until SIGTERM or Ctrl-C."""
+"""``python -m v2flow_cli.serve``: runs the server on this machine until SIGTERM or Ctrl-C."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from v2flow_cli.errors import V2FlowError
 from v2flow_cli.runtime.extras import extra
 
 KEY_VARIABLE = "V2FLOW_API_KEY"
-NEEDED = ("fastapi", "uvicorn", "prometheus_client", "python_multipart")
+PACKAGES = ("fastapi", "uvicorn", "prometheus_client", "python_multipart")
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -29,24 +29,26 @@ def serve(
         str | None, typer.Option(help="Image tokenizer: folder or hub id. Default: the embedded one.")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto (bf16 where it is fast), fp32 or bf16.")] = "auto",
-    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 lets others in.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen at; 0 takes a free one.")] = 8000,
-    max_batch: Annotated[int, typer.Option(min=1, help="Images that are computed together.")] = 8,
-    max_waiting: Annotated[int, typer.Option(min=10, help="Images that may wait; further requests get 429.")] = 64,
+    dtype: Annotated[str, typer.Option(help="auto (bf16 if the device computes it fast), fp32 or bf16.")] = "auto",
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 accepts other machines.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 means any free port.")] = 8000,
+    max_batch: Annotated[int, typer.Option(min=1, help="Largest batch, images.")] = 8,
+    max_waiting: Annotated[int, typer.Option(min=10, help="Largest queue, images; more requests get 429.")] = 64,
     max_body_mb: Annotated[float, typer.Option(min=0.001, help="Largest body of a request, MB.")] = 10.0,
     max_megapixels: Annotated[
-        float, typer.Option(min=0.001, max=50.0, help="Largest image that is sent, megapixels.")
+        float, typer.Option(min=0.001, max=50.0, help="Largest image in a request, megapixels.")
     ] = 16.0,
-    max_side: Annotated[int, typer.Option(min=1, help="Largest side that is encoded or decoded, pixels.")] = 512,
-    timeout: Annotated[float, typer.Option(min=0.1, help="Longest wait for an answer, seconds; then 504.")] = 120.0,
-    url_minutes: Annotated[float, typer.Option(min=0.01, help="How long the URL of a picture works.")] = 60.0,
+    max_side: Annotated[int, typer.Option(min=1, help="Largest side of an encoded or decoded image, pixels.")] = 512,
+    timeout: Annotated[
+        float, typer.Option(min=0.1, help="Longest time until the response, seconds; then 504.")
+    ] = 120.0,
+    url_minutes: Annotated[float, typer.Option(min=0.01, help="Lifetime of a picture's URL, minutes.")] = 60.0,
 ) -> None:
     """Serve the models over HTTP, with the endpoints of OpenAI's image API.
 
-    Clients need a key where the variable V2FLOW_API_KEY is set.
+    Clients need a key if the environment variable V2FLOW_API_KEY is set.
     """
-    for package in NEEDED:
+    for package in PACKAGES:
         with extra("serve", package, "the server"):
             if importlib.util.find_spec(package) is None:
                 raise ModuleNotFoundError(name=package)
@@ -71,7 +73,7 @@ def serve(
         app = create_app(Models.load(tokenizer, model, device, dtype), limits, key)
 
         class Server(uvicorn.Server):
-            """SIGTERM and Ctrl-C end it after the last answer, with exit code 0; a second one ends it at once."""
+            """SIGTERM and Ctrl-C end it after the last response, with exit code 0; a second signal ends it at once."""
 
             @contextlib.contextmanager
             def capture_signals(self) -> Iterator[None]:
@@ -85,11 +87,11 @@ def serve(
                 self.should_exit = True
 
         logs: dict[str, Any] = copy.deepcopy(uvicorn.config.LOGGING_CONFIG)
-        logs["handlers"]["access"]["stream"] = "ext://sys.stderr"  # stdout has the address and nothing else
+        logs["handlers"]["access"]["stream"] = "ext://sys.stderr"  # stdout has only the address
         if host not in LOOPBACK and not key:
-            log(f"warning: anybody who reaches {host} can use this server; {KEY_VARIABLE} sets a key")
-        shown = f"[{host}]" if ":" in host else host
-        result(f"http://{shown}:{listener.getsockname()[1]}")
+            log(f"warning: every client that reaches {host} can use this server; set {KEY_VARIABLE} to require a key")
+        address = f"[{host}]" if ":" in host else host
+        result(f"http://{address}:{listener.getsockname()[1]}")
         grace = round(limits.max_seconds) + 5
         config = uvicorn.Config(
             app, log_config=logs, timeout_graceful_shutdown=grace, server_header=False, date_header=True
@@ -99,14 +101,14 @@ def serve(
 
 @contextlib.contextmanager
 def _listening(host: str, port: int) -> Iterator[socket.socket]:
-    """A socket at the address, taken before the models are loaded.  Raises: V2FlowError."""
+    """A socket bound to the address before the models are loaded.  Raises: V2FlowError."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         listener = socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
         # A name that cannot be resolved has a negative number; Python adds the address to the text of other failures.
         reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
-        raise V2FlowError(f"--host {host} --port {port}: {reason}. Give another one.") from None
+        raise V2FlowError(f"--host {host} --port {port}: {reason}. Use another address.") from None
     with listener:
         yield listener
 

@@ -1,4 +1,4 @@
-"""The server's endpoints. Each checks its request, hands rows to the batcher, and wraps what comes back."""
+"""The server's endpoints. Each checks its request, submits rows to the batcher, and makes the response."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from v2flow_cli.jobs.generate import Settings
 from v2flow_cli.serve.batching import Batcher, QueueFull
 from v2flow_cli.serve.errors import CLIENT_CLOSED_REQUEST, ApiError, install_handlers
 from v2flow_cli.serve.limits import MAX_IMAGES, Gate, Limits, read_picture
-from v2flow_cli.serve.metrics import Measured, Metrics
+from v2flow_cli.serve.metrics import Metrics, MetricsMiddleware
 from v2flow_cli.serve.picture_urls import PictureUrls
 from v2flow_cli.serve.schemas import (
     DecodeRequest,
@@ -47,7 +47,7 @@ MEDIA_TYPES = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 
 
 class Service:
-    """What the endpoints share: the models, the queue, the pictures with URLs, the metrics."""
+    """The shared state of the endpoints: the models, the queue, the pictures with URLs, the metrics."""
 
     def __init__(self, models: Models, limits: Limits) -> None:
         self.models, self.limits, self.metrics = models, limits, Metrics()
@@ -62,7 +62,7 @@ class Service:
         self.urls = PictureUrls(limits.url_seconds, limits.url_bytes)
         self.closing = False
         self.created = int(time.time())
-        self._reading = asyncio.Semaphore(1)  # a large photo takes a hundred megabytes while it is read
+        self._reading = asyncio.Semaphore(1)  # decoding a large photo takes 100 MB
 
     @contextlib.asynccontextmanager
     async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
@@ -73,48 +73,48 @@ class Service:
         self.batcher.close()
 
     async def compute(self, request: HttpRequest, task: Any, payloads: Sequence[Any]) -> list[Any]:
-        """Results for ``payloads``, unless the client goes away or the time is up; then they leave the queue."""
+        """Results for ``payloads``. They leave the queue if the client disconnects or after the time limit."""
         if self.closing:
             raise ApiError(503, "The server is shutting down. Send the request again later.", retry_after=5)
         job = asyncio.ensure_future(self.batcher.submit(task, payloads))
-        gone = asyncio.ensure_future(_disconnected(request))
+        disconnect = asyncio.ensure_future(_disconnected(request))
         try:
-            await asyncio.wait({job, gone}, timeout=self.limits.max_seconds, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({job, disconnect}, timeout=self.limits.max_seconds, return_when=asyncio.FIRST_COMPLETED)
             if job.done():
                 return job.result()
-            if gone.done():
-                raise ApiError(CLIENT_CLOSED_REQUEST, "The client went away.")
+            if disconnect.done():
+                raise ApiError(CLIENT_CLOSED_REQUEST, "The client disconnected.")
             seconds = f"{self.limits.max_seconds:g} s"
-            raise ApiError(504, f"Not done within {seconds}, the limit. Ask for fewer images, or try again later.")
+            raise ApiError(504, f"Not done within the limit of {seconds}. Request fewer images, or try again later.")
         except QueueFull as full:
-            message = f"{len(self.batcher.waiting)} images wait already; the limit is {self.limits.max_waiting}."
+            message = f"{len(self.batcher.waiting)} images are in the queue; the limit is {self.limits.max_waiting}."
             raise ApiError(429, f"{message} Try again later.", retry_after=full.retry_after) from None
         finally:
             job.cancel()
-            gone.cancel()
+            disconnect.cancel()
 
     async def read(self, sources: Sequence[bytes], size: int) -> list[Tensor]:
-        """Files as pixels (3, size, size), one at a time; of a picture that is not square the centre."""
+        """Files as pixels (3, size, size), the centre of each picture; one file at a time."""
 
         def pixels(content: bytes, param: str) -> Tensor:
             return image_to_tensor(read_picture(content, self.limits, param), size)
 
         names = ["image"] if len(sources) == 1 else [f"image.{i}" for i in range(len(sources))]
-        read = []
+        images = []
         for content, name in zip(sources, names):
             async with self._reading:
-                read.append(await asyncio.to_thread(pixels, content, name))
-        return read
+                images.append(await asyncio.to_thread(pixels, content, name))
+        return images
 
     async def pictures(
-        self, request: HttpRequest, asked: PictureRequest, images: Sequence[Image.Image], seeds: Sequence[int]
+        self, request: HttpRequest, body: PictureRequest, images: Sequence[Image.Image], seeds: Sequence[int]
     ) -> PicturesResponse:
-        """The answer with ``images``, as base64 or as URLs."""
-        suffix = asked.output_format
+        """The response with ``images``, as base64 or as URLs."""
+        suffix = body.output_format
         files = await asyncio.to_thread(lambda: [_file(image, suffix) for image in images])
         data = []
         for content, seed in zip(files, seeds):
-            if asked.response_format == "url":
+            if body.response_format == "url":
                 url = request.url_for("picture_file", name=self.urls.add(content, suffix))
                 data.append(PictureData(url=str(url), seed=seed))
             else:
@@ -129,7 +129,7 @@ class Service:
         )
 
     def check_model(self, name: str | None, decoder: str | None = None) -> None:
-        """Raises: ApiError for a model that is not the one that is served, or a decoder that it does not have."""
+        """Raises: ApiError for the name of another model, or for a decoder that the model does not have."""
         if name not in (None, self.models.name):
             message = f"The model {name[:100]!a} does not exist here; this server has {self.models.name!r}."
             raise ApiError(404, message, param="model", code="model_not_found")
@@ -139,8 +139,8 @@ class Service:
             raise ApiError(400, message, param="decoder", code="invalid_value")
 
     def about(self) -> dict[str, Any]:
-        """The model as /v1/models lists it."""
-        tokenizer, (height, width) = self.models.tokenizer, self.models.drawn_size
+        """The entry of the model in /v1/models."""
+        tokenizer, (height, width) = self.models.tokenizer, self.models.picture_size
         return {
             "id": self.models.name,
             "object": "model",
@@ -160,19 +160,19 @@ def create_app(models: Models, limits: Limits | None = None, api_key: str | None
     service = Service(models, limits)
     app = FastAPI(title="v2flow", version=__version__, lifespan=service.lifespan)
     app.state.service = service
-    app.add_middleware(Gate, limits=limits, api_key=api_key, held=service.metrics.body_bytes)
-    app.add_middleware(Measured, metrics=service.metrics)
+    app.add_middleware(Gate, limits=limits, api_key=api_key, gauge=service.metrics.body_bytes)
+    app.add_middleware(MetricsMiddleware, metrics=service.metrics)
     install_handlers(app)
 
     @app.get("/health")
     async def health() -> JSONResponse:
-        """``{"status": "ok"}`` once the models are loaded; 503 while the server shuts down."""
+        """``{"status": "ok"}`` if the server accepts requests; 503 while it shuts down."""
         status = "closing" if service.closing else "ok"
         return JSONResponse({"status": status, "model": models.name}, 503 if service.closing else 200)
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        """For Prometheus."""
+        """Metrics for Prometheus."""
         return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/v1/models")
@@ -186,11 +186,11 @@ def create_app(models: Models, limits: Limits | None = None, api_key: str | None
 
     @app.get("/v1/images/files/{name}")
     async def picture_file(name: str) -> Response:
-        """A picture that was asked for with ``response_format: url``."""
+        """A picture of a request with ``response_format: url``."""
         content = service.urls.get(name)
         if content is None:
             minutes = limits.url_seconds / 60
-            raise ApiError(404, f"No such picture; URLs work for {minutes:g} minutes at most. Draw it again.")
+            raise ApiError(404, f"No such picture; the lifetime of URLs is {minutes:g} minutes at most. Draw it again.")
         headers = {"Cache-Control": "private", "X-Content-Type-Options": "nosniff"}
         return Response(content, media_type=MEDIA_TYPES[name.rpartition(".")[2]], headers=headers)
 
@@ -198,26 +198,26 @@ def create_app(models: Models, limits: Limits | None = None, api_key: str | None
     async def generations(body: GenerationRequest, request: HttpRequest) -> PicturesResponse:
         """Pictures from a prompt."""
         service.check_model(body.model, body.decoder)
-        height, width = models.drawn_size
+        height, width = models.picture_size
         if body.size not in (None, "auto", f"{width}x{height}"):
-            message = f"size: this model draws {width}x{height}; found {body.size}. Leave it out, or send auto."
+            message = f"size: this model draws {width}x{height}; found {body.size}. Omit it, or send auto."
             raise ApiError(400, message, param="size", code="invalid_value")
         if not body.prompt.strip():
-            raise ApiError(400, 'prompt: empty; say what to draw, such as "a red fox".', param="prompt")
+            raise ApiError(400, 'prompt: empty; expected a text such as "a red fox".', param="prompt")
         try:
             models.llm.prompt(body.prompt)
         except DataError as error:
             raise ApiError(400, str(error), param="prompt", code="prompt_too_long") from None
         first = secrets.randbelow(2**31) if body.seed is None else body.seed
         seeds = [first + i for i in range(body.n)]
-        own = models.llm.sampling
+        defaults = models.llm.sampling
         settings = Settings(
-            top_k=own.top_k if body.top_k is None else body.top_k,
-            top_p=own.top_p if body.top_p is None else body.top_p,
-            llm_guidance_scale=own.guidance_scale if body.llm_guidance_scale is None else body.llm_guidance_scale,
+            top_k=defaults.top_k if body.top_k is None else body.top_k,
+            top_p=defaults.top_p if body.top_p is None else body.top_p,
+            llm_guidance_scale=defaults.guidance_scale if body.llm_guidance_scale is None else body.llm_guidance_scale,
             **dict(body.decoding),
         )
-        temperature = own.temperature if body.temperature is None else body.temperature
+        temperature = defaults.temperature if body.temperature is None else body.temperature
         rows = [(body.prompt, seed, temperature) for seed in seeds]
         images = await service.compute(request, Draw(settings, body.decoder), rows)
         return await service.pictures(request, body, images, seeds)
@@ -230,7 +230,7 @@ def create_app(models: Models, limits: Limits | None = None, api_key: str | None
         tokenizer = models.tokenizer
         height, width = _sides(body.size, service)
         if height != width:
-            raise ApiError(400, f"size: {body.size} is no square.", param="size", code="invalid_value")
+            raise ApiError(400, f"size: {body.size} is not square.", param="size", code="invalid_value")
         try:
             tokenizer.check_length(body.num_tokens or tokenizer.num_tokens(height, width), height, width)
         except ValueError as error:
@@ -264,7 +264,7 @@ def create_app(models: Models, limits: Limits | None = None, api_key: str | None
 
 
 def _form_or_json() -> dict[str, Any]:
-    """What FastAPI cannot read from a signature: an endpoint that takes JSON or a form."""
+    """OpenAPI schema of an endpoint that accepts JSON or a form; FastAPI cannot infer it from a signature."""
     form = {"properties": {"image": {"type": "array", "items": {"type": "string", "format": "binary"}}}}
     form["properties"] |= {"num_tokens": {"type": "integer"}, "size": {"type": "string"}}
     schemas = {"application/json": EncodeRequest.model_json_schema(), "multipart/form-data": form}
@@ -283,12 +283,12 @@ async def _encode_request(request: HttpRequest) -> tuple[EncodeRequest, list[byt
         try:
             fields = await request.json()
         except (ValueError, RecursionError) as error:
-            raise ApiError(400, f"The body is neither a form nor valid JSON ({error}).", code="invalid_json") from None
+            raise ApiError(400, f"The body is not a form and not valid JSON ({error}).", code="invalid_json") from None
         body = _validated(fields)
         texts = [body.image] if isinstance(body.image, str) else body.image
         files = [_from_base64(text) for text in texts[: MAX_IMAGES + 1]]
     if not 1 <= len(files) <= MAX_IMAGES:
-        message = f"image: {len(files)} images; expected 1 to {MAX_IMAGES} of them."
+        message = f"image: {len(files)} images; expected 1 to {MAX_IMAGES}."
         raise ApiError(400, message, param="image", code="invalid_value")
     return body, files
 
@@ -303,7 +303,7 @@ def _validated(fields: Any) -> EncodeRequest:
 def _from_base64(text: str) -> bytes:
     """The bytes of base64 text or a data URI.  Raises: ApiError."""
     if text.startswith(("http://", "https://")):
-        message = "image: URLs are not fetched. Send the file itself, as base64 or in a form."
+        message = "image: URLs are not supported. Send the file as base64 or in a form."
         raise ApiError(400, message, param="image", code="invalid_value")
     encoded = text.partition(",")[2] if text.startswith("data:") else text
     try:
@@ -314,34 +314,34 @@ def _from_base64(text: str) -> bytes:
 
 
 def _sides(size: str | None, service: Service) -> tuple[int, int]:
-    """Height and width in pixels of ``size``, or the model's own.  Raises: ApiError beyond the limit."""
+    """Height and width in pixels of ``size``; default: the model's.  Raises: ApiError above the limit."""
     if size in (None, "auto"):
         return (service.models.tokenizer.config.image_size,) * 2
     width, height = map(int, size.split("x"))
     if max(height, width) > service.limits.max_side:
-        message = f"size: {size} has sides of more than {service.limits.max_side} pixels, the limit."
+        message = f"size: {size} exceeds the limit of {service.limits.max_side} pixels for a side."
         raise ApiError(400, message, param="size", code="invalid_value")
     return height, width
 
 
 def _sides_of_tokens(rows: Sequence[Sequence[int]], size: str | None, service: Service) -> tuple[int, int]:
-    """Height and width in pixels of the images that ``rows`` of token ids are.  Raises: ApiError."""
+    """Height and width in pixels of the images of ``rows`` of token ids.  Raises: ApiError."""
     tokenizer = service.models.tokenizer
     lengths, codes = sorted(set(map(len, rows))), tokenizer.config.codebook_size
     problem = None
     if not 1 <= len(rows) <= MAX_IMAGES:
-        problem = f"{len(rows)} images; expected 1 to {MAX_IMAGES} of them"
+        problem = f"{len(rows)} images; expected 1 to {MAX_IMAGES}"
     elif len(lengths) > 1:
-        problem = f"rows of {' and '.join(map(str, lengths))} ids; all rows of a request must be as long"
+        problem = f"rows of {' and '.join(map(str, lengths))} ids; all rows of a request must have one length"
     elif any(not 0 <= number < codes for row in rows for number in row):
-        problem = f"ids must lie in 0 to {codes - 1}"
+        problem = f"ids must be in the range 0 to {codes - 1}"
     if problem is None:
         try:
             height, width = tokenizer.grid_of(lengths[0]) if size in (None, "auto") else _sides(size, service)
             tokenizer.check_length(lengths[0], height, width)
             if max(height, width) <= service.limits.max_side:
                 return height, width
-            problem = f"{lengths[0]} ids are more than {service.limits.max_side} pixels a side, the limit"
+            problem = f"the image of {lengths[0]} ids exceeds the limit of {service.limits.max_side} pixels for a side"
         except ValueError as error:
             problem = str(error)
     raise ApiError(400, f"tokens: {problem}.", param="tokens", code="invalid_value")
@@ -354,6 +354,6 @@ def _file(image: Image.Image, kind: str) -> bytes:
 
 
 async def _disconnected(request: HttpRequest) -> None:
-    """Returns when the client has gone; the body must have been read."""
+    """Returns when the client disconnects; call it after the body is read."""
     while (await request.receive())["type"] != "http.disconnect":
         pass

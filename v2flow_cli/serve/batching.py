@@ -1,4 +1,4 @@
-"""Rows that wait are computed together: those of the oldest row's task, oldest first, by one worker thread."""
+"""Batches of queued rows: one worker thread computes the rows of the oldest row's task together, oldest first."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-LINGER_SECONDS = 0.01  # what an idle worker waits for further rows of the same moment
+LINGER_SECONDS = 0.01  # wait of an idle worker for more rows
 
 
 class QueueFull(Exception):
-    """More rows wait than may; ``retry_after`` is about when there is room, in seconds."""
+    """The queue is full; ``retry_after`` estimates the seconds until it has room."""
 
     def __init__(self, retry_after: float) -> None:
         super().__init__(retry_after)
@@ -21,7 +21,7 @@ class QueueFull(Exception):
 
 
 class Abandoned(Exception):
-    """Nobody waits any more for any row of the batch."""
+    """The clients of all rows of the batch have disconnected."""
 
 
 @dataclass(eq=False)
@@ -32,11 +32,11 @@ class _Row:
 
 
 class Batcher:
-    """Calls ``compute(task, payloads, tick)``, which returns one result for each payload, in a thread of its own.
+    """Calls ``compute(task, payloads, tick)``, which returns one result for each payload, in a separate thread.
 
-    ``compute`` calls ``tick`` now and then; it raises Abandoned once all clients of the batch have gone. Where
-    ``compute`` fails for several rows, each is computed alone, so that one bad row fails alone.
-    ``on_batch`` is called with the task, the number of rows, and the seconds that they took.
+    ``compute`` calls ``tick`` regularly; ``tick`` raises Abandoned if all clients of the batch have disconnected. If
+    ``compute`` fails for several rows, each is computed alone, so that one bad row does not fail the others.
+    ``on_batch`` is called with the task, the number of rows, and the seconds of the batch.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Batcher:
     async def submit(self, task: Hashable, payloads: Sequence[Any]) -> list[Any]:
         """The results for ``payloads``, which may be computed in different batches.
 
-        Cancelling it gives up the places in the queue.  Raises: QueueFull; whatever ``compute`` raises.
+        Cancelling removes them from the queue.  Raises: QueueFull; the errors of ``compute``.
         """
         if len(self.waiting) + len(payloads) > self.max_waiting:
             raise QueueFull(self._seconds * (1 + len(self.waiting) / self.max_rows))
@@ -73,7 +73,7 @@ class Batcher:
             self.waiting = [row for row in self.waiting if row not in rows]
 
     async def run(self) -> None:
-        """Computes what arrives, until it is cancelled."""
+        """Computes rows until it is cancelled."""
         loop = asyncio.get_running_loop()
         while True:
             await self._arrived.wait()
@@ -99,7 +99,7 @@ class Batcher:
                     row.future.set_result(outcome)
 
     def close(self) -> None:
-        """Ends the worker thread; the batch in it is computed to its end."""
+        """Ends the worker thread after its current batch."""
         self._thread.shutdown()
 
     def _take(self) -> list[_Row]:

@@ -1,4 +1,4 @@
-"""Every failure in the error form of OpenAI's API, with a status code that says whose it is."""
+"""Every failure in the error format of OpenAI's API, with its status code."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-CLIENT_CLOSED_REQUEST = 499  # nobody reads it; for the metrics
+CLIENT_CLOSED_REQUEST = 499  # for the metrics only
 TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 CODES = {
     400: "invalid_value",
@@ -23,11 +23,11 @@ CODES = {
     503: "server_shutting_down",
     504: "timeout",
 }
-SHOWN_CHARS = 60  # of a value that is repeated in a message
+MAX_VALUE_CHARS = 60  # of a value in a message
 
 
-class ApiError(HTTPException):  # the framework lets its own class pass where it reads the body
-    """A failure that ends a request with ``status`` and an error object; ``param`` names the field at fault."""
+class ApiError(HTTPException):  # FastAPI passes on its own class when it reads the body
+    """A failure that ends a request with ``status`` and an error object; ``param`` is the invalid field."""
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class ApiError(HTTPException):  # the framework lets its own class pass where it
         self.retry_after = retry_after  # seconds
 
     def response(self) -> JSONResponse:
-        """``{"error": {"message", "type", "param", "code"}}``, with Retry-After where waiting helps."""
+        """``{"error": {"message", "type", "param", "code"}}``, with Retry-After if a later request can succeed."""
         kind = TYPES.get(self.status_code, "server_error" if self.status_code >= 500 else "invalid_request_error")
         content = {"error": {"message": self.detail, "type": kind, "param": self.param, "code": self.code}}
         headers = {} if self.retry_after is None else {"Retry-After": str(max(1, math.ceil(self.retry_after)))}
@@ -53,7 +53,7 @@ class ApiError(HTTPException):  # the framework lets its own class pass where it
 
 
 def install_handlers(app: FastAPI) -> None:
-    """Failures of the app, of the framework and of our own code all get the same form."""
+    """Failures of the app, of the framework and of v2flow all get the same format."""
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
@@ -67,16 +67,16 @@ def install_handlers(app: FastAPI) -> None:
         if error.status_code == 404:
             message = f"{request.method} {request.url.path}: no such endpoint. GET /docs lists them."
         elif error.status_code == 405:
-            message = f"{request.method} is not allowed at {request.url.path}. GET /docs lists what is."
+            message = f"{request.method} is not allowed at {request.url.path}. GET /docs lists the endpoints."
         return ApiError(error.status_code, message).response()
 
     @app.exception_handler(Exception)
-    async def bug(request: Request, error: Exception) -> JSONResponse:  # the traceback goes to the server's log
-        return ApiError(500, "The server failed at this request; its log says why.", code="internal_error").response()
+    async def bug(request: Request, error: Exception) -> JSONResponse:  # the traceback is in the server's log
+        return ApiError(500, "Internal error. The server's log has the traceback.", code="internal_error").response()
 
 
 def of_validation(error: Any) -> ApiError:
-    """The first thing that pydantic found wrong, as one sentence."""
+    """The first error of pydantic as one sentence."""
     names = [str(part) for part in error["loc"] if part not in ("body", "query", "path")]
     param = ".".join(names) or None
     if error["type"] == "extra_forbidden":
@@ -89,7 +89,7 @@ def of_validation(error: Any) -> ApiError:
         return ApiError(400, f"The body is not valid JSON: {reason}.", code="invalid_json")
     if not names:
         advice = "Send a JSON object, with `Content-Type: application/json`."
-        return ApiError(400, f"The body is no JSON object. {advice}", code="invalid_json")
-    found = ascii(error.get("input"))
-    found = found if len(found) <= SHOWN_CHARS else f"{found[:SHOWN_CHARS]}..."
-    return ApiError(400, f"{param or 'body'}: {error['msg']}; found {found}.", param=param, code="invalid_value")
+        return ApiError(400, f"The body is not a JSON object. {advice}", code="invalid_json")
+    value = ascii(error.get("input"))
+    value = value if len(value) <= MAX_VALUE_CHARS else f"{value[:MAX_VALUE_CHARS]}..."
+    return ApiError(400, f"{param or 'body'}: {error['msg']}; found {value}.", param=param, code="invalid_value")

@@ -1,4 +1,4 @@
-"""What one request, and all of them together, may take: bytes, pixels, places in the queue, seconds."""
+"""Limits of one request and of all requests together: bytes, pixels, queue length, seconds."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ from v2flow_cli.errors import DataError
 from v2flow_cli.serve.errors import ApiError
 from v2flow_cli.store.images import FORMATS, open_image
 
-MAX_IMAGES = 10  # pictures that one request may ask for, as in OpenAI's API
+MAX_IMAGES = 10  # pictures of one request, as in OpenAI's API
 OPEN_PATHS = ("/health", "/metrics", "/docs", "/openapi.json", "/v1/images/files/")  # need no key
-DRAIN_SECONDS = 5.0  # how long the rest of a body that is too large is read and dropped, so that the answer arrives
+DRAIN_SECONDS = 5.0  # time for reading and dropping the rest of a body that is too large
 
 
 @dataclass(frozen=True)
 class Limits:
     """The command's options; docs/serving.md has a table of them."""
 
-    max_batch: int = 8  # rows that are computed together
-    max_waiting: int = 64  # rows that wait; further requests get 429
+    max_batch: int = 8  # rows in a batch
+    max_waiting: int = 64  # rows in the queue; more requests get 429
     max_body_bytes: int = 10_000_000
-    max_pixels: int = 16_000_000  # of an image that is sent
-    max_side: int = 512  # pixels, of an image that is encoded or decoded
-    max_seconds: float = 120.0  # from the end of the body to the answer
+    max_pixels: int = 16_000_000  # of an image in a request
+    max_side: int = 512  # pixels, of an encoded or decoded image
+    max_seconds: float = 120.0  # from the end of the body to the response
     max_body_seconds: float = 30.0
-    url_seconds: float = 3600.0  # how long a picture's URL works
-    url_bytes: int = 64_000_000  # of all pictures with URLs; the oldest go first
+    url_seconds: float = 3600.0  # lifetime of a picture's URL
+    url_bytes: int = 64_000_000  # of all pictures with URLs; the oldest are removed first
 
 
 def read_picture(content: bytes, limits: Limits, param: str) -> Image.Image:
-    """The picture in a file's bytes as RGB.  Raises: ApiError for anything else, or too many pixels."""
+    """The picture in a file's bytes as RGB.  Raises: ApiError if it is not a picture, or has too many pixels."""
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             width, height = image.size
     except Exception:
-        width = height = 0  # open_image says what is wrong
+        width = height = 0  # open_image raises the error
     if width * height > limits.max_pixels:
         raise ApiError(
             413,
@@ -60,13 +60,13 @@ def read_picture(content: bytes, limits: Limits, param: str) -> Image.Image:
 class Gate:
     """ASGI middleware: the API key, and limits on the size and the duration of bodies.
 
-    All bodies that are held at a time share four times the limit of one, so that many large ones do not fill memory.
+    All bodies in memory together may have four times the size limit of one body.
     """
 
-    def __init__(self, app: ASGIApp, limits: Limits, api_key: str | None, held: Gauge) -> None:
+    def __init__(self, app: ASGIApp, limits: Limits, api_key: str | None, gauge: Gauge) -> None:
         self.app, self.limits, self.api_key = app, limits, api_key
-        self.held = 0  # bytes of all bodies
-        held.set_function(lambda: self.held)
+        self.held = 0  # bytes of all bodies in memory
+        gauge.set_function(lambda: self.held)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -90,13 +90,13 @@ class Gate:
 
         async def limited() -> Message:
             nonlocal body, whole
-            if whole:  # what comes after the body is the end of the connection, which may take its time
+            if whole:  # the message after the body is the disconnect; it has no deadline
                 return await receive()
             try:
                 message = await asyncio.wait_for(receive(), deadline - asyncio.get_running_loop().time())
             except asyncio.TimeoutError:
                 raise ApiError(
-                    408, f"The body did not arrive within {self.limits.max_body_seconds:g} s. Send it again."
+                    408, f"The body did not arrive within {self.limits.max_body_seconds:g} s. Send the request again."
                 ) from None
             size = len(message.get("body", b""))
             whole = message["type"] != "http.request" or not message.get("more_body", False)
@@ -105,7 +105,7 @@ class Gate:
                 await _drain(receive)
                 raise self._too_large(body)
             if self.held > 4 * most:
-                raise ApiError(429, "Too many large bodies at a time. Send it again.", retry_after=1)
+                raise ApiError(429, "Too many large request bodies at one time. Send the request again.", retry_after=1)
             return message
 
         try:
@@ -113,9 +113,9 @@ class Gate:
         finally:
             self.held -= body
 
-    def _too_large(self, found: int) -> ApiError:
+    def _too_large(self, size: int) -> ApiError:
         most = self.limits.max_body_bytes
-        return ApiError(413, f"The body has {found:,} bytes or more; the limit is {most:,}. Send smaller images.")
+        return ApiError(413, f"The body has {size:,} bytes or more; the limit is {most:,}. Send smaller images.")
 
     def _knows_key(self, headers: dict[bytes, bytes]) -> bool:
         kind, _, key = headers.get(b"authorization", b"").partition(b" ")
@@ -123,7 +123,7 @@ class Gate:
 
 
 async def _drain(receive: Receive) -> None:
-    """Read and drop the rest of a body: a client that is still sending would not see the answer."""
+    """Read and drop the rest of a body: a client reads the response only after it has sent the body."""
 
     async def drop() -> None:
         while (message := await receive())["type"] == "http.request" and message.get("more_body", False):

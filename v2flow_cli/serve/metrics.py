@@ -1,4 +1,4 @@
-"""What Prometheus reads at /metrics."""
+"""The metrics that Prometheus reads at /metrics."""
 
 from __future__ import annotations
 
@@ -14,32 +14,36 @@ SECONDS = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60, 120, 300)
 
 
 class Metrics:
-    """The server's own registry, with the process's memory and CPU seconds."""
+    """A registry with the metrics of the server and the memory and CPU seconds of the process."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
-        kept: Any = dict(registry=self.registry, namespace="v2flow")
-        self.requests = Counter("requests", "Requests that were answered.", ["endpoint", "status"], **kept)
-        self.seconds = Histogram("request_seconds", "From head to answer.", ["endpoint"], buckets=SECONDS, **kept)
-        self.in_flight = Gauge("requests_in_flight", "Requests that are being answered.", **kept)
-        self.body_bytes = Gauge("body_bytes", "Of all bodies that are held.", **kept)
-        self.waiting = Gauge("rows_waiting", "Images that wait for the model.", **kept)
-        self.running = Gauge("rows_running", "Images that the model is computing.", **kept)
-        self.rows = Counter("rows", "Images that were computed.", ["task"], **kept)
-        self.batch_rows = Histogram("batch_rows", "Images in a batch.", ["task"], buckets=(1, 2, 4, 8, 16, 32), **kept)
-        self.batch_seconds = Histogram("batch_seconds", "Of a batch.", ["task"], buckets=SECONDS, **kept)
+        common: Any = dict(registry=self.registry, namespace="v2flow")
+        self.requests = Counter("requests", "Answered requests.", ["endpoint", "status"], **common)
+        self.seconds = Histogram(
+            "request_seconds", "From the head of a request to its response.", ["endpoint"], buckets=SECONDS, **common
+        )
+        self.in_flight = Gauge("requests_in_flight", "Requests in progress.", **common)
+        self.body_bytes = Gauge("body_bytes", "Bytes of all request bodies in memory.", **common)
+        self.waiting = Gauge("rows_waiting", "Images in the queue.", **common)
+        self.running = Gauge("rows_running", "Images in the current batch.", **common)
+        self.rows = Counter("rows", "Computed images.", ["task"], **common)
+        self.batch_rows = Histogram(
+            "batch_rows", "Images in a batch.", ["task"], buckets=(1, 2, 4, 8, 16, 32), **common
+        )
+        self.batch_seconds = Histogram("batch_seconds", "Duration of a batch.", ["task"], buckets=SECONDS, **common)
 
     def on_batch(self, task: object, rows: int, seconds: float) -> None:
-        """A batch is done."""
+        """Count a computed batch."""
         name = type(task).__name__.lower()
         self.rows.labels(name).inc(rows)
         self.batch_rows.labels(name).observe(rows)
         self.batch_seconds.labels(name).observe(seconds)
 
 
-class Measured:
+class MetricsMiddleware:
     """ASGI middleware: counts and times every request."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
@@ -51,7 +55,7 @@ class Measured:
             return
         start, status = time.perf_counter(), CLIENT_CLOSED_REQUEST
 
-        async def noted(message: Message) -> None:
+        async def record_status(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -59,13 +63,13 @@ class Measured:
 
         self.metrics.in_flight.inc()
         try:
-            await self.app(scope, receive, noted)
+            await self.app(scope, receive, record_status)
         except Exception:
             status = 500
             raise
         finally:
             self.metrics.in_flight.dec()
-            # The route's pattern, so that paths of strangers do not become labels.
+            # The route's pattern: paths of arbitrary requests must not be labels.
             endpoint = getattr(scope.get("route"), "path", "other")
             self.metrics.requests.labels(endpoint, status).inc()
             self.metrics.seconds.labels(endpoint).observe(time.perf_counter() - start)

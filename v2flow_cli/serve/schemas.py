@@ -1,4 +1,4 @@
-"""The bodies of requests and answers: OpenAI's fields where it has them, ours under the names of the command line."""
+"""The bodies of requests and responses: OpenAI's fields, and v2flow's under the names of the command line."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from v2flow_cli.serve.limits import MAX_IMAGES
 
-MAX_SEED = 2**62  # leaves room for the seeds that follow a first one
+MAX_SEED = 2**62  # the seeds of the further pictures must fit in 64 bits
 
 
 def _size(text: str | None) -> str | None:
@@ -24,11 +24,11 @@ def _rows(tokens: Any) -> Any:
 
 
 Size = Annotated[str | None, AfterValidator(_size), Field(description="WIDTHxHEIGHT in pixels, or auto.")]
-Seed = Annotated[int | None, Field(ge=0, le=MAX_SEED, description="Random where it is missing; the answer has it.")]
+Seed = Annotated[int | None, Field(ge=0, le=MAX_SEED, description="Default: random; the response has it.")]
 
 
 class Request(BaseModel):
-    """A parameter that does not exist is an error, not a setting that silently has no effect."""
+    """Base of all requests; an unknown parameter is an error."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -37,7 +37,7 @@ class Request(BaseModel):
 
 
 class PictureRequest(Request):
-    """What all requests for pictures have in common."""
+    """The common fields of all requests for pictures."""
 
     seed: Seed = None
     size: Size = None
@@ -50,7 +50,7 @@ class PictureRequest(Request):
 
     @property
     def decoding(self) -> tuple[tuple[str, Any], ...]:
-        """The decoder's settings, None where they are its own, as a task holds them."""
+        """The decoder's settings as pairs; None means the decoder's default."""
         names = ("guidance_scale", "num_mask_steps", "num_flow_steps")
         return tuple((name, getattr(self, name)) for name in names)
 
@@ -64,7 +64,7 @@ class GenerationRequest(PictureRequest):
     top_k: int | None = Field(None, ge=0, description="Keep the k likeliest tokens; 0 keeps all.")
     top_p: float | None = Field(None, ge=0, le=1)
     llm_guidance_scale: float | None = Field(None, ge=0, le=20, description="Of the LLM; 1 means none.")
-    # Settings of OpenAI's models, at the values that ask for nothing
+    # Settings of OpenAI's models; only the values without effect are valid
     quality: Literal["auto", "standard"] | None = None
     background: Literal["auto", "opaque"] | None = None
     moderation: Literal["auto", "low"] | None = None
@@ -75,7 +75,7 @@ class EncodeRequest(Request):
     """``POST /v1/images/tokens`` as JSON; the same fields, with files as ``image``, as a form."""
 
     image: str | list[str] = Field(description="Base64 of an image file, or a data URI; or a list of them.")
-    num_tokens: int | None = Field(None, ge=1, description="Where the tokenizer has several lengths.")
+    num_tokens: int | None = Field(None, ge=1, description="One of the tokenizer's lengths.")
     size: Size = None
 
 
@@ -85,7 +85,7 @@ class DecodeRequest(PictureRequest):
     tokens: Annotated[list[list[int]], BeforeValidator(_rows)] = Field(
         description="Token ids of an image, or a list of such lists."
     )
-    tokenizer_digest: str | None = Field(None, description="Refused where the tokens are another tokenizer's.")
+    tokenizer_digest: str | None = Field(None, description="Error if the tokens are from another tokenizer.")
 
 
 class PictureData(BaseModel):

@@ -1,4 +1,4 @@
-"""What the worker computes: pictures from prompts, ids from images, images from ids. Equal tasks share batches."""
+"""The tasks of the worker: pictures from prompts, ids from images, images from ids. Equal tasks share batches."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Models:
     def load(cls, tokenizer: str | None, llm: str | None, device: str = "auto", dtype: str = "auto") -> Models:
         """From folders or hub ids; None is the embedded model.
 
-        Raises:  ModelError when one is missing, or the two do not belong together.
+        Raises:  ModelError if one is missing, or if the LLM draws tokens of another tokenizer.
         """
         target = pick_device(device)
         number_format = pick_dtype(dtype, target)
@@ -47,8 +47,8 @@ class Models:
         return cls(image_tokenizer, drawing, number_format, name, image_tokenizer.token_digest)
 
     @property
-    def drawn_size(self) -> tuple[int, int]:
-        """Height and width in pixels of what the LLM draws."""
+    def picture_size(self) -> tuple[int, int]:
+        """Height and width in pixels of the LLM's pictures."""
         return self.tokenizer.grid_of(self.llm.vocabulary.tokens_per_image)
 
 
@@ -62,8 +62,8 @@ class Draw:
     def run(self, models: Models, payloads: Sequence[tuple[str, int, float]], tick: Tick) -> list[Image.Image]:
         pictures = [Picture(prompt, seed, temperature, "", "") for prompt, seed, temperature in payloads]
         tokenizer = models.tokenizer.with_decoder(self.decoder)
-        drawn = draw_images(models.llm, tokenizer, pictures, self.settings, models.dtype, tick)
-        return [image for _, image in drawn]
+        pairs = draw_images(models.llm, tokenizer, pictures, self.settings, models.dtype, tick)
+        return [image for _, image in pairs]
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Encode:
 
 @dataclass(frozen=True)
 class Decode:
-    """Payloads (token ids, seed) to images; ``sampling`` holds pairs of a name and a value, None is the model's."""
+    """Payloads (token ids, seed) to images; ``sampling``: pairs of a name and a value, None for the default."""
 
     height: int
     width: int
