@@ -65,7 +65,7 @@ def test_places_on_paper():
 
 def test_places_on_a_grid_take_every_cell_once_from_the_middle_outwards():
     device = torch.device("cpu")
-    tokens, cells, _ = resampler(places="grid", max_tokens=16).places(64, 64, 4, 4, device)
+    tokens, cells, _ = resampler(places="grid", max_tokens=16).layout(64, 64, 4, 4, device)
     assert sorted(tokens.tolist()) == [[float(y), float(x)] for y in range(4) for x in range(4)]
     assert sorted(cells.tolist()) == list(range(16))
     assert tokens[0].tolist() == [1, 1]  # of the four cells around the middle the first
@@ -84,7 +84,7 @@ def test_a_stem_starts_as_its_grid_in_another_order():
     made = resampler(places="grid", max_tokens=256, stem=(1, 1))
     latents = torch.randn(2, 4, 32, 32)
     tokens = made(latents)
-    cells = made.places(256, 256, 16, 16, torch.device("cpu"))[1]  # the token of each patch
+    cells = made.layout(256, 256, 16, 16, torch.device("cpu"))[1]  # the token of each patch
     assert torch.allclose(tokens[:, cells], made.grid(latents), atol=1e-5)
     torch.nn.init.normal_(made.blocks[0].out.weight)
     assert not torch.allclose(tokens, made(latents), atol=1e-2)

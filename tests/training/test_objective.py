@@ -107,7 +107,7 @@ def test_registers_start_as_a_trained_grid(world, tmp_path):
     grid, images = V2FlowTokenizer.from_pretrained(first), torch.rand(2, 3, 64, 64) * 2 - 1
     start = (f"init_from={first}", f"resampler={REGISTERS}, stem: [1, 1]}}")
     made = objective(world, tmp_path, *start).eval().model
-    cells = made.resampler.places(64, 64, 4, 4, torch.device("cpu"))[1]
+    cells = made.resampler.layout(64, 64, 4, 4, torch.device("cpu"))[1]
     assert torch.equal(made.encode(images)[:, cells], grid.encode(images))  # the grid's tokens, in another order
     weights = made.state_dict()
     decoder = {name: weight for name, weight in grid.state_dict().items() if name.startswith(("context.", "flow."))}
