@@ -63,5 +63,5 @@ def test_one_bos_with_and_without_template(text_tokenizer):
     plain = text_tokenizer.__class__(tokenizer_object=text_tokenizer.backend_tokenizer, bos_token="<|bos|>")
     assert prompt_frame(plain) == ((), ())  # neither template nor tokenizer writes a BOS
     plain.chat_template = "{{ 'Hello' }}"
-    with pytest.raises(ModelError, match="words 0 times"):
+    with pytest.raises(ModelError, match="text 0 times"):
         prompt_frame(plain)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 from v2flow_cli.cli.endings import EXIT_PIPE, detach
 from v2flow_cli.errors import SharedError, V2FlowError, reason_of
 
-EXIT_FAILED, EXIT_USAGE = 1, 2
+EXIT_FAILED = 1
 ERROR_BUDGET = 0.001  # share of bad samples up to which a command over a set succeeds
 
 

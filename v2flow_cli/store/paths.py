@@ -32,12 +32,6 @@ def same_place(first: str | os.PathLike[str], second: str | os.PathLike[str]) ->
         return real_path(first) == real_path(second)
 
 
-def is_inside(path: str | os.PathLike[str], folder: str | os.PathLike[str]) -> bool:
-    """True if ``path`` is ``folder`` or lies under it, with links resolved."""
-    inner, outer = real_path(path), real_path(folder)
-    return inner == outer or inner.startswith(os.path.join(outer, ""))
-
-
 def check_apart(out: Path, inputs: Iterable[str | os.PathLike[str]], what: str = "-o") -> None:
     """Raises: DataError if the output folder is an input, or the folder of an input file.
 

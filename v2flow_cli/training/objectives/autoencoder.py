@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,17 +27,8 @@ class AutoencoderObjective(nn.Module):
     def __init__(self, recipe: AutoencoderRecipe) -> None:
         super().__init__()
         self.recipe = recipe
-        model = recipe.model
-        self.model = V2FlowAutoencoder(
-            V2FlowAutoencoderConfig(
-                latent_channels=model.latent_channels,
-                encoder_width=model.encoder_width,
-                encoder_depth=model.encoder_depth,
-                decoder_width=model.decoder_width,
-                decoder_depth=model.decoder_depth,
-                latent_noise=model.latent_noise,
-            )
-        ).to(memory_format=torch.channels_last)
+        config = V2FlowAutoencoderConfig(**dataclasses.asdict(recipe.model))
+        self.model = V2FlowAutoencoder(config).to(memory_format=torch.channels_last)
         self.register_buffer("latent_mean", torch.zeros(()))
         self.register_buffer("latent_square", torch.ones(()))
 
