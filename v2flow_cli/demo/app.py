@@ -71,11 +71,11 @@ def _drawing_tab(studio: Studio) -> None:
         return studio.picture(studio.decode(ids, decoder)), studio.grid(ids), ids
 
     def shorten(ids: list[int] | None, count: float, *settings: Any) -> tuple[Image.Image, Image.Image]:
-        """The first so many tokens of what was drawn."""
+        """The first ``count`` tokens of a drawing."""
         if not ids:
-            raise V2FlowError("Nothing is drawn yet: press Draw first.")
-        kept = ids[: int(count)]
-        return studio.picture(studio.decode(kept, DecoderSettings(*settings))), studio.grid(kept)
+            raise V2FlowError("No drawing: press Draw first.")
+        first = ids[: int(count)]
+        return studio.picture(studio.decode(first, DecoderSettings(*settings))), studio.grid(first)
 
     with gr.Row():
         with gr.Column():
