@@ -78,7 +78,7 @@ def test_a_picture_grows_with_its_tokens(flexible, sample_images, tmp_path: Path
         assert figures.startswith(f"{count} tokens of ")
         back.append(pixels(picture).tobytes())
     assert len(set(back)) == 3
-    with pytest.raises(Exception, match="Nothing is drawn yet"):
+    with pytest.raises(Exception, match="No drawing: press Draw"):
         flexible.predict(1, 1, 2, 1.0, 0, api_name="/shorten")
     drawn, _ = flexible.predict("a red fox", 0.0, 1, 2, 1.0, 0, api_name="/draw")
     short = [pixels(flexible.predict(count, 1, 2, 1.0, 0, api_name="/shorten")[0]) for count in (1, 6)]
