@@ -1,11 +1,28 @@
-"""The notebooks run as they stand, in a folder without anything else."""
+"""The notebooks run as they stand, in a folder without anything else, and store what a run gives."""
 
+import base64
+import io
+import re
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
+
+
+def told(cells) -> list[str]:
+    """What each code cell prints, without the figures, which round otherwise elsewhere; its pictures' sizes."""
+    return [
+        "".join(
+            f"{output['data']['text/plain']}\n" if "data" in output else re.sub(r"\d+(\.\d+)?", "#", output["text"])
+            for output in cell.outputs
+            if output.get("name") != "stderr"
+        )
+        for cell in cells
+        if cell.cell_type == "code"
+    ]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
@@ -15,6 +32,7 @@ def test_a_notebook_runs_offline(path: Path, tmp_path: Path, monkeypatch) -> Non
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
+    before = told(notebook.cells)
     nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     assert [output for output in outputs if output.output_type == "error"] == []
@@ -23,6 +41,17 @@ def test_a_notebook_runs_offline(path: Path, tmp_path: Path, monkeypatch) -> Non
     text = "".join(output.get("text", "") for output in outputs)
     assert "-> tokens (1, " in text and text.count("PSNR") >= 2
     assert list(tmp_path.iterdir()) == []
+    assert told(notebook.cells) == before, "run docs/make_notebook_outputs.py"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+def test_its_stored_pictures_are_what_their_sizes_say(path: Path) -> None:
+    nbformat = pytest.importorskip("nbformat")
+    outputs = [o.data for c in nbformat.read(path, as_version=4).cells for o in c.get("outputs", ()) if "data" in o]
+    for data in outputs:
+        picture = Image.open(io.BytesIO(base64.b64decode(data["image/jpeg"])))
+        assert f"size={picture.width}x{picture.height}" in data["text/plain"]
+    assert len(outputs) >= 6 and path.stat().st_size < 1_000_000
 
 
 def test_there_is_one() -> None:
@@ -32,7 +61,6 @@ def test_there_is_one() -> None:
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
 def test_its_links_lead_to_pages(path: Path) -> None:
     import json
-    import re
 
     text = "".join("".join(cell["source"]) for cell in json.loads(path.read_text("utf-8"))["cells"])
     links = re.findall(r"\]\((\.\.?/[^)]+)\)", text)

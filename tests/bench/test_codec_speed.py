@@ -3,6 +3,7 @@
 import torch
 
 from v2flow_cli.bench.codec_speed import _seconds, first_answer_seconds, help_seconds, peak_resident_bytes
+from v2flow_cli.cli.bench_terminal import print_first_answers
 
 
 def test_median_after_a_warm_up(monkeypatch) -> None:
@@ -23,3 +24,10 @@ def test_help_seconds() -> None:
 def test_first_answers_of_new_processes() -> None:
     waits = first_answer_seconds(["encode", "decode"], repeats=1)
     assert list(waits) == ["import torch", "encode", "decode"] and waits["encode"] > 0
+
+
+def test_first_answers_are_told_as_multiples_of_the_import_of_torch(capsys) -> None:
+    print_first_answers({"import torch": 2.0, "encode": 3.0, "decode": 2.8})
+    print_first_answers({})
+    said = "import torch 2.00 s, encode 3.00 s (1.5x), decode 2.80 s (1.4x)"
+    assert capsys.readouterr().out == f"first answer: {said}\n"

@@ -101,7 +101,8 @@ def first_answer_seconds(commands: Sequence[str], repeats: int = 3) -> dict[str,
     """Median seconds of `python -c "import torch"` (key "import torch"), and of one picture by each of ``commands``:
     encode, then decode and generate.
 
-    Each is a new process, including the load of the embedded model.
+    Each is a new process, including the load of the embedded model. They run in turn, so that other work on the machine
+    slows them alike.
     """
     with tempfile.TemporaryDirectory() as folder:
         photo, tokens = Path(folder, "photo.png"), Path(folder, "tokens")
@@ -111,10 +112,10 @@ def first_answer_seconds(commands: Sequence[str], repeats: int = 3) -> dict[str,
             "decode": ["decode", str(tokens), "-o", str(Path(folder, "decoded")), "--force"],
             "generate": ["generate", "a red fox", "-o", str(Path(folder, "generated")), "--force"],
         }
-        seconds = {"import torch": _process_seconds(["-c", "import torch"], repeats)}
-        for command in commands:
-            seconds[command] = _process_seconds(["-m", "v2flow_cli", *arguments[command]], repeats)
-        return seconds
+        calls = {"import torch": ["-c", "import torch"]}
+        calls |= {command: ["-m", "v2flow_cli", *arguments[command]] for command in commands}
+        turns = [{name: _process_seconds(call, 1) for name, call in calls.items()} for _ in range(repeats)]
+        return {name: statistics.median(turn[name] for turn in turns) for name in calls}
 
 
 def _process_seconds(arguments: Sequence[str], repeats: int) -> float:

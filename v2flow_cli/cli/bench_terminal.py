@@ -99,6 +99,8 @@ def print_help_seconds(seconds: Mapping[str, float]) -> None:
 
 
 def print_first_answers(seconds: Mapping[str, float]) -> None:
-    """Print the seconds to the first result of each command, beside the import of torch."""
+    """Print the seconds to the first result of each command, also as multiples of the import of torch."""
     if seconds:
-        result("first answer: " + ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items()))
+        torch = seconds["import torch"]
+        times = [f", {name} {value:.2f} s ({value / torch:.1f}x)" for name, value in seconds.items()][1:]
+        result(f"first answer: import torch {torch:.2f} s" + "".join(times))
