@@ -24,7 +24,7 @@ def test_every_recipe_validates_and_survives_a_round_trip(path, tmp_path):
 @pytest.mark.parametrize("path", STAGES, ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_a_recipe_of_a_family_says_at_its_top_how_it_differs_from_the_base(path):
     head = " ".join(line.removeprefix("# ") for line in path.read_text().splitlines() if line.startswith("#"))
-    stated = re.search(r"Differs from (recipes/\S+\.yaml) in (.+?)\.(?: |$)", head)
+    stated = re.search(r"Differs from (recipes/\S+\.yaml) in ([a-z0-9_.]+=.+?)\.(?: |$)", head)
     family = path.parent.name == "paper" and path.stem not in ("large", "llm-llama2-7b")
     if stated is None:
         assert not family
