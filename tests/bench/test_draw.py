@@ -112,7 +112,7 @@ def test_prompts_of_a_file_and_those_that_name_nothing(world, tmp_path):
     found = world("--prompts", tmp_path / "prompts.txt", "-o", tmp_path / "d", "--report", tmp_path / "sheet.html")
     assert found.exit_code == 0, found.output
     assert "colour: 1 prompts, 1 pictures drawn" in found.stdout and "wrote 2 pictures" in found.stdout
-    assert "1 pictures are not judged" in found.stderr
+    assert "1 pictures are not checked" in found.stderr
     page = (tmp_path / "sheet.html").read_text(encoding="utf-8")
     assert "&lt;b&gt;unicorn" in page and "<b>unicorn" not in page
 

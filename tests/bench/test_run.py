@@ -133,7 +133,7 @@ def test_equal_pictures_are_null_in_the_record(tokenizer, photos, monkeypatch: p
 
 
 def test_bad_requests(tokenizer, photos) -> None:
-    with pytest.raises(DataError, match="nothing to measure"):
+    with pytest.raises(DataError, match="No image could be read"):
         run(tokenizer, [])
     with pytest.raises(DataError, match=r"--res 33: v2flow: .*multiples of"):
         run(tokenizer, photos, size=33)

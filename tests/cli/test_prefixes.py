@@ -194,7 +194,7 @@ def test_what_cannot_be_is_said(model, photos, tmp_path, tiny_tokenizer_folder):
         assert f"{named}: this tokenizer writes 4 tokens an image" in done.stderr
     assert "has 1 to 6 tokens" in v2flow("encode", photos, "-o", out, "--tokens", 7, model=model, code=1).stderr
     both = v2flow("encode", photos, "-o", out, "--tokens", 2, "--max-error", 9, model=model, code=1)
-    assert "give one of them" in both.stderr
+    assert "use one of them" in both.stderr
     assert not out.exists()
     v2flow("encode", photos, "-o", out, "--tokens", 2, model=model)
     other = v2flow("encode", photos, "-o", out, "--tokens", 3, model=model, code=1)

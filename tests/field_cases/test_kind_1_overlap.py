@@ -245,7 +245,7 @@ def test_case_04_another_order_is_another_recipe(tmp_path, monkeypatch, before, 
     for name in "abc":
         (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ModelError, match="the recipe is not the one of this run"):
+    with pytest.raises(ModelError, match="the recipe is not that of this run"):
         check_same_recipe(tmp_path, *(dump_recipe(load_recipe(TINY, [change])) for change in (before, now)))
 
 

@@ -264,7 +264,7 @@ def test_a_full_disk_leaves_earlier_checkpoints(recipe, tmp_path, point):
 def test_another_recipe_or_number_of_processes_is_refused(recipe, monkeypatch):
     finetune(recipe, log=print)
     other = replace(recipe, optimizer=replace(recipe.optimizer, learning_rate=1e-5))
-    with pytest.raises(ModelError, match=r"not the one of this run \(optimizer.learning_rate: 0.001 before, 1e-05 now"):
+    with pytest.raises(ModelError, match=r"not that of this run \(optimizer.learning_rate: 0.001 before, 1e-05 now"):
         finetune(other, log=print, resume=True)
     monkeypatch.setattr("v2flow_cli.training.llm_trainer.world_size", lambda: 3)
     with pytest.raises(ModelError, match=r"saved by 1 processes, resumed by 3: dropout .* allow it with --approximate"):

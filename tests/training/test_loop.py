@@ -101,7 +101,7 @@ def test_a_run_is_not_overwritten_and_not_resumed_with_another_recipe(world, tmp
     train(first, resume=False, log=quiet)
     with pytest.raises(ModelError, match="already holds a run"):
         train(first, resume=False, log=quiet)
-    with pytest.raises(ModelError, match="the recipe is not the one of this run"):
+    with pytest.raises(ModelError, match="the recipe is not that of this run"):
         train(recipe(world, "autoencoder", tmp_path / "a", "optimizer.learning_rate=0.5"), resume=True, log=quiet)
 
 
