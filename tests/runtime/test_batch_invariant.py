@@ -90,6 +90,25 @@ def test_a_failing_image_keeps_no_images_and_no_threads():
         gc.enable()
 
 
+def test_threads_end_with_their_caller_also_where_its_error_is_kept():
+    def fail(image):
+        raise ValueError("too much")
+
+    def failing_call():
+        try:
+            on_single_threads(fail, torch.ones(2, 1))
+        except ValueError as error:
+            return error  # with the frames that it passed
+
+    before = threading.active_count()
+    error = in_a_new_thread(failing_call)
+    for _ in range(6000):
+        if threading.active_count() == before:
+            break
+        time.sleep(0.01)
+    assert threading.active_count() == before and str(error) == "too much"
+
+
 def test_one_thread_needs_no_other():
     torch.set_num_threads(1)
     ran_in = []

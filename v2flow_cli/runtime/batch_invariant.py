@@ -13,7 +13,18 @@ import torch
 from torch import Tensor, nn
 
 _STARTING = threading.Lock()
-_POOLS = threading.local()  # .mine: {torch threads: the pool} of one calling thread
+_POOLS = threading.local()  # .mine: the _Pools of one calling thread
+
+
+class _Pools(dict[int, ThreadPoolExecutor]):
+    """The pools of one calling thread, by the number of torch threads. They end with it.
+
+    That is said outright: an error that is kept somewhere refers to frames that refer to the pool.
+    """
+
+    def __del__(self) -> None:
+        for pool in self.values():
+            pool.shutdown(wait=False)
 
 
 def on_single_threads(compute: Callable[[Tensor], Tensor], images: Tensor, size: int = 1) -> list[Tensor]:
@@ -60,7 +71,7 @@ def _single_threads() -> ThreadPoolExecutor | None:
         threads = torch.get_num_threads()
         if threads == 1:
             return None
-        pools: dict[int, ThreadPoolExecutor] = _POOLS.__dict__.setdefault("mine", {})
+        pools: _Pools = _POOLS.__dict__.setdefault("mine", _Pools())
         if threads in pools:
             return pools[threads]
         started = threading.Barrier(threads)
