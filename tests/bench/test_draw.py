@@ -133,6 +133,9 @@ def test_held_out_and_training_pictures_of_other_files(world, tmp_path):
 def test_what_is_missing_is_told(world, tmp_path):
     found = world("--held-out", tmp_path / "none.tar")
     assert found.exit_code == 1 and "no such file or folder" in found.stderr
+    found = world("--tokens", 3, "-o", tmp_path / "short")
+    assert found.exit_code == 1 and "3 tokens, but" in found.stderr and "always draws 4" in found.stderr
+    assert not (tmp_path / "short").exists()
     (tmp_path / "prompts.txt").write_text("\n")
     found = world("--prompts", tmp_path / "prompts.txt")
     assert found.exit_code == 1 and "no prompt in it" in found.stderr

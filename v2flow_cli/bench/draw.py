@@ -139,7 +139,7 @@ def measure_drawing(
     verdicts = judge.verdicts(pairs)
 
     def through_tokens(originals: Sequence[np.ndarray]) -> list[np.ndarray]:
-        length = llm.vocabulary.tokens_per_image
+        length = llm.length(settings.num_tokens)
         return reconstruct(tokenizer, originals, length, batch_size=batch_size, dtype=dtype)
 
     nouns = list(nouns_with_colours(judge.references, least=1))

@@ -51,6 +51,7 @@ def draw(
     top_k: options.TopK = None,
     top_p: options.TopP = None,
     llm_cfg: options.LlmCfg = None,
+    tokens: options.MostTokens = None,
     decoder: options.Decoder = None,
     llm_model: options.Llm = None,
     model: options.Tokenizer = None,
@@ -106,6 +107,7 @@ def draw(
     tokenizer = V2FlowTokenizer.from_pretrained(model, decoder=decoder).to(target)
     llm = DrawingLM.from_pretrained(llm_model, target, pick_dtype(dtype, target))
     check_pair(llm, tokenizer)
+    llm.length(tokens)  # a number that it cannot draw is an error before anything is drawn
     sampling = options.llm_sampling(stored_sampling(llm.name), top_k=top_k, top_p=top_p, guidance_scale=llm_cfg)
     temperature = sampling.temperature if temp is None else temp
     seeds = list(range(seed, seed + count))
@@ -129,7 +131,7 @@ def draw(
             training,
             held_out_pictures,
             out,
-            Settings(sampling.top_k, sampling.top_p, sampling.guidance_scale),
+            Settings(sampling.top_k, sampling.top_p, sampling.guidance_scale, num_tokens=tokens),
             temperature=temperature,
             seeds=seeds,
             per_kind=max(per_kind, 100),

@@ -35,10 +35,7 @@ def generate(
     top_k: options.TopK = None,
     top_p: options.TopP = None,
     llm_cfg: options.LlmCfg = None,
-    tokens: Annotated[
-        int | None,
-        typer.Option(min=1, help="Largest number of tokens of a picture (LLMs of flexible length). Default: all."),
-    ] = None,
+    tokens: options.MostTokens = None,
     decoder: options.Decoder = None,
     cfg: options.Cfg = None,
     rounds: options.Rounds = None,

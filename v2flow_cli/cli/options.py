@@ -58,6 +58,10 @@ TopP = Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Keep this pr
 LlmCfg = Annotated[
     float | None, typer.Option(min=0.0, help="Guidance scale of the LLM; 1 means none. Default: the LLM's.")
 ]
+MostTokens = Annotated[
+    int | None,
+    typer.Option(min=1, help="Largest number of tokens of a picture (LLMs of flexible length). Default: all."),
+]
 
 # How a decoder samples; the default of each is the model's.
 Decoder = Annotated[
