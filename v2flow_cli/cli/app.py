@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 
 from v2flow_cli.cli import endings
 
@@ -17,13 +16,12 @@ import typer.core
 
 from v2flow_cli import __version__
 from v2flow_cli.cli import bench, budget, decode, encode, finetune_llm, generate, shard, train
-from v2flow_cli.cli.console import EXIT_FAILED, log, report_error
-from v2flow_cli.cli.endings import EXIT_INTERRUPTED
-from v2flow_cli.errors import V2FlowError, reason_of
+from v2flow_cli.cli.entry import ErrorPolicy, prepare
+from v2flow_cli.cli.help_text import WholeHelp
 
 
-class _Command(typer.core.TyperCommand):
-    """A command that rejects infinity and NaN, which Typer's ranges accept."""
+class _Command(WholeHelp, typer.core.TyperCommand):
+    """A command whose numbers are finite: Typer's ranges let infinity pass."""
 
     def invoke(self, ctx: Any) -> Any:
         for parameter in self.params:
@@ -33,34 +31,14 @@ class _Command(typer.core.TyperCommand):
         return super().invoke(ctx)
 
 
-class _Commands(typer.core.TyperGroup):
-    """One error policy: a V2FlowError is one message and exit code 1, an interrupt exit code 130.
-
-    An OSError with a file name (no permission, a full disk) is treated like a V2FlowError. Anything else is a bug, and
-    keeps its traceback.
-    """
+class _Commands(ErrorPolicy, typer.core.TyperGroup):
+    """Refuses empty arguments."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if "" in args:  # as a path it would be the current folder
             words = " ".join([*args[: args.index("")], "''"][-2:])
             raise typer.BadParameter(f"empty argument, such as from a variable that is not set: {words}", ctx)
         return super().parse_args(ctx, args)
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except V2FlowError as error:
-            report_error(error)
-            ctx.exit(EXIT_FAILED)
-        except OSError as error:
-            if error.filename is None:
-                raise
-            name = os.fsdecode(error.filename) if isinstance(error.filename, bytes) else error.filename
-            report_error(V2FlowError(f"{name}: {reason_of(error)}."))
-            ctx.exit(EXIT_FAILED)
-        except KeyboardInterrupt:
-            log("interrupted")
-            ctx.exit(EXIT_INTERRUPTED)
 
 
 app = typer.Typer(
@@ -101,12 +79,8 @@ def root(
 
 
 def main() -> None:
-    """Entry point; sets the variables that silence libraries before they are imported."""
-    endings.install()
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    """Entry point."""
+    prepare()
     try:
         app()
     finally:

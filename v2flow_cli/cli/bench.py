@@ -12,13 +12,14 @@ import typer
 import typer.core
 
 from v2flow_cli.cli import bench_alignment, bench_cost, bench_draw, bench_join, bench_llm, bench_reconstruction
+from v2flow_cli.cli.help_text import WholeHelp
 
 DEFAULT = "reconstruction"
 RECIPE_SUFFIXES = (".yaml", ".yml")
 
 
-class _Modes(typer.core.TyperGroup):
-    """The first word names the mode; without one it is ``reconstruction``, or ``cost`` if an argument is a recipe."""
+class _Modes(WholeHelp, typer.core.TyperGroup):
+    """The first word names the mode; without one it is ``reconstruction``, or ``cost`` where a recipe is given."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if args and args[0] not in {*self.commands, "--help"}:

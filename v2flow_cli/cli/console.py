@@ -146,17 +146,23 @@ def steps_bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 def _bar() -> Progress:
-    """A bar with rate and time left on stderr; logged lines scroll above it."""
+    """A bar with rate and time left on stderr; lines that are logged meanwhile scroll above it.
+
+    A narrow terminal has no room for the bar itself, and a long label takes several lines: no figure is cut.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.table import Column
     from rich.text import Text
 
     class Rate(ProgressColumn):
         def render(self, task: Task) -> Text:
             return Text("" if task.speed is None else f"{task.speed:.3g}/s", style="progress.data.speed")
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True), transient=True)
+    console = Console(stderr=True)
+    label = TextColumn("{task.description}", table_column=Column(overflow="fold"))
+    figures = [kind(table_column=Column(no_wrap=True)) for kind in (MofNCompleteColumn, Rate, TimeRemainingColumn)]
+    return Progress(label, *([BarColumn()] if console.width >= 60 else []), *figures, console=console, transient=True)
 
 
 def fail(message: str, code: int = EXIT_FAILED) -> None:

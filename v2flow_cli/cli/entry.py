@@ -1,4 +1,4 @@
-"""Starts commands that are modules: quiet libraries, and a V2FlowError as one message."""
+"""How commands start and fail: quiet libraries, one error policy, help that fits the terminal."""
 
 from __future__ import annotations
 
@@ -7,17 +7,57 @@ from collections.abc import Callable
 from typing import Any
 
 import typer
+import typer.core
 
-from v2flow_cli.cli.console import fail
-from v2flow_cli.errors import V2FlowError
+from v2flow_cli.cli import endings
+from v2flow_cli.cli.console import EXIT_FAILED, log, report_error
+from v2flow_cli.cli.help_text import WholeHelp
+from v2flow_cli.errors import V2FlowError, reason_of
+
+
+class ErrorPolicy(WholeHelp):
+    """A V2FlowError is one message and exit code 1, an interrupt leaves with 130.
+
+    So is what the operating system refuses (a folder without permission, a full disk) where no message of ours was
+    nearer. Anything else is a bug, and keeps its traceback. A mixin for Typer's commands and groups.
+    """
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)  # type: ignore[misc]
+        except V2FlowError as error:
+            report_error(error)
+            ctx.exit(EXIT_FAILED)
+        except OSError as error:
+            if error.filename is None:
+                raise
+            name = os.fsdecode(error.filename) if isinstance(error.filename, bytes) else error.filename
+            report_error(V2FlowError(f"{name}: {reason_of(error)}."))
+            ctx.exit(EXIT_FAILED)
+        except KeyboardInterrupt:
+            log("interrupted")
+            ctx.exit(endings.EXIT_INTERRUPTED)
+
+
+class _Command(ErrorPolicy, typer.core.TyperCommand):
+    pass
+
+
+def prepare() -> None:
+    """Before a command: signals and streams as ``endings`` says; libraries neither print nor phone home."""
+    endings.install()
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def run(command: Callable[..., Any]) -> None:
-    """Run ``command`` with the options of the command line; a V2FlowError is exit code 1."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    """Run ``command`` with the options of the command line: how the commands that are modules start."""
+    prepare()
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    app.command(cls=_Command)(command)
     try:
-        typer.run(command)
-    except V2FlowError as error:
-        fail(str(error))
+        app()
+    finally:
+        endings.let_go()
