@@ -62,6 +62,30 @@ def test_ctrl_c_during_imports_is_one_word(tmp_path, module, arguments, imported
     assert (code, said) == (130, [b"interrupted"])
 
 
+@pytest.mark.parametrize("moment", ["v2flow_cli.cli", "v2flow_cli.cli.endings", "v2flow_cli.cli.app", "typer"])
+def test_ctrl_c_before_anything_is_imported_is_one_word(moment):
+    """As the script ``v2flow`` starts; the interrupt arrives at the moment when the import of that module begins."""
+    code = f"""
+import signal, sys
+class Finder:
+    def find_spec(self, name, *_):
+        if name == {moment!r}:
+            signal.raise_signal(signal.SIGINT)
+sys.meta_path.insert(0, Finder())
+from v2flow_cli.__main__ import main
+sys.exit(main())
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "--help"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=_interruptible,
+    )
+    code, out, err = finish(process)
+    assert (code, out, err) == (130, b"", b"interrupted\n")
+
+
 def test_sigterm_in_the_middle_leaves_no_temporary_file(tokens, tmp_path):
     process = start(*tokens, python=("-X", "importtime"))
     for line in process.stderr:
