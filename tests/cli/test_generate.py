@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from tests.tokenizer.test_seams import build
 from v2flow_cli.cli.app import app
 from v2flow_cli.jobs.generate import plan_pictures
+from v2flow_cli.llm.sample import DrawingLM
 from v2flow_cli.llm.sequences import prompt_frame
 from v2flow_cli.llm.vocabulary import VisualVocabulary, add_visual_tokens, extend_tables
 from v2flow_cli.tokenizer import V2FlowTokenizer
@@ -51,7 +52,7 @@ def untrained_llm(tokenizer_folder, folder):
         1,
         flexible=image_tokenizer.flexible,
     )
-    model.config.v2flow = vocabulary.record() | {"weights_digest": "feedfeedfeedfeed"}
+    model.config.v2flow = vocabulary.record()
     model.save_pretrained(folder)
     add_visual_tokens(text_tokenizer, words, codes).save_pretrained(folder)
     return ["--model", str(folder), "--tokenizer", str(tokenizer_folder)]
@@ -70,7 +71,7 @@ def test_draws_pictures_with_their_story_inside(artist, tmp_path):
     assert [entry["seed"] for entry in told["images"]] == [5, 6, 5, 6]
     text = Image.open(tmp_path / "o" / "狐-t0.9-s6.png").text
     assert text["v2flow:prompt"] == "狐" and text["v2flow:seed"] == "6" and text["v2flow:temperature"] == "0.9"
-    assert text["v2flow:llm_digest"] == "feedfeedfeedfeed"
+    assert text["v2flow:llm_digest"] == DrawingLM.from_pretrained(artist[1]).digest
     assert len(text["v2flow:tokenizer_digest"]) == len(text["v2flow:decoder_digest"]) == 16
     assert "v2flow:solver" not in text  # left to the model
 

@@ -254,3 +254,22 @@ def test_the_compiled_step_draws_the_same(artist):
         torch.set_num_threads(threads)
     assert torch.equal(torch.stack(plain), torch.stack(compiled))
     assert len(graphs) == 1
+
+
+def test_the_digest_is_of_the_weights_as_they_are(artist, tmp_path):
+    """Also where the config says another one; the type that weights are held in does not count, if it holds them."""
+    artist.model.config.v2flow["weights_digest"] = "0" * 16
+    before = artist.digest
+    assert DrawingLM.from_pretrained(tmp_path / "llm").digest == before != "0" * 16
+    rounded = DrawingLM.from_pretrained(tmp_path / "llm", dtype=torch.bfloat16)
+    assert rounded.digest != before
+    rounded.model.float()
+    assert rounded.digest == DrawingLM.from_pretrained(tmp_path / "llm", dtype=torch.bfloat16).digest
+    with torch.no_grad():
+        artist.model.get_input_embeddings().weight[0, 0] += 1
+    assert artist.digest != before
+
+
+def test_the_embedded_llm_has_the_digest_that_its_training_wrote():
+    llm = DrawingLM.from_pretrained()
+    assert llm.digest == llm.model.config.v2flow["weights_digest"]

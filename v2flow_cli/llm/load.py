@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -63,6 +65,15 @@ def load_llm(name: str, dtype: torch.dtype, **hub: Any) -> tuple[PreTrainedModel
         check_architecture(AutoConfig.from_pretrained(folder, trust_remote_code=False), name)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
         return model, AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
+def without_tied(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``weights`` by the names in ``model.state_dict()``, each tied table once."""
+    kept = dict(weights)
+    for copy, source in model.all_tied_weights_keys.items():
+        if copy in kept and source in kept and torch.equal(kept[copy], kept[source]):
+            del kept[copy]
+    return kept
 
 
 def context_length(config: Any) -> float:

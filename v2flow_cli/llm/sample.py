@@ -15,7 +15,7 @@ from transformers import DynamicCache, LogitsProcessor, PreTrainedModel, PreTrai
 from transformers.cache_utils import Cache
 
 from v2flow_cli.errors import DataError, ModelError, foreign_errors
-from v2flow_cli.llm.load import context_length, load_llm
+from v2flow_cli.llm.load import context_length, load_llm, without_tied
 from v2flow_cli.llm.sampling import DEFAULT_LLM, stored_sampling
 from v2flow_cli.llm.sequences import caption_ids, caption_prompt_ids, prompt_ids
 from v2flow_cli.llm.static_step import StaticStep, last_logits, logits_options
@@ -23,6 +23,7 @@ from v2flow_cli.llm.vocabulary import VisualVocabulary
 from v2flow_cli.recipe.schema import DrawSampling
 from v2flow_cli.runtime.batch_invariant import each_row_alone, on_single_threads
 from v2flow_cli.runtime.device import tf32
+from v2flow_cli.runtime.digest import weights_digest
 
 CACHES = ("static", "dynamic")  # of keys and values; the static one is preferred, because it is never copied to grow
 PROMPT_MULTIPLE = 32  # prompts are padded to a multiple of this width, so a row's padding depends on its prompt alone
@@ -46,9 +47,17 @@ class DrawingLM:
     ) -> None:
         self.sampling = sampling or DrawSampling()  # the defaults of ``generate``
         self.model, self.text_tokenizer, self.vocabulary, self.name = model, text_tokenizer, vocabulary, name
-        self.digest = getattr(model.config, "v2flow", {}).get("weights_digest", "")
         compiled = model.device.type == "cuda" and vocabulary.cache == "static"
         self._static_step = StaticStep(model) if compiled else None
+
+    @property
+    def digest(self) -> str:
+        """16 hex digits over the LLM's weights, which pictures carry.
+
+        Computed anew each time, so that it is never that of weights that have changed: keep it where it is asked for
+        often.
+        """
+        return weights_digest(without_tied(self.model, self.model.state_dict()))
 
     @classmethod
     def from_pretrained(
