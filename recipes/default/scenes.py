@@ -31,6 +31,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFilter
 
+from v2flow_cli.runtime.publishing import TARS, publishing
+
 SIZE = 256  # pixels, side of a scene
 CENTRED_SHARE = 0.8  # of the side, that the longest side of a centred drawing covers
 SHARD_IMAGES = 4000
@@ -228,7 +230,7 @@ def _in_the_middle(image: Image.Image, names: list[str]) -> tuple[Image.Image, l
     return scene, [phrase.format(with_article(name)) for name in names for phrase in PHRASES] + names
 
 
-def draw_scene(index: int, seed: int, drawings: list[Drawing], photos: list[Path]) -> tuple[Image.Image, list[str]]:
+def draw_scene(index: int, seed: int, drawings: list[Drawing], photos: list[bytes]) -> tuple[Image.Image, list[str]]:
     """Scene ``index``: one to three drawings on a ground, and captions of it."""
     rng = random.Random(f"{seed}/{index}")
     ground, ground_name = _ground(rng, photos)
@@ -325,13 +327,13 @@ def _recolour(image: Image.Image, colour: str) -> Image.Image:
     return Image.fromarray((result * 255).round().astype(np.uint8), "RGBA")
 
 
-def _ground(rng: random.Random, photos: list[Path]) -> tuple[Image.Image, str | None]:
+def _ground(rng: random.Random, photos: list[bytes]) -> tuple[Image.Image, str | None]:
     """A ground of SIZE x SIZE, and what captions call it: None for white."""
     kind = rng.choices(("white", "plain", "graded", "photo"), (0.3, 0.4, 0.18, 0.12 if photos else 0.0))[0]
     if kind == "white":
         return Image.new("RGB", (SIZE, SIZE), "white"), None
     if kind == "photo":
-        with Image.open(rng.choice(photos)) as photo:
+        with Image.open(io.BytesIO(rng.choice(photos))) as photo:
             image = photo.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BICUBIC)
         return image.filter(ImageFilter.GaussianBlur(rng.uniform(6, 14))), "a blurred photo"
     name = rng.choice(list(COLOURS))
@@ -387,7 +389,6 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     learn, judge = split_held_out(read_drawings(options.drawings))
-    options.out.mkdir(parents=True, exist_ok=True)
     if options.common:
         learn = common_things(learn)
     chosen = judge if options.held_out else first_of_titles(learn, options.per_title or len(learn))
@@ -396,34 +397,27 @@ def main() -> None:
     elif options.layout == "centred" or options.held_out:
         pictures = ((d.key, *centred(d)) for d in chosen)
     else:
-        photos = [] if options.photos is None else _grounds(options.photos, options.out)
+        photos = [] if options.photos is None else _grounds(options.photos)
         scenes = (draw_scene(index, options.seed, learn, photos) for index in range(options.count))
         pictures = ((f"scene-{index:06d}", *scene) for index, scene in enumerate(scenes))
-    for number in itertools.count():
-        path = options.out / f"scenes-{number:03d}.tar"
-        partial = path.with_suffix(".partial")
-        written = 0
-        with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:
-            for key, image, captions in itertools.islice(pictures, SHARD_IMAGES):
-                content = io.BytesIO()
-                image.save(content, "WEBP", quality=90, method=2)
-                _add(tar, f"{key}.webp", content.getvalue())
-                _add(tar, f"{key}.txt", "\n".join(captions).encode())
-                written += 1
-        if not written:
-            partial.unlink()
-            break
-        partial.rename(path)
-        print(f"{path}: {written} pictures")
+    with publishing(options.out, TARS, r"scenes-\d{3}\.tar") as folder:
+        for number in itertools.count():
+            path, written = folder / f"scenes-{number:03d}.tar", 0
+            with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+                for key, image, captions in itertools.islice(pictures, SHARD_IMAGES):
+                    content = io.BytesIO()
+                    image.save(content, "WEBP", quality=90, method=2)
+                    _add(tar, f"{key}.webp", content.getvalue())
+                    _add(tar, f"{key}.txt", "\n".join(captions).encode())
+                    written += 1
+            if not written:
+                path.unlink()
+                break
+            print(f"{options.out / path.name}: {written} pictures")
 
 
-def _grounds(photos: Path, out: Path, count: int = 400) -> list[Path]:
-    """Small copies of the first ``count`` photos, kept beside the scenes; photos may lie in tars."""
-    folder = out / ".grounds"  # hidden, so that a folder of tars stays one
-    folder.mkdir(exist_ok=True)
-    found = sorted(folder.glob("*.jpg"))
-    if len(found) >= count:
-        return found[:count]
+def _grounds(photos: Path, count: int = 400) -> list[bytes]:
+    """Small copies of the first ``count`` photos, as JPEG; photos may lie in tars."""
     contents: list[bytes] = [p.read_bytes() for p in sorted(photos.glob("*.jpg"))[:count]]
     for path in sorted(photos.glob("*.tar")):
         with tarfile.open(path) as tar:
@@ -432,9 +426,12 @@ def _grounds(photos: Path, out: Path, count: int = 400) -> list[Path]:
                     file = tar.extractfile(member)
                     assert file is not None
                     contents.append(file.read())
-    for number, content in enumerate(contents):
-        Image.open(io.BytesIO(content)).convert("RGB").resize((128, 128)).save(folder / f"{number:04d}.jpg")
-    return sorted(folder.glob("*.jpg"))[:count]
+    grounds = []
+    for content in contents:
+        file = io.BytesIO()
+        Image.open(io.BytesIO(content)).convert("RGB").resize((128, 128)).save(file, "JPEG")
+        grounds.append(file.getvalue())
+    return grounds
 
 
 def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:

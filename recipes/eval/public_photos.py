@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import io
+import os
 import sys
 import tarfile
 import zipfile
@@ -106,11 +107,13 @@ def main() -> None:
     if problems:
         sys.exit("\n".join([*problems, f"{len(problems)} of {len(PHOTOS)} photos are missing; nothing was written."]))
     options.out.mkdir(parents=True, exist_ok=True)
-    extra = sorted({p.name for p in options.out.iterdir()} - {PurePosixPath(photo).name for photo in PHOTOS})
+    partial = options.out / ".partial"  # a run that was killed may have left one
+    extra = sorted({p.name for p in options.out.iterdir()} - {PurePosixPath(p).name for p in PHOTOS} - {partial.name})
     if extra:
         sys.exit(f"{options.out}: holds other files ({extra[0]}), and would not be the set. Use an empty folder.")
     for photo, content in found.items():
-        (options.out / PurePosixPath(photo).name).write_bytes(content)
+        partial.write_bytes(content)
+        os.replace(partial, options.out / PurePosixPath(photo).name)
     print(f"{options.out}: {len(found)} photos")
 
 

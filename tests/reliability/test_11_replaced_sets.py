@@ -1,16 +1,14 @@
 """11. A set of shards that --force replaces is lost at no moment: killed at every file operation, it is old or new."""
 
-import os
 import random
 import shutil
 import signal
-import sys
 from functools import partial
 
 import pytest
 from PIL import Image
 
-from tests.reliability.processes import fork, wait
+from tests.reliability.processes import content, fork, killed_at, wait
 from v2flow_cli.errors import DataError
 from v2flow_cli.jobs.encode import SetEncoder, encode_shards
 from v2flow_cli.jobs.shard import write_shards
@@ -22,7 +20,6 @@ from v2flow_cli.store.token_file import read_token_set
 from v2flow_cli.tokenizer import V2FlowTokenizer
 
 OLD, NEW = {"prefix": "s", "shard_bytes": 6_000}, {"prefix": "s", "shard_bytes": 14_000}
-EVENTS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir")
 
 
 @pytest.fixture(scope="module")
@@ -36,29 +33,11 @@ def images(tmp_path_factory):
     return folders
 
 
-def killed_at(number, out, function):
-    """``function`` in a process that kills itself at its ``number``-th file operation in ``out``."""
-    seen = []
-
-    def hook(event, args):
-        if event in EVENTS and str(out) in str(args[0]):
-            seen.append(event)
-            if len(seen) == number:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    sys.addaudithook(hook)
-    function()
-
-
 def whole(out):
     """The keys of a set that passes a full check."""
     shards = [tar.path for tar in find_tars([out])]
     assert not [f for path in shards for f in index_shard(path, "full").failures]
     return {key for path in shards for key, _, _ in iterate_shard(path)}
-
-
-def content(folder):
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 @pytest.mark.parametrize("every", [pytest.param(9, id="every-9th"), pytest.param(1, id="all", marks=pytest.mark.slow)])

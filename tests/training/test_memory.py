@@ -1,5 +1,7 @@
 """What `train --dry-run` states about memory, beside what a pass really takes."""
 
+import dataclasses
+import re
 from itertools import accumulate
 from pathlib import Path
 
@@ -7,14 +9,17 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from v2flow_cli.errors import RecipeError
 from v2flow_cli.recipe import load_recipe
 from v2flow_cli.recipe.schema import Quantizer, Vocabulary
 from v2flow_cli.tokenizer.quantizer_ema import EMAQuantizer
 from v2flow_cli.tokenizer.vocabulary import VocabularyProjection
-from v2flow_cli.training.memory import LiveBytes
+from v2flow_cli.training.loop import train
+from v2flow_cli.training.memory import LiveBytes, check_batch_fits
 from v2flow_cli.training.plan import plan
 
 from ..conftest import RECIPES
+from .conftest import quiet, recipe
 
 LLAMA_SIZED = (151_669, 4096)
 
@@ -94,3 +99,15 @@ def test_live_bytes_by_hand():
         assert live.now == 8000  # the view holds it
         del view
         assert (live.now, live.peak) == (4000, 8000)
+
+
+def test_a_batch_that_cannot_be_read_into_memory_is_refused_before_and_by_the_run(world, tmp_path):
+    tree = recipe(world, "autoencoder", tmp_path / "out", "train.batch_size=1000000000")
+    message = r"train\.batch_size is 1,000,000,000: 1,000,000,000 crops of \d+ px at a time take [\d,]+ GiB"
+    (missing,) = plan(tree, resume=False)["missing"]
+    assert re.match(message, missing)
+    with pytest.raises(RecipeError, match=message):
+        train(tree, resume=False, log=quiet)
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+    loop = dataclasses.replace(tree.train, accumulate=250_000_000)  # 4 at a time
+    check_batch_fits(loop, 3 * 64**2, "crops of 64 px")

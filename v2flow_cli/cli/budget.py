@@ -33,7 +33,6 @@ def budget(
 
         v2flow budget mine.yaml --minutes 1200 --set autoencoder.data.sources=[photos/] --dry-run
     """
-    from v2flow_cli.cli.text_table import text_table
     from v2flow_cli.errors import RecipeError
     from v2flow_cli.recipe.budget import load_budget
 

@@ -92,6 +92,7 @@ def generate(
         PictureList,
         Settings,
         about,
+        about_grid,
         check_tokens_folder,
         draw_pictures,
         figure,
@@ -132,12 +133,15 @@ def generate(
     )
     models = model_digests(llm, image_tokenizer)
     records = {p.name: about(p, settings, models) for p in pictures}
+    grid_records = {p.group: about_grid(records[p.name], temperatures, seeds) for p in pictures if grids}
     listed = PictureList(out, [f"{p.name}.png" for p in pictures] if force else ()) if prompts else None
     kept = set()
-    if listed is not None and not force:  # without its grid, all pictures of a prompt are drawn again
+    if listed is not None and not force:  # a prompt whose grid is not that of its pictures is drawn again
         done = [p for p in pictures if is_drawn_as(out / f"{p.name}.png", records[p.name])]
-        complete = {p.group for p in pictures if not grids or (out / f"{p.group}-grid.png").exists()}
-        kept = {p.name for p in done if p.group in complete and (not save_tokens or (out / f"{p.name}.npy").exists())}
+        ready = {p.name for p in done if not save_tokens or (out / f"{p.name}.npy").exists()}
+        partly = {p.group for p in pictures if p.name not in ready} if grids else set()
+        partly |= {grid for grid, record in grid_records.items() if not is_drawn_as(out / f"{grid}-grid.png", record)}
+        kept = {p.name for p in done if p.name in ready and p.group not in partly}
         for picture in done:
             listed.add(f"{picture.name}.png", records[picture.name])
     todo = [p for p in pictures if p.name not in kept]
@@ -164,8 +168,7 @@ def generate(
                 if len(waiting[picture.group]) == len(seeds) * len(temperatures):
                     group, images = zip(*waiting.pop(picture.group))
                     sheet = figure(group, images, temperatures, seeds)
-                    shared = {k: v for k, v in records[picture.name].items() if k not in ("seed", "temperature")}
-                    write_png(out / f"{picture.group}-grid.png", sheet, shared)
+                    write_png(out / f"{picture.group}-grid.png", sheet, grid_records[picture.group])
     seconds = time.perf_counter() - start
 
     if json_:

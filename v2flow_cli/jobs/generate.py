@@ -17,7 +17,7 @@ from PIL.PngImagePlugin import PngInfo
 from v2flow_cli.errors import DataError
 from v2flow_cli.llm.sample import STOPPED, DrawingLM
 from v2flow_cli.recipe.schema import SAMPLING_OPTIONS
-from v2flow_cli.store.files import write_bytes
+from v2flow_cli.store.files import append_line, write_bytes
 from v2flow_cli.store.images import png_bytes
 from v2flow_cli.store.text import printable, whole_lines
 from v2flow_cli.store.token_file import TokenManifest, save_token_ids
@@ -93,6 +93,12 @@ def about(picture: Picture, settings: Settings, models: Mapping[str, str]) -> di
     """
     record = {"prompt": picture.prompt, "seed": picture.seed, "temperature": picture.temperature}
     return record | asdict(settings) | dict(models)
+
+
+def about_grid(record: Mapping[str, Any], temperatures: Sequence[float], seeds: Sequence[int]) -> dict[str, Any]:
+    """What stands in a grid, given the ``record`` of one of its pictures: what they share, and its columns and rows."""
+    shared = {key: value for key, value in record.items() if key not in ("seed", "temperature")}
+    return shared | {"temperatures": list(temperatures), "seeds": list(seeds)}
 
 
 def draw_images(
@@ -209,9 +215,7 @@ class PictureList:
         if name in self.paths:
             return
         self.paths.add(name)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"path": name, **record}, ensure_ascii=False) + "\n")
+        append_line(self.path, json.dumps({"path": name, **record}, ensure_ascii=False))
 
 
 def figure(

@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from v2flow_cli.errors import DataError
+from v2flow_cli.runtime.publishing import flush
 from v2flow_cli.store.failures import Failure
-from v2flow_cli.store.files import flush, write_bytes
+from v2flow_cli.store.files import append_line, write_bytes
 from v2flow_cli.store.shard_index import (
     MANIFEST,
     REPLACING,
@@ -173,13 +174,7 @@ class StagedSet:
             raise DataError(f"{self.folder}: cannot be removed ({error.strerror}).") from error
 
     def _append(self, record: dict[str, Any]) -> None:
-        try:
-            with open(self._journal, "a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise DataError(f"{self._journal}: cannot be written ({error.strerror}).") from error
+        append_line(self._journal, json.dumps(record), sync=True)
 
     def _read(self) -> tuple[dict[str, Any], list[dict[str, Any]], bool]:
         """The options, a record for each shard, and whether the set is complete."""

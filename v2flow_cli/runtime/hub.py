@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from v2flow_cli.errors import ModelError, foreign_errors, reason_of
+from v2flow_cli.runtime.publishing import check_published
 
 REPO_ID = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")  # NAME or OWNER/NAME
 ANSWER_SECONDS = 5.0  # that the hub has to answer whether a repository exists
@@ -35,10 +37,12 @@ def model_folder(
     Args:    patterns, of the files (those in subfolders are left out); revision, a branch, tag or commit;
              token, for a private repository (default: that of ``hf auth login`` or HF_TOKEN); cache_dir, instead of
              the hub client's own; local_files_only, do not contact the hub.
-    Raises:  ModelError for a folder or repository that does not exist or may not be read.
+    Raises:  ModelError for a folder or repository that does not exist or may not be read, and for a folder whose files
+             are being replaced.
     """
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if path.is_dir():
+        check_published(path)
         return path
     if path.exists():
         raise ModelError(f"{name}: a file; expected the folder of a model, or a hub id.")

@@ -6,8 +6,7 @@ import contextlib
 import errno
 import hashlib
 import os
-import shutil
-import tempfile
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,8 +14,10 @@ from pathlib import Path
 from typing import BinaryIO, TypeVar
 
 from v2flow_cli.errors import DataError, UnwritableName
-from v2flow_cli.runtime.permissions import set_default_mode
 from v2flow_cli.store.names import temporary_name
+
+if sys.platform != "win32":
+    import fcntl
 
 # The name is too long, not allowed on this file system, or that of both a file and a folder.
 _NAME_ERRORS = (errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ, errno.EISDIR, errno.ENOTDIR)
@@ -33,18 +34,43 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     Raises: DataError for a folder that cannot be written, or a full disk; UnwritableName if only the name is the
             reason, so that another file can be written there.
     """
-    partial = path.with_name(temporary_name(path.name))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "wb") as file:
-            yield file
-        os.replace(partial, path)
+        with _temporary(path) as file:
+            try:
+                yield file
+                file.flush()
+                if sys.platform == "win32":  # which renames no open file; elsewhere it stays locked until then
+                    file.close()
+                os.replace(file.name, path)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    os.unlink(file.name)
+                raise
     except OSError as error:
         kind = UnwritableName if error.errno in _NAME_ERRORS else DataError
         raise kind(f"{path}: cannot be written ({error.strerror or error}).") from error
-    finally:
-        with contextlib.suppress(OSError):  # renamed after success; unreachable after a failed mkdir
-            partial.unlink()
+
+
+def _temporary(path: Path) -> BinaryIO:
+    """An empty file beside ``path``, which takes the place of one that a killed writer of ``path`` left."""
+    name = temporary_name(path.name)
+    if sys.platform != "win32":
+        shared = path.with_name(f"{name}.partial")
+        file = open(shared, "wb", opener=_without_emptying)  # another process may be writing it
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with its process
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(shared)):  # else it has got its name meanwhile
+                file.truncate()
+                return file
+        except OSError:
+            pass
+        file.close()
+    return open(path.with_name(f"{name}.{os.getpid()}.partial"), "wb")
+
+
+def _without_emptying(path: str, flags: int) -> int:
+    return os.open(path, flags & ~os.O_TRUNC, 0o666)
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -53,29 +79,39 @@ def write_bytes(path: Path, content: bytes) -> None:
         file.write(content)
 
 
+def append_line(path: Path, line: str, *, sync: bool = False) -> None:
+    """Add a line to a file of lines, which is made where there is none; half a line that a killed process left goes.
+
+    Args:   sync, wait until it is on the disk.
+    Raises: DataError for a file that cannot be written, or a disk that is full.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a+b") as file:
+            end = file.seek(0, os.SEEK_END)
+            place = end
+            while place:
+                start = max(0, place - _END)
+                file.seek(start)
+                newline = file.read(place - start).rfind(b"\n")
+                place = start + newline + 1 if newline >= 0 else start
+                if newline >= 0:
+                    break
+            if place < end:
+                file.truncate(place)
+            file.write(line.encode("utf-8", "backslashreplace") + b"\n")
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written ({error.strerror or error}).") from error
+
+
 def remove_partials(folder: Path) -> None:
     """Remove the temporary files of killed writers in and under ``folder``; no other process may be writing there."""
     for partial in folder.rglob(".*.partial"):
         if partial.is_file():
             partial.unlink()
-
-
-@contextlib.contextmanager
-def publishing(target: Path, prefix: str) -> Iterator[Path]:
-    """A temporary folder, whose files move into ``target`` if the block succeeds; ``config.json`` moves last.
-
-    Folders of killed writers in ``target`` with this ``prefix`` are removed; no other process may be writing there.
-    Raises: OSError.
-    """
-    target.mkdir(parents=True, exist_ok=True)
-    for stale in target.glob(f"{prefix}*"):
-        shutil.rmtree(stale)
-    with tempfile.TemporaryDirectory(dir=target, prefix=prefix) as partial:
-        yield Path(partial)
-        for path in sorted(Path(partial).iterdir(), key=lambda p: p.name == "config.json"):
-            if path.is_file():
-                set_default_mode(path)
-            os.replace(path, target / path.name)
 
 
 def check_absent(paths: Iterable[Path], force: bool) -> None:
@@ -99,15 +135,6 @@ def map_ahead(function: Callable[[Item], Result], items: Iterable[Item], workers
             yield pending.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def flush(path: Path) -> None:
-    """Wait until a file, or the entries of a folder, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def sha256_of(path: Path) -> str:

@@ -36,9 +36,8 @@ def is_tar(name: str | os.PathLike[str]) -> bool:
 
 
 def temporary_name(name: str) -> str:
-    """The hidden name of a file while it is written: of constant length, and unique to this process."""
-    digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:16]
-    return f".{digest}.{os.getpid()}.partial"
+    """The beginning of a hidden name, of constant length, for the time that a file is being written."""
+    return f".{hashlib.sha256(os.fsencode(name)).hexdigest()[:16]}"
 
 
 def safe_key(key: str, taken: set[str] | None = None) -> str:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from v2flow_cli.errors import DataError
+from v2flow_cli.runtime.publishing import TARS, check_published
 from v2flow_cli.store.files import write_bytes
 from v2flow_cli.store.images import SUFFIXES
 
@@ -107,6 +108,7 @@ def load_manifest(folder: Path) -> dict[str, ShardInfo]:
              replacement is in progress or was interrupted.
     """
     path = folder / MANIFEST
+    check_published(folder, TARS, DataError)
     if (folder / REPLACING).exists():
         raise DataError(
             f"{folder}: a new set of shards is replacing this one, or was interrupted. If no `v2flow shard` "

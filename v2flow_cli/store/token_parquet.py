@@ -19,12 +19,13 @@ import numpy as np
 
 from v2flow_cli.errors import TokenFileError, foreign_errors
 from v2flow_cli.runtime.extras import extra
-from v2flow_cli.store.files import publishing
+from v2flow_cli.runtime.publishing import check_published, publishing
 from v2flow_cli.store.token_file import TokenManifest, TokenSample, read_sized_token_set
 
 ROWS_PER_FILE = 100_000
 ROWS_PER_GROUP = 4096  # in memory at a time
 METADATA = b"v2flow"
+PREFIX = ".parquet-"  # of the folder in which the files of a set are written
 COLUMNS = ("key", "caption", "captions", "tokens", "height", "width")
 
 
@@ -48,7 +49,7 @@ def write_parquet(folder: Path) -> list[Path]:
     names: list[str] = []
     with (
         foreign_errors(f"{folder}: the Parquet files cannot be written", kind=TokenFileError),
-        publishing(folder, ".parquet-") as partial,
+        publishing(folder, PREFIX, r"tokens-\d{5}\.parquet") as partial,
     ):
         groups = _groups(read_sized_token_set(folder))
         group = next(groups, None)
@@ -59,15 +60,16 @@ def write_parquet(folder: Path) -> list[Path]:
                 while group is not None and rows < ROWS_PER_FILE:
                     writer.write_table(_table(group, schema))
                     rows, group = rows + len(group), next(groups, None)
-    for path in folder.glob("tokens-*.parquet"):
-        if path.name not in names:
-            path.unlink()
     return [folder / name for name in names]
 
 
 def parquet_files(source: str | Path) -> list[Path]:
-    """The Parquet files that ``source`` names, a file or a folder of them; empty for anything else."""
+    """The Parquet files that ``source`` names, a file or a folder of them; empty where it names something else.
+
+    Raises: TokenFileError where they are being replaced, or that was interrupted.
+    """
     path = Path(source)
+    check_published(path if path.is_dir() else path.parent, PREFIX, TokenFileError)
     if path.is_dir():
         return sorted(path.glob("*.parquet"))
     return [path] if path.suffix == ".parquet" else []

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from v2flow_cli.errors import DataError
-from v2flow_cli.store.files import write_bytes
+from v2flow_cli.store.files import append_line, write_bytes
 from v2flow_cli.store.text import whole_lines
 
 FOLDER = ".unfinished"
@@ -59,11 +59,7 @@ class Unfinished:
         """Add a complete token file.  Raises: DataError if the journal cannot be written."""
         path = self.folder / f"{rank}.jsonl"
         record = {"key": key, "rows": finished.rows, "source": finished.source}
-        try:
-            with open(path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
-        except OSError as error:
-            raise DataError(f"{path}: cannot be written ({error.strerror}).") from error
+        append_line(path, json.dumps(record))
 
     def finished(self) -> dict[str, Finished]:
         """The complete token files of all processes, by key."""
@@ -82,7 +78,7 @@ class Unfinished:
     def _records(path: Path) -> list[Any]:
         try:
             return [json.loads(line) for line in whole_lines(path.read_bytes())]
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return []
         except (OSError, ValueError) as error:
             raise DataError(f"{path}: cannot be read ({error}). Remove {path.parent}, or use --force.") from None

@@ -300,6 +300,9 @@ class TokenizerAssembly(PretrainedModule):
         """Write ``config.json``, ``model.safetensors``, ``preprocessor_config.json``, and the other decoders' files."""
         if self.decoder_name != FAITHFUL:
             return self.with_decoder(FAITHFUL).save_pretrained(save_directory, **kwargs)
-        super().save_pretrained(str(save_directory), **kwargs)
-        self.image_processor.save_pretrained(str(save_directory))
-        copy_decoders(self._decoder_files, Path(save_directory))
+        super().save_pretrained(save_directory, **kwargs)
+
+    def _write(self, folder: Path) -> None:
+        super()._write(folder)
+        self.image_processor.save_pretrained(folder)
+        copy_decoders(self._decoder_files, folder)

@@ -74,6 +74,5 @@ def _of_part(weights: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
 def copy_decoders(files: Mapping[str, Path | None], folder: Path) -> None:
     """Copy the decoders' ``files`` to the model folder ``folder``; None: a file that was missing on loading."""
     for name, file in files.items():
-        target = folder / decoder_file(name)
-        if file is not None and not (target.exists() and target.samefile(file)):
-            shutil.copyfile(file, target)
+        if file is not None:
+            shutil.copyfile(file, folder / decoder_file(name))

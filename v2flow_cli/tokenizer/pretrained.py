@@ -18,7 +18,7 @@ from transformers.configuration_utils import PretrainedConfig
 from transformers.utils.hub import PushToHubMixin
 
 from v2flow_cli.errors import ModelError
-from v2flow_cli.runtime.permissions import set_default_mode
+from v2flow_cli.runtime.publishing import check_published, publishing
 
 WEIGHTS = "model.safetensors"
 AUTO_OPTIONS = ("adapter_kwargs", "code_revision", "force_download", "trust_remote_code", "_commit_hash", "_from_auto")
@@ -67,6 +67,7 @@ class PretrainedModule(nn.Module, PushToHubMixin):
         if unknown:
             raise TypeError(f"{cls.__name__}.from_pretrained has no option {unknown[0]}.")
         folder = Path(folder)
+        check_published(folder)
         if config is None:
             config = cls.config_class.from_pretrained(folder)
         config.name_or_path = name or str(folder)
@@ -90,12 +91,14 @@ class PretrainedModule(nn.Module, PushToHubMixin):
                 raise ModelError(f"{name}: the weights do not fit the config ({kind}: {listed}).")
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """Write ``config.json`` and ``model.safetensors``."""
-        folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
+        """Write ``config.json`` and ``model.safetensors``; those of a model that is there stay until both are whole."""
+        with publishing(Path(save_directory)) as folder:
+            self._write(folder)
+
+    def _write(self, folder: Path) -> None:
+        """All files of the model, into an empty folder."""
         self.config.dtype = str(self.dtype).removeprefix("torch.")
         self.config.architectures = [type(self).__name__]
         self.config.save_pretrained(folder)
         weights = {name: tensor.detach().contiguous() for name, tensor in self.state_dict().items()}
         save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
-        set_default_mode(folder / WEIGHTS)

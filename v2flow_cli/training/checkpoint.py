@@ -23,7 +23,8 @@ from torch import Tensor
 
 from v2flow_cli.errors import ModelError
 from v2flow_cli.runtime.permissions import set_default_mode
-from v2flow_cli.store.files import flush, sha256_of
+from v2flow_cli.runtime.publishing import flush
+from v2flow_cli.store.files import sha256_of
 
 FORMAT_VERSION = 1
 
@@ -67,7 +68,7 @@ def save_checkpoint(
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise ModelError(f"{final}: the checkpoint cannot be written ({error}). Earlier ones are untouched.") from None
-    for old in list_checkpoints(root)[:-keep]:
+    for old in [path for path in list_checkpoints(root) if path <= final][:-keep]:  # later ones are damaged
         shutil.rmtree(old)
     return final
 

@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from v2flow_cli.errors import ModelError, SharedError
+from v2flow_cli.errors import SharedError
 from v2flow_cli.runtime.processes import gather_texts
 from v2flow_cli.store.failures import Failure, budget_error, load_failures, over_budget
+from v2flow_cli.store.files import append_line
 from v2flow_cli.training.crops import CropBatch
 from v2flow_cli.training.latent_cache import LatentBatch
 
@@ -88,7 +89,7 @@ class BadSamples:
     def add(self, batch: CropBatch | LatentBatch) -> None:
         """Add the failures of ``batch`` on all ranks.
 
-        Raises: SharedError, on every rank, if the budget is exceeded; ModelError if the list cannot be written.
+        Raises: SharedError, on every rank, when the budget is spent; DataError where the list cannot be written.
         """
         text = json.dumps([failure.as_json() for failure in batch.failures]) if batch.failures else ""
         records = [r for part in gather_texts(text, self.device) if part for r in json.loads(part)]
@@ -105,10 +106,4 @@ class BadSamples:
     def _append(self, failures: list[Failure]) -> None:
         for failure in failures:
             self.log(f"left out: {failure.name}: {failure.reason}")
-        try:
-            with open(self.path, "a", encoding="utf-8", errors="backslashreplace") as file:
-                file.writelines(json.dumps(f.as_json(), ensure_ascii=False) + "\n" for f in failures)
-        except OSError as error:
-            raise ModelError(
-                f"{self.path}: cannot be written ({error.strerror}). Free some space and resume."
-            ) from None
+            append_line(self.path, json.dumps(failure.as_json(), ensure_ascii=False))

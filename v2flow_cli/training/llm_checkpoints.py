@@ -26,7 +26,8 @@ from transformers import Trainer
 
 from v2flow_cli.errors import ModelError
 from v2flow_cli.runtime.permissions import set_default_mode
-from v2flow_cli.store.files import flush, sha256_of
+from v2flow_cli.runtime.publishing import flush
+from v2flow_cli.store.files import sha256_of
 
 HASHES = "sha256.json"
 STAGING = ".partial"
@@ -144,11 +145,13 @@ def seal(folder: Path, root: Path, keep: int) -> None:
     for path in (*folder.rglob("*"), folder):
         flush(path)
     final = root / folder.name
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(folder, final)
-    flush(root)
+    if not final.exists() or _damage(final):  # of the same step of the same run, it may be the only good one
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(folder, final)
+        flush(root)
     shutil.rmtree(folder.parent)
-    for old in list_checkpoints(root)[:-keep]:
+    found = list_checkpoints(root)
+    for old in found[: found.index(final) + 1][:-keep]:  # later ones are damaged
         shutil.rmtree(old)
 
 

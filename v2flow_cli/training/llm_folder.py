@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,9 @@ import torch
 from transformers import PreTrainedModel, Trainer
 
 from v2flow_cli.errors import ModelError
-from v2flow_cli.store.files import publishing
+from v2flow_cli.llm.load import without_tied
+from v2flow_cli.runtime.digest import weights_digest
+from v2flow_cli.runtime.publishing import publishing
 
 
 def save_folder(
@@ -34,27 +35,16 @@ def save_folder(
     dtype = torch.bfloat16 if save_dtype == "bf16" else torch.float32
     state_dict = {name: tensor.to(dtype) for name, tensor in (state_dict or model.state_dict()).items()}
     # Copies of a tied table are separate tensors, which save_pretrained would not recognise as tied.
-    for copy, source in model.all_tied_weights_keys.items():
-        if copy in state_dict and source in state_dict and torch.equal(state_dict[copy], state_dict[source]):
-            del state_dict[copy]
+    state_dict = without_tied(model, state_dict)
     model.to(dtype)  # save_pretrained writes the model's dtype into the config
     model.config.use_cache = True  # Trainer turns it off
     if hasattr(model.config, "v2flow"):
         model.config.v2flow["weights_digest"] = weights_digest(state_dict)
     try:
-        with publishing(Path(output), ".saving-") as partial:
+        with publishing(Path(output)) as partial:
             model.save_pretrained(partial, state_dict=state_dict)
             tokenizer.save_pretrained(partial)
             for name, content in files.items():
                 (partial / name).write_bytes(content.encode() if isinstance(content, str) else content)
     except Exception as error:  # safetensors and tokenizers have their own exceptions for a full disk
         raise ModelError(f"{output}: the model cannot be written ({error}). Free some space, then --resume.") from error
-
-
-def weights_digest(state_dict: Mapping[str, torch.Tensor]) -> str:
-    """16 hex digits over names and values, which identify the LLM of a picture."""
-    sha = hashlib.sha256()
-    for name, tensor in sorted(state_dict.items()):
-        sha.update(name.encode())
-        sha.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return sha.hexdigest()[:16]

@@ -21,13 +21,15 @@ from v2flow_cli.recipe import AutoencoderRecipe, TokenizerRecipe, dump_recipe
 from v2flow_cli.recipe.schema import TrainLoop
 from v2flow_cli.runtime.device import pick_dtype, tf32
 from v2flow_cli.runtime.processes import losing_contact, maximum, prepare_cpu_launch, raise_everywhere, sum_in_place
-from v2flow_cli.store.files import publishing, write_bytes
+from v2flow_cli.runtime.publishing import publishing
+from v2flow_cli.store.files import write_bytes
 from v2flow_cli.store.stream import SampleStream
 from v2flow_cli.training.card import write_card
 from v2flow_cli.training.checkpoint import Interrupted, load_newest, save_checkpoint, stop_requested
 from v2flow_cli.training.crops import CropBatch, crop_loader
 from v2flow_cli.training.guard import BadSamples, UnreadSteps, on_samples, skip_or_stop
 from v2flow_cli.training.latent_cache import LatentBatch, cached_batches
+from v2flow_cli.training.memory import check_batch_fits
 from v2flow_cli.training.meter import Meter
 from v2flow_cli.training.objectives.autoencoder import AutoencoderObjective
 from v2flow_cli.training.objectives.tokenizer import TokenizerObjective
@@ -96,6 +98,7 @@ def train(
         )
     checkpoints = folder / "checkpoints"
     check_output(recipe.output, resume)
+    check_batch_fits(loop, 3 * recipe.data.crop_size**2, f"crops of {recipe.data.crop_size} px")
 
     set_seed(loop.seed)  # the same initial weights on every rank
     objective = build_objective(recipe).to(accelerator.device)
@@ -263,7 +266,7 @@ def train(
 def _export(objective: AutoencoderObjective | TokenizerObjective, folder: Path, card: str) -> None:
     """Write the finished model atomically.  Raises: ModelError if it cannot be written."""
     try:
-        with publishing(folder, ".exporting-") as partial:
+        with publishing(folder) as partial:
             objective.export(partial)
             (partial / "README.md").write_text(card, encoding="utf-8")
     except (OSError, SafetensorError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from v2flow_cli.errors import RecipeError
+from v2flow_cli.recipe.schema import LMTrainLoop, TrainLoop
 from v2flow_cli.training.muon import copies_kept
 from v2flow_cli.training.objectives.autoencoder import AutoencoderObjective
 from v2flow_cli.training.objectives.tokenizer import TokenizerObjective
@@ -38,6 +41,24 @@ def training_bytes(objective: AutoencoderObjective | TokenizerObjective, size: i
         optimizer_bytes += copies_kept(optimizer, group) * sum(map(_bytes, group["params"]))
     parts = {"weights": weights, "gradients": gradients, "optimizer": optimizer_bytes}
     return {**parts, "one_image": live.peak, "peak_with_one_image": sum(parts.values()) + live.peak}
+
+
+def check_batch_fits(loop: TrainLoop | LMTrainLoop, sample_bytes: int, what: str) -> None:
+    """Refuse a batch whose inputs alone are larger than the machine's memory; one that passes may be too large too.
+
+    Args:    sample_bytes, of one sample as it is read; what, its name: "crops of 256 px".
+    Raises:  RecipeError.
+    """
+    samples = loop.batch_size // loop.accumulate // int(os.environ.get("WORLD_SIZE", "1"))
+    if not hasattr(os, "sysconf"):  # Windows
+        return
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if samples * sample_bytes > memory:
+        raise RecipeError(
+            f"train.batch_size is {loop.batch_size:,}: {samples:,} {what} at a time take "
+            f"{samples * sample_bytes / 2**30:,.0f} GiB, and this machine has {memory / 2**30:,.0f} GiB of memory. "
+            "Make train.batch_size smaller, or train.accumulate larger."
+        )
 
 
 class LiveBytes(TorchDispatchMode):

@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 
-from v2flow_cli.errors import ModelError
-from v2flow_cli.store.files import write_bytes
+from v2flow_cli.store.files import append_line, write_bytes
 from v2flow_cli.store.text import whole_lines
 from v2flow_cli.training.state import TrainState
 
@@ -59,7 +58,7 @@ class Meter:
     def write(self, state: TrainState, learning_rate: float, figures: Mapping[str, float]) -> dict[str, float]:
         """Log and return the means since the last line, and the current ``figures``.
 
-        Raises:  ModelError if they cannot be written.
+        Raises:  DataError where they cannot be written.
         """
         elapsed = max(time.monotonic() - self.start, 1e-9)
         means = {name: self.sums[name] / self.counts[name] for name in self.sums}
@@ -76,13 +75,7 @@ class Meter:
         if torch.cuda.is_available():
             record["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
         if self.enabled:
-            try:
-                with self.path.open("a", encoding="utf-8") as stream:
-                    stream.write(json.dumps(record) + "\n")
-            except OSError as error:
-                raise ModelError(
-                    f"{self.path}: cannot be written ({error.strerror}). Free some space and resume."
-                ) from None
+            append_line(self.path, json.dumps(record))
             text = "  ".join(f"{k.removeprefix('train/')} {v:.4g}" for k, v in self.last.items())
             self.log(f"step {state.step}  {text}  {record['images_per_second']:.1f} img/s")
         self._reset()

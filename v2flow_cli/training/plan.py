@@ -16,7 +16,7 @@ from v2flow_cli.store.llm_table import vocab_shape
 from v2flow_cli.store.stream import SampleStream
 from v2flow_cli.tokenizer.latents import PIXELS, load_autoencoder_spec
 from v2flow_cli.tokenizer.v2flow import V2FlowTokenizer
-from v2flow_cli.training.memory import training_bytes
+from v2flow_cli.training.memory import check_batch_fits, training_bytes
 from v2flow_cli.training.objectives.autoencoder import AutoencoderObjective
 from v2flow_cli.training.objectives.tokenizer import TokenizerObjective, build_config, load_start
 from v2flow_cli.training.output import check_output
@@ -103,6 +103,7 @@ def _unusable(recipe: AutoencoderRecipe | TokenizerRecipe, resume: bool) -> list
     checks: list[Callable[[], object]] = [
         lambda: SampleStream(recipe.data.sources, seed=0, output=recipe.output),
         lambda: check_output(recipe.output, resume),
+        lambda: check_batch_fits(recipe.train, 3 * recipe.data.crop_size**2, f"crops of {recipe.data.crop_size} px"),
     ]
     if isinstance(recipe, TokenizerRecipe) and recipe.init_from:
         checks.append(lambda: load_start(recipe))

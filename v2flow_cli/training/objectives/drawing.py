@@ -54,6 +54,7 @@ from v2flow_cli.training.llm_trainer import (
     run,
     training_arguments,
 )
+from v2flow_cli.training.memory import check_batch_fits
 from v2flow_cli.training.output import alone_in_output, check_output
 from v2flow_cli.training.sample_pictures import SamplePictures
 
@@ -167,6 +168,7 @@ def finetune(recipe: FinetuneRecipe, *, log: Log, resume: bool = False, approxim
     check_output(recipe.output, resume)
     image_tokenizer = V2FlowTokenizer.from_pretrained(recipe.tokenizer)
     length, images = check_data(recipe.data, image_tokenizer, recipe.output)
+    check_batch_fits(recipe.train, 8 * length, f"images of {length} token ids")
     arguments = training_arguments(recipe.optimizer, recipe.train, recipe.output, ignore_data_skip=True)
     # With adapters the LLM's weights are frozen, so they may be bf16; trained weights are float32.
     dtype = torch.bfloat16 if recipe.mode == "lora" and arguments.bf16 else torch.float32
@@ -251,6 +253,7 @@ def plan(recipe: FinetuneRecipe, resume: bool = False) -> dict[str, int | float]
     check_output(recipe.output, resume)
     image_tokenizer = V2FlowTokenizer.from_pretrained(recipe.tokenizer)
     length, images = check_data(recipe.data, image_tokenizer, recipe.output)
+    check_batch_fits(recipe.train, 8 * length, f"images of {length} token ids")
     checked = check_llm(recipe, image_tokenizer, length)
     with loading(recipe.llm), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(checked.config)
