@@ -9,6 +9,7 @@ from PIL import Image
 from tests.bench.drawings import SHAPES, TONES, shape, write_tar
 from v2flow_cli.bench.references import nouns_with_colours, read_references, split_held_out
 from v2flow_cli.errors import DataError
+from v2flow_cli.store.not_taken import NotTaken
 
 
 def test_titles_of_json_and_of_captions_give_the_same_names(tmp_path):
@@ -59,3 +60,21 @@ def test_nouns_and_their_colours(tmp_path):
     references = read_references([str(write_tar(tmp_path / "a.tar", hands=1))])
     assert nouns_with_colours(references) == {name: set(TONES) for name in sorted(SHAPES)}
     assert nouns_with_colours(references[:1]) == {} and len(nouns_with_colours(references[:1], least=1)) == 1
+
+
+def test_what_is_not_taken_is_counted(tmp_path):
+    """Pictures without a title, of a name that was there, and other files; a JSON file of Notepad is read."""
+    for folder, names in (("first", ("fox", "plain")), ("second", ("fox",))):
+        for name in names:
+            (tmp_path / folder).mkdir(exist_ok=True)
+            Image.new("RGB", (8, 8)).save(tmp_path / folder / f"{name}.png")
+        (tmp_path / folder / "fox.json").write_text(json.dumps({"title": f"{folder} fox"}), encoding="utf-16")
+    (tmp_path / "first" / "photo.heic").touch()
+    not_taken = NotTaken()
+    (fox,) = read_references([str(tmp_path / "first"), str(tmp_path / "second")], not_taken)
+    assert fox.names[0] == "first fox"
+    assert not_taken.lines() == [
+        "1 .heic file (photo.heic): not a format that is read here; convert them to JPEG or PNG",
+        f"1 picture ({tmp_path}/first/plain): no title beside them",
+        f"1 picture ({tmp_path}/second/fox): one of that name is there already",
+    ]

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from v2flow_cli.bench.prompts import COLOURS, phrase_of, without_colour
 from v2flow_cli.errors import DataError
-from v2flow_cli.store.captions import read_captions
+from v2flow_cli.store.captions import read_captions, sidecar_of
 from v2flow_cli.store.find import find_inputs
 from v2flow_cli.store.images import open_image, read_bytes
+from v2flow_cli.store.not_taken import NotTaken
 from v2flow_cli.store.shard_index import read_member
 from v2flow_cli.store.shards import index_shard, open_shard
+from v2flow_cli.store.text import load_json
 
 TEXTS: tuple[str, ...] = ("json", "txt")  # suffixes of the files beside a picture
 MARGIN = 0.1  # of its longest side, around a cut-out, because the background is fitted to the border
@@ -49,19 +51,25 @@ class Reference:
         return np.asarray(ImageOps.expand(image, round(MARGIN * max(image.size)), "white"))
 
 
-def read_references(sources: Sequence[str]) -> list[Reference]:
-    """The titled pictures of tars and folders, with KEY.json or KEY.txt beside each KEY.webp (jpg, png, ...).
+def read_references(sources: Sequence[str], not_taken: NotTaken | None = None) -> list[Reference]:
+    """The titled pictures of tars and folders: beside each KEY.webp (jpg, png, ...) lies KEY.json or KEY.txt.
 
-    In ``KEY.json`` ``title`` counts, and optionally ``colour_title`` and ``colours``; in ``KEY.txt`` every line, such
-    as "a red apple" or "a drawing of an apple".
-    Raises:  DataError if no picture has a title, or a shard is damaged.
+    Of ``KEY.json`` ``title`` counts, and ``colour_title`` and ``colours`` where they are there; of ``KEY.txt`` every
+    line, such as "a red apple" or "a drawing of an apple". What else lies there, pictures without a title above all,
+    goes to ``not_taken``.
+    Raises:  DataError where nothing has a title, or a shard is damaged.
     """
+    left = NotTaken() if not_taken is None else not_taken
     references: dict[str, Reference] = {}
     for source in sources:
-        for key, content, record, captions in _samples(source):
+        for key, content, record, captions in _samples(source, left):
             names, colour = _names(record, captions)
-            if names:
-                references.setdefault(key, Reference(key, content, names, colour))
+            if not names:
+                left.add(f"{source}/{key}", "pictures", "no title beside them")
+            elif key in references:
+                left.add(f"{source}/{key}", "pictures", "one of that name is there already")
+            else:
+                references[key] = Reference(key, content, names, colour)
     if not references:
         raise DataError(
             f"{', '.join(sources)}: no picture with a title; expected KEY.json with a title, or KEY.txt, beside each."
@@ -69,30 +77,34 @@ def read_references(sources: Sequence[str]) -> list[Reference]:
     return [references[key] for key in sorted(references)]
 
 
-def _samples(source: str) -> Iterator[tuple[str, bytes, dict, tuple[str, ...]]]:
+def _samples(source: str, not_taken: NotTaken) -> Iterator[tuple[str, bytes, dict, tuple[str, ...]]]:
     """(key, bytes of the picture, JSON record, lines of the text) of every picture."""
-    files = find_inputs([source])
+    listed = NotTaken()
+    files = find_inputs([source], not_taken=listed)
+    not_taken.merge(NotTaken({group: what for group, what in listed.groups.items() if group[0] != ".json files"}))
     for shard in (tar.path for tar in files.tars):
         index = index_shard(shard)
         for failure in index.failures:
             raise DataError(f"{failure.name}: {failure.reason}")
+        not_taken.merge(index.not_taken)
         with open_shard(shard) as file:
             for sample in index.samples:
                 if sample.image is not None:
                     texts = {e: read_member(file, sample.members[e]) for e in TEXTS if e in sample.members}
-                    yield sample.key, read_member(file, sample.members[sample.image]), *_texts(texts)
+                    yield sample.key, read_member(file, sample.members[sample.image]), *_texts(texts, shard, not_taken)
     for image in files.images:
-        paths = {e: image.path.with_suffix(f".{e}") for e in TEXTS}
-        texts = {e: read_bytes(path) for e, path in paths.items() if path.is_file()}
-        yield image.key, read_bytes(image.path), *_texts(texts)
+        beside = {"json": image.path.with_suffix(".json"), "txt": sidecar_of(image.path)}
+        texts = {e: read_bytes(path) for e, path in beside.items() if path is not None and path.is_file()}
+        yield image.key, read_bytes(image.path), *_texts(texts, image.path, not_taken)
 
 
-def _texts(texts: dict[str, bytes]) -> tuple[dict, tuple[str, ...]]:
+def _texts(texts: dict[str, bytes], place: Path, not_taken: NotTaken) -> tuple[dict, tuple[str, ...]]:
     try:
-        record = json.loads(texts.get("json", b"{}"))
-    except (ValueError, RecursionError):
+        record = load_json(texts.get("json", b"{}"))
+    except (ValueError, RecursionError, DataError):
         record = {}
-    return record if isinstance(record, dict) else {}, read_captions(texts.get("txt", b""))
+    captions = read_captions(texts.get("txt", b""), f"{place}: its captions", not_taken)
+    return record if isinstance(record, dict) else {}, captions
 
 
 def _names(record: dict, captions: Sequence[str]) -> tuple[tuple[str, ...], str]:

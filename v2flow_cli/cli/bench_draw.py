@@ -84,11 +84,13 @@ def draw(
     from v2flow_cli.llm.sampling import stored_sampling
     from v2flow_cli.runtime.device import pick_device, pick_dtype
     from v2flow_cli.store.files import check_absent, write_bytes
+    from v2flow_cli.store.not_taken import NotTaken
     from v2flow_cli.tokenizer import V2FlowTokenizer
 
-    library = read_references(references)
+    not_taken = NotTaken()
+    library = read_references(references, not_taken)
     if held_out:
-        held_out_pictures = read_references(held_out)
+        held_out_pictures = read_references(held_out, not_taken)
         keys = {reference.key for reference in held_out_pictures}
         library = [reference for reference in library if reference.key not in keys]
     else:
@@ -119,7 +121,7 @@ def draw(
         judge = Judge(space, library, tick)
     training: Judge = judge
     if train:
-        pictures = read_references(train)
+        pictures = read_references(train, not_taken)
         with progress("training pictures", len(pictures)) as tick:
             training = Judge(space, pictures, tick)
     with progress("draw", len(names)) as tick:
@@ -139,6 +141,7 @@ def draw(
             dtype=pick_dtype(dtype, target),
             tick=tick,
         )
+    not_taken.log(log)
     things = len(nouns_with_colours(library, 1))
     facts = {
         "LLM": f"{llm.name}, digest {llm.digest}",
@@ -154,7 +157,14 @@ def draw(
         page = DrawSheet(drawings, bench.figures, bench.copies, library, facts, "v2flow bench draw")
         write_bytes(report, render(page).encode())
     if json_:
-        result_json({**_record(bench, judge), **facts, "report": str(report) if report else None})
+        result_json(
+            {
+                **_record(bench, judge),
+                **facts,
+                "report": str(report) if report else None,
+                "not_taken": not_taken.as_json(),
+            }
+        )
         return
     _print(bench)
     result(f"wrote {len(bench.drawings)} pictures to {out}" + (f", and {report}" if report else ""))

@@ -66,7 +66,7 @@ def shard(
 
         v2flow shard shards/ --check full
     """
-    if not prefix or any(c in prefix for c in "/\\.*?[]"):
+    if not prefix or not prefix.isprintable() or any(c in prefix for c in "/\\.*?[]"):
         raise typer.BadParameter("expected a plain name without dots or slashes", param_hint="--prefix")
 
     if check is not None:
@@ -151,7 +151,8 @@ def shard(
     if 0 < report.captioned < report.samples:
         log(f"{report.samples - report.captioned:,} of {report.samples:,} images have no caption")
     if not report.samples or over_budget(report.failures, report.samples, error_budget):
-        fail(f"{len(report.failures)} images were left out; {report.samples} are in {out}.")
+        where = f"{report.samples} are in {out}" if report.samples else f"nothing was written to {out}"
+        fail(f"{len(report.failures)} images were left out; {where}.")
 
 
 def _check(source: str, check: Check, json_: bool) -> None:

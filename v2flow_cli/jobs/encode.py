@@ -28,8 +28,8 @@ from v2flow_cli.store.files import fingerprint, map_ahead
 from v2flow_cli.store.find import InputFile
 from v2flow_cli.store.images import open_image
 from v2flow_cli.store.not_taken import NotTaken
-from v2flow_cli.store.shard_index import SampleIndex, read_member
-from v2flow_cli.store.shards import Verify, index_shard, open_shard
+from v2flow_cli.store.shard_index import read_member
+from v2flow_cli.store.shards import ShardIndex, Verify, index_shard, open_shard
 from v2flow_cli.store.token_file import TokenManifest, load_samples, samples_path, save_samples, save_token_ids
 from v2flow_cli.store.unfinished import Finished, Unfinished
 from v2flow_cli.tokenizer import V2FlowTokenizer
@@ -232,7 +232,7 @@ def encode_files(
     items = ((image.key, str(image.path), image.path) for image in todo)
     for key, token_ids, size in encoder.encode(items, report.failures, tick):
         try:
-            captions = captions_beside(inputs[key])
+            captions = captions_beside(inputs[key], report.not_taken)
         except DataError as error:
             report.failures.append(Failure(str(inputs[key]), f"its captions: {error}"))
             continue
@@ -326,7 +326,7 @@ def _encode_shard(
     try:
         index = index_shard(shard.path, verify)
         failures = list(index.failures)
-        items = _images_of(shard.path, [sample for sample in index.samples if sample.image is not None], captions)
+        items = _images_of(shard.path, index, captions)
         rows = ShardIds(len(index.samples), encoder.empty_manifest)
         for image in encoder.encode(items, failures, tick):
             rows.append(image)
@@ -353,16 +353,17 @@ def _encode_shard(
 
 
 def _images_of(
-    path: Path, samples: Sequence[SampleIndex], captions: dict[str, tuple[str, ...]]
+    path: Path, index: ShardIndex, captions: dict[str, tuple[str, ...]]
 ) -> Iterator[tuple[str, str, bytes | DataError]]:
     """(key, shard, image bytes or the error from reading them) of each sample; adds its captions to ``captions``."""
+    samples = [sample for sample in index.samples if sample.image is not None]
     if not samples:
         return
     with open_shard(path) as file:
         for sample in samples:
-            assert sample.image is not None  # the caller passes no other samples
+            assert sample.image is not None
             try:
-                captions[sample.key] = captions_of(file, sample)
+                captions[sample.key] = captions_of(file, sample, index.not_taken)
                 yield sample.key, str(path), read_member(file, sample.members[sample.image])
             except DataError as error:
                 yield sample.key, str(path), error

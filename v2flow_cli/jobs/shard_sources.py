@@ -28,7 +28,7 @@ class Source:
     """An image to write, and its captions; with ``member`` both are in the tar ``image.path``.
 
     stamp: the fingerprint of the file, if it is known; problem: the error from reading its captions, which ``read``
-    raises.
+    raises; not_taken, where ``read`` counts captions in a tar that are not text.
     """
 
     image: InputFile
@@ -36,6 +36,7 @@ class Source:
     member: SampleIndex | None = None
     stamp: str | None = None
     problem: DataError | None = None
+    not_taken: NotTaken | None = None
 
     @property
     def name(self) -> str:
@@ -55,7 +56,8 @@ class Source:
             return read_bytes(self.image.path), self.captions
         assert self.member.image is not None  # sources_from_tars yields no other
         with open_shard(self.image.path) as file:
-            return read_member(file, self.member.members[self.member.image]), captions_of(file, self.member)
+            content = read_member(file, self.member.members[self.member.image])
+            return content, captions_of(file, self.member, self.not_taken)
 
     def failed(self, error: DataError) -> Failure:
         """The failure of this image for the reason ``error``."""
@@ -73,7 +75,7 @@ def sources_from_sidecars(
     """
     for image in find_images([folder], not_taken=not_taken, exclude=exclude):
         try:
-            source = Source(image, captions_beside(image.path))
+            source = Source(image, captions_beside(image.path, not_taken))
         except DataError as error:
             source = Source(image, (), problem=error)
         yield source
@@ -116,7 +118,7 @@ def sources_from_tars(
         left.merge(index.not_taken)
         for sample in index.samples:
             if sample.image is not None:
-                yield Source(InputFile(shard.path, f"{prefix}/{sample.key}"), (), sample, stamp)
+                yield Source(InputFile(shard.path, f"{prefix}/{sample.key}"), (), sample, stamp, not_taken=left)
 
 
 def sources_from_table(
@@ -148,6 +150,8 @@ def sources_from_table(
             missing.setdefault(paths[0], f"listed in {table}, row {number}, but not an image in {folder}")
         else:
             captions.setdefault(os.path.abspath(image.path), []).extend(texts)
+    if not captions and not missing:
+        raise DataError(f"{table}: no row below the header, so no image would be packed.")
     failures += [Failure(path, reason) for path, reason in missing.items()]
     for path, image in by_path.items():
         if path not in captions:

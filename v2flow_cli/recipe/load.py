@@ -23,7 +23,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = (), kinds: Iterable
 
     Raises:  RecipeError listing every unknown, missing and mistyped key at once, with dotted paths.
     """
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     try:
         content = path.read_bytes()
     except FileNotFoundError:

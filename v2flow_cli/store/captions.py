@@ -8,15 +8,25 @@ from typing import Any, BinaryIO
 
 from v2flow_cli.errors import DataError
 from v2flow_cli.store.images import read_bytes
+from v2flow_cli.store.not_taken import NotTaken
 from v2flow_cli.store.shard_index import SampleIndex, read_member
-from v2flow_cli.store.text import decode_text, lines_of, load_json, one_line
+from v2flow_cli.store.text import CONTROL, decode_text, lines_of, load_json, one_line
 
 CAPTION_FIELDS = ("caption", "captions", "text", "prompt")  # of a record, in this order
 
 
-def read_captions(content: bytes) -> tuple[str, ...]:
-    """One caption a line; blank lines are skipped, bytes that are not text are replaced."""
-    lines = lines_of(decode_text(content, "captions", errors="replace"))
+def read_captions(content: bytes, name: str | Path = "captions", not_taken: NotTaken | None = None) -> tuple[str, ...]:
+    """One caption a line; blank lines are none. Bytes that are not UTF-8 become U+FFFD.
+
+    Args:   name, what messages call the file; not_taken, where a file with such bytes, or zeros, is counted.
+    """
+    try:
+        text, whole = decode_text(content, name), True
+    except DataError:
+        text, whole = decode_text(content, name, errors="replace"), False
+    if not_taken is not None and (not whole or CONTROL.search(text)):
+        not_taken.add(str(name), "captions with bytes that are no text", "save them as UTF-8")
+    lines = lines_of(text)
     return tuple(line.strip() for line in lines if line.strip())
 
 
@@ -26,19 +36,24 @@ def sidecar_of(image: Path) -> Path | None:
     return next((sidecar for sidecar in sidecars if os.path.isfile(sidecar)), None)
 
 
-def captions_beside(image: Path) -> tuple[str, ...]:
-    """The captions in the ``.txt`` beside an image; empty if there is no such file.
+def captions_beside(image: Path, not_taken: NotTaken | None = None) -> tuple[str, ...]:
+    """The captions in the ``.txt`` beside an image; none where there is no such file.
 
-    Raises: DataError for a file that cannot be read.
+    Args:   not_taken, as ``read_captions`` takes it.
+    Raises: DataError for one that cannot be read.
     """
     sidecar = sidecar_of(image)
-    return () if sidecar is None else read_captions(read_bytes(sidecar))
+    return () if sidecar is None else read_captions(read_bytes(sidecar), sidecar, not_taken)
 
 
-def captions_of(file: BinaryIO, sample: SampleIndex) -> tuple[str, ...]:
-    """The captions in the sample's ``.txt`` member, else those in its ``.json``, else empty."""
+def captions_of(file: BinaryIO, sample: SampleIndex, not_taken: NotTaken | None = None) -> tuple[str, ...]:
+    """The captions in the sample's ``.txt`` member, else those in its ``.json``; none where it has neither.
+
+    Args:   not_taken, as ``read_captions`` takes it.
+    """
     if "txt" in sample.members:
-        return read_captions(read_member(file, sample.members["txt"]))
+        name = f"{getattr(file, 'name', 'tar')}/{sample.key}.txt"
+        return read_captions(read_member(file, sample.members["txt"]), name, not_taken)
     if "json" not in sample.members:
         return ()
     content = read_member(file, sample.members["json"])

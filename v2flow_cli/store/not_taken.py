@@ -7,6 +7,7 @@ error budget.
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from v2flow_cli.store.failures import Failure
 from v2flow_cli.store.text import printable
 
+_ADDING = threading.Lock()  # images and captions are read in threads
 _SHOWN = 3  # names in a line of the log
 _NAMED = 100  # names of a group that --json lists; the count is of all
 
@@ -38,8 +40,9 @@ class NotTaken:
         self.lost += other.lost
 
     def _add(self, kind: str, reason: str, count: int, names: list[str]) -> None:
-        before, listed = self.groups.get((kind, reason), (0, []))
-        self.groups[kind, reason] = before + count, (listed + names)[:_NAMED]
+        with _ADDING:
+            before, listed = self.groups.get((kind, reason), (0, []))
+            self.groups[kind, reason] = before + count, (listed + names)[:_NAMED]
 
     def __bool__(self) -> bool:
         return bool(self.groups or self.lost)

@@ -15,8 +15,16 @@ _FILE_SUFFIXES = frozenset(
 
 
 def user_path(text: str | os.PathLike[str]) -> Path:
-    """``text`` as a path, with ``~`` and ``~name`` expanded."""
-    return Path(text).expanduser()
+    """The path that a user means: ``~`` and ``~name`` are home folders, whoever expands them or not.
+
+    Raises: DataError where there is no user of that name, nor a file or folder that is called so.
+    """
+    given = os.fspath(text)
+    path = os.path.expanduser(given)
+    if path == given and given.startswith("~") and not os.path.lexists(given):
+        user = Path(given).parts[0]
+        raise DataError(f"{given}: there is no user {user[1:]}. Write ./{given} for a name that begins with ~.")
+    return Path(path)
 
 
 def real_path(path: str | os.PathLike[str]) -> str:
@@ -69,6 +77,9 @@ def output_folder(text: str | os.PathLike[str], what: str = "-o") -> Path:
         return out
     if out.exists() or out.is_symlink():
         raise DataError(f"{what} {out}: a file; expected a folder, which need not exist.")
+    above = next((folder for folder in out.parents if os.path.lexists(folder)), Path())
+    if not above.is_dir():
+        raise DataError(f"{what} {out}: {above} is a file; expected a folder to make it in.")
     if out.suffix.lower() in _FILE_SUFFIXES:
         raise DataError(
             f"{what} {out}: the name of a file; expected a folder. Use {out.with_suffix('')}, or create the folder "

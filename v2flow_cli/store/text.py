@@ -22,17 +22,18 @@ _BOMS = (  # the longer ones first: that of UTF-32 begins with that of UTF-16
     (codecs.BOM_UTF16_LE, "utf-16-le"),
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
+CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f]")  # which no text has, but UTF-16 that is read as UTF-8
 SURROGATE = re.compile("[\ud800-\udfff]")
 _ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # in JSON
 
 
 def decode_text(content: bytes, name: str | Path, errors: str = "strict") -> str:
-    """``content`` as text, by its byte order mark, else as UTF-8.
+    """``content`` as text, by its byte order mark; without one UTF-8, or UTF-16 where the zero bytes show it.
 
     Args:   name, of the content in messages; errors, "replace" puts U+FFFD for bytes that are not text.
     Raises: DataError with the line of the first byte that is not text.
     """
-    mark, encoding = next(((m, e) for m, e in _BOMS if content.startswith(m)), (b"", "utf-8"))
+    mark, encoding = next(((m, e) for m, e in _BOMS if content.startswith(m)), (b"", _without_mark(content)))
     content = content[len(mark) :]
     try:
         return printable(content.decode(encoding, errors))
@@ -45,6 +46,14 @@ def decode_text(content: bytes, name: str | Path, errors: str = "strict") -> str
         ) from None
 
 
+def _without_mark(content: bytes) -> str:
+    """UTF-8; or UTF-16 where three of four bytes at even or odd places are zero, as of Latin letters, and no others."""
+    even, odd = content[::2].count(0), content[1::2].count(0)
+    if len(content) % 2 or not content or min(even, odd) or max(even, odd) * 8 < len(content) * 3:
+        return "utf-8"
+    return "utf-16-le" if odd else "utf-16-be"
+
+
 def read_text(path: Path, errors: str = "strict") -> str:
     """The text of a file.  Raises: DataError if it cannot be read or is not text."""
     try:
@@ -54,14 +63,14 @@ def read_text(path: Path, errors: str = "strict") -> str:
 
 
 def lines_of(text: str) -> list[str]:
-    """The lines of ``text`` without line ends and leading byte order marks, which joined files have inside.
+    """The lines of ``text`` without their ends, and without byte order marks, which joined files have inside.
 
-    A last line without a line end is included.
+    A last line without an end is one as well.
     """
     lines = text.replace("\r\n", "\n").split("\n")
     if not lines[-1]:
         lines.pop()
-    return [line.removeprefix("\ufeff") for line in lines]
+    return [line.replace("\ufeff", "") for line in lines]
 
 
 def whole_lines(content: bytes) -> list[str]:
@@ -69,7 +78,7 @@ def whole_lines(content: bytes) -> list[str]:
 
     Raises: UnicodeDecodeError (a ValueError) for a damaged file.
     """
-    return content.decode("utf-8").split("\n")[:-1]
+    return content[: content.rfind(b"\n") + 1].decode("utf-8").split("\n")[:-1]  # half a line may end in half a letter
 
 
 def one_line(text: str) -> str:
