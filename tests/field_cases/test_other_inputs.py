@@ -1,4 +1,4 @@
-"""Inputs of the same kinds as the field cases, each of which failed once."""
+"""Inputs of the same kinds as the field cases."""
 
 import io
 import json
@@ -54,12 +54,12 @@ def test_they_are_listed_by_encode_and_shard(picture, v2flow, tmp_path):
     assert (group["kind"], group["names"]) == (NO_TEXT, [str(tmp_path / "in/latin.txt")])
     assert captions_of(tmp_path / "t") == {"good": ["a cat"], "latin": ["caf\ufffd"], "utf16": ["a fox"]}
     done = v2flow("shard", tmp_path / "in", "-o", tmp_path / "s")
-    assert f"not taken: 1 {NO_TEXT} ({tmp_path}/in/latin.txt)" in done.stderr
+    assert f"not taken: 1 caption{NO_TEXT[8:]} ({tmp_path}/in/latin.txt)" in done.stderr
     with tarfile.open(tmp_path / "in.tar", "w") as tar:
         tar.add(tmp_path / "in", arcname=".")
     for command in ("encode", "shard"):
         done = v2flow(command, tmp_path / "in.tar", "-o", tmp_path / f"{command}ed")
-        assert f"not taken: 1 {NO_TEXT} ({tmp_path}/in.tar/" in done.stderr
+        assert f"not taken: 1 caption{NO_TEXT[8:]} ({tmp_path}/in.tar/" in done.stderr
 
 
 def test_prompts_in_utf_16_without_a_mark():
@@ -118,3 +118,28 @@ def test_samples_of_a_tar_whose_cleaned_names_are_equal(picture, v2flow, tmp_pat
     assert v2flow("shard", tmp_path / "in.tar", "-o", tmp_path / "s").exit_code == 0
     done = v2flow("encode", tmp_path / "s", "-o", tmp_path / "t", "--json")
     assert json.loads(done.stdout)["images"] == 3 and json.loads(done.stdout)["failed"] == []
+
+
+def test_a_tar_without_an_image_is_a_failure(v2flow, tmp_path):
+    with tarfile.open(tmp_path / "in.tar", "w"):
+        pass
+    for command in ("encode", "shard"):
+        done = v2flow(command, tmp_path / "in.tar", "-o", tmp_path / command)
+        assert done.exit_code == 1 and "in.tar: no image" in done.stderr
+
+
+def test_a_member_that_is_no_json_is_listed(picture, v2flow, tmp_path):
+    picture(tmp_path / "in/a.png")
+    (tmp_path / "in/a.json").write_bytes(b"\xff\xfe{")
+    with tarfile.open(tmp_path / "in.tar", "w") as tar:
+        tar.add(tmp_path / "in", arcname=".")
+    done = v2flow("encode", tmp_path / "in.tar", "-o", tmp_path / "t")
+    assert done.exit_code == 0 and "a.json): not JSON, so without a caption" in done.stderr
+
+
+def test_a_gzipped_tar_that_is_cut_at_once_is_told(picture, v2flow, tmp_path):
+    with tarfile.open(tmp_path / "a.tgz", "w:gz") as tar:
+        tar.add(picture(tmp_path / "a.png"), arcname="a.png")
+    (tmp_path / "a.tgz").write_bytes((tmp_path / "a.tgz").read_bytes()[:30])
+    done = v2flow("encode", tmp_path / "a.tgz", "-o", tmp_path / "t")
+    assert done.exit_code == 1 and "a.tgz: gzipped, and nothing of it can be unpacked" in done.stderr

@@ -57,10 +57,12 @@ def killed_at(number: int, out: Path, function: Callable[[], object]) -> None:
             return
         seen += 1
         if seen == number:
-            if event == "open" and flags & (os.O_TRUNC | os.O_APPEND):
-                torn = os.open(args[0], flags & ~os.O_EXCL, 0o644)
-                os.write(torn, b'{"half' if flags & os.O_APPEND else b"")
-            os.kill(os.getpid(), signal.SIGKILL)
+            try:
+                if event == "open" and flags & (os.O_TRUNC | os.O_APPEND):
+                    torn = os.open(args[0], flags & ~os.O_EXCL, 0o644)
+                    os.write(torn, b'{"half' if flags & os.O_APPEND else b"")
+            finally:
+                os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(hook)
     function()

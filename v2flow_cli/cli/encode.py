@@ -203,3 +203,5 @@ def encode(
             f"{len(report.failures)} of the inputs could not be encoded, which exceeds the error budget of "
             f"{error_budget:.2%}; the others are in {out}."
         )
+    if not report.good:
+        fail(f"{out}: no image was encoded.")

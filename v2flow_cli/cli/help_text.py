@@ -42,7 +42,7 @@ class HelpContext(_Context):
 class WholeHelp:
     """A mixin for Typer's commands and groups: help that fits the terminal, of which nothing is cut."""
 
-    context_class = HelpContext
+    context_class: Any = HelpContext
     help: str | None
     short_help: str | None
 

@@ -51,15 +51,17 @@ def captions_of(file: BinaryIO, sample: SampleIndex, not_taken: NotTaken | None 
 
     Args:   not_taken, as ``read_captions`` takes it.
     """
+    place = f"{getattr(file, 'name', 'tar')}/{sample.key}"
     if "txt" in sample.members:
-        name = f"{getattr(file, 'name', 'tar')}/{sample.key}.txt"
-        return read_captions(read_member(file, sample.members["txt"]), name, not_taken)
+        return read_captions(read_member(file, sample.members["txt"]), f"{place}.txt", not_taken)
     if "json" not in sample.members:
         return ()
     content = read_member(file, sample.members["json"])
     try:
         return captions_in(load_json(content))
-    except (ValueError, RecursionError, DataError):  # a .json that holds something else
+    except (ValueError, RecursionError, DataError):
+        if not_taken is not None:
+            not_taken.add(f"{place}.json", ".json files", "not JSON, so without a caption")
         return ()
 
 

@@ -68,8 +68,11 @@ def _unpack(path: Path, target: Path) -> Path:
             try:
                 while chunk := content.read1(1 << 16):  # read would lose the bytes just before the cut
                     out.write(chunk)
-            except (EOFError, zlib.error):
-                pass  # truncated or damaged: the tar ends there, which its reader reports
+            except (EOFError, zlib.error) as error:
+                if not out.tell():  # else the tar in it ends there, which its reader notices
+                    raise DataError(
+                        f"{path}: gzipped, and nothing of it can be unpacked ({error}). Restore it."
+                    ) from None
     except gzip.BadGzipFile as error:
         target.unlink(missing_ok=True)
         raise DataError(f"{path}: damaged at an unknown position ({error}). Restore it.") from None

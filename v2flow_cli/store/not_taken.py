@@ -7,6 +7,7 @@ error budget.
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from v2flow_cli.store.failures import Failure
 from v2flow_cli.store.text import printable
 
 _ADDING = threading.Lock()  # images and captions are read in threads
+_PLURAL = re.compile(r"\b(caption|file|folder|image|member|picture|sample|tar)s\b")
 _SHOWN = 3  # names in a line of the log
 _NAMED = 100  # names of a group that --json lists; the count is of all
 
@@ -52,7 +54,7 @@ class NotTaken:
         lines = []
         for (kind, reason), (count, names) in sorted(self.groups.items()):
             more = f" and {count - _SHOWN:,} more" if count > _SHOWN else ""
-            kind = kind.removesuffix("s") if count == 1 else kind
+            kind = _PLURAL.sub(r"\1", kind, count=1) if count == 1 else kind
             lines.append(f"{count:,} {kind} ({', '.join(names[:_SHOWN])}{more}): {reason}")
         return lines
 

@@ -113,7 +113,7 @@ def _by_headers(path: Path, info: ShardInfo | None, verify: Verify) -> ShardInde
     samples, failures, scattered = _group(path, scan.members, not_taken)
     for name, reason in scan.left_out:
         if suffix_of(name, SUFFIXES):
-            not_taken.add(f"{path}/{name}", "members that are no files", reason)
+            not_taken.add(f"{path}/{name}", "non-file members", reason)
     if scan.damaged_at is not None:
         # Without an index the last sample before the damage may be incomplete, so it is lost too. If members of a
         # sample are not adjacent, that holds for every sample.
