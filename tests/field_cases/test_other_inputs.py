@@ -143,3 +143,8 @@ def test_a_gzipped_tar_that_is_cut_at_once_is_told(picture, v2flow, tmp_path):
     (tmp_path / "a.tgz").write_bytes((tmp_path / "a.tgz").read_bytes()[:30])
     done = v2flow("encode", tmp_path / "a.tgz", "-o", tmp_path / "t")
     assert done.exit_code == 1 and "a.tgz: gzipped, and nothing of it can be unpacked" in done.stderr
+
+
+def test_half_of_a_character_in_a_path_is_told(v2flow):
+    done = v2flow("train", RECIPES / "tiny/autoencoder.yaml", "--dry-run", "--set", 'data.sources=["a\\ud800"]')
+    assert done.exit_code == 1 and "a\\ud800: no name of a file; it holds half of a character" in done.stderr

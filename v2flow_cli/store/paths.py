@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from v2flow_cli.errors import DataError
+from v2flow_cli.store.text import printable
 
 _FILE_SUFFIXES = frozenset(
     ".png .jpg .jpeg .webp .gif .bmp .tif .tiff .avif .npy .npz .tar .tgz .gz .zip .json .jsonl .csv .tsv .txt .yaml "
@@ -20,6 +21,10 @@ def user_path(text: str | os.PathLike[str]) -> Path:
     Raises: DataError where there is no user of that name, nor a file or folder that is called so.
     """
     given = os.fspath(text)
+    try:
+        os.fsencode(given)
+    except UnicodeEncodeError:  # a lone surrogate, as JSON and YAML may spell one
+        raise DataError(f"{printable(given)}: no name of a file; it holds half of a character.") from None
     path = os.path.expanduser(given)
     if path == given and given.startswith("~") and not os.path.lexists(given):
         user = Path(given).parts[0]
