@@ -60,4 +60,4 @@ def run(command: Callable[..., Any]) -> None:
     try:
         app()
     finally:
-        endings.let_go()
+        endings.restore_sigint()
