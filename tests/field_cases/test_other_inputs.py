@@ -1,5 +1,6 @@
 """Inputs of the same kinds as the field cases."""
 
+import io
 import json
 import tarfile
 
@@ -90,3 +91,60 @@ def test_an_output_below_a_file_is_told(picture, v2flow, tmp_path):
     place = picture(tmp_path / "in/a.png")
     done = v2flow("encode", tmp_path / "in", "-o", place / "x" / "y")
     assert done.exit_code == 1 and f"-o {place}/x/y: {place} is a file; expected a folder to make it in." in done.stderr
+
+
+def test_a_prefix_that_cannot_be_printed_is_refused(picture, v2flow, tmp_path):
+    picture(tmp_path / "in/a.png")
+    done = v2flow("shard", tmp_path / "in", "-o", tmp_path / "s", "--prefix", "a\n")
+    assert done.exit_code == 2 and not (tmp_path / "s").exists()
+
+
+def test_a_table_without_rows_is_told(picture, v2flow, tmp_path):
+    picture(tmp_path / "in/a.png")
+    table = tmp_path / "t.csv"
+    table.write_text("file,caption\n")
+    done = v2flow("shard", tmp_path / "in", "-o", tmp_path / "s", "--captions", table)
+    assert done.exit_code == 1 and f"error: {table}: no row below the header" in done.stderr
+
+
+def test_samples_of_a_tar_whose_cleaned_names_are_equal(picture, v2flow, tmp_path):
+    """``x:1`` and ``x?1`` are two samples of a tar, and stay two in the one that is made of it."""
+    with tarfile.open(tmp_path / "in.tar", "w") as tar:
+        for i, name in enumerate(("x:1.png", "x?1.png", "X:1.png")):
+            content = picture(tmp_path / "p.png", i).read_bytes()
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    assert v2flow("shard", tmp_path / "in.tar", "-o", tmp_path / "s").exit_code == 0
+    done = v2flow("encode", tmp_path / "s", "-o", tmp_path / "t", "--json")
+    assert json.loads(done.stdout)["images"] == 3 and json.loads(done.stdout)["failed"] == []
+
+
+def test_a_tar_without_an_image_is_a_failure(v2flow, tmp_path):
+    with tarfile.open(tmp_path / "in.tar", "w"):
+        pass
+    for command in ("encode", "shard"):
+        done = v2flow(command, tmp_path / "in.tar", "-o", tmp_path / command)
+        assert done.exit_code == 1 and "in.tar: no image" in done.stderr
+
+
+def test_a_member_that_is_no_json_is_listed(picture, v2flow, tmp_path):
+    picture(tmp_path / "in/a.png")
+    (tmp_path / "in/a.json").write_bytes(b"\xff\xfe{")
+    with tarfile.open(tmp_path / "in.tar", "w") as tar:
+        tar.add(tmp_path / "in", arcname=".")
+    done = v2flow("encode", tmp_path / "in.tar", "-o", tmp_path / "t")
+    assert done.exit_code == 0 and "a.json): not JSON, so without a caption" in done.stderr
+
+
+def test_a_gzipped_tar_that_is_cut_at_once_is_told(picture, v2flow, tmp_path):
+    with tarfile.open(tmp_path / "a.tgz", "w:gz") as tar:
+        tar.add(picture(tmp_path / "a.png"), arcname="a.png")
+    (tmp_path / "a.tgz").write_bytes((tmp_path / "a.tgz").read_bytes()[:30])
+    done = v2flow("encode", tmp_path / "a.tgz", "-o", tmp_path / "t")
+    assert done.exit_code == 1 and "a.tgz: gzipped, and nothing of it can be unpacked" in done.stderr
+
+
+def test_half_of_a_character_in_a_path_is_told(v2flow):
+    done = v2flow("train", RECIPES / "tiny/autoencoder.yaml", "--dry-run", "--set", 'data.sources=["a\\ud800"]')
+    assert done.exit_code == 1 and "a\\ud800: no name of a file; it holds half of a character" in done.stderr
