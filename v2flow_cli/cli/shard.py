@@ -150,6 +150,8 @@ def shard(
     log_left_out(report.failures, not_taken)
     if 0 < report.captioned < report.samples:
         log(f"{report.samples - report.captioned:,} of {report.samples:,} images have no caption")
+    if not report.samples and not report.failures:
+        fail(f"{source}: no image in it; nothing was written to {out}.")
     if not report.samples or over_budget(report.failures, report.samples, error_budget):
         where = f"{report.samples} are in {out}" if report.samples else f"nothing was written to {out}"
         fail(f"{len(report.failures)} images were left out; {where}.")
