@@ -29,7 +29,7 @@ def put(name: str, state: dict, folder: Path, monkeypatch: pytest.MonkeyPatch) -
     file.parent.mkdir(parents=True, exist_ok=True)
     torch.save(state, file)
     expected = file.stem.rsplit("-", 1)[-1]
-    monkeypatch.setattr(weights, "file_digest", lambda path: expected + "0" * 56)
+    monkeypatch.setattr(weights, "sha256_of", lambda path: expected + "0" * 56)
     return file
 
 

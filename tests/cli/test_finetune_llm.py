@@ -53,7 +53,7 @@ def test_dry_run_writes_nothing(recipe, tmp_path):
         ("model.vocab_size=100", "expected at least 259"),
         ("model.num_heads=3", "expected a multiple of 6"),
         ("block_size=4000", "expected 2 to model.max_positions"),
-        ("train.accumulate=3", "expected a multiple of accumulate"),
+        ("train.accumulate=3", "expected a multiple of train.accumulate"),
         ("text=[nowhere.txt]", "matches no file"),
     ],
 )

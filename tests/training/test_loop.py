@@ -91,7 +91,7 @@ def test_a_trained_tokenizer_loads_and_its_recipe_lies_beside_it(world, tmp_path
 
 
 def test_what_a_killed_export_left_is_removed(world, tmp_path):
-    (tmp_path / "a" / ".exporting-killed" / "half").mkdir(parents=True)
+    (tmp_path / "a" / ".saving-killed" / "half").mkdir(parents=True)
     train(recipe(world, "autoencoder", tmp_path / "a", "train.steps=1"), resume=False, log=quiet)
     assert not list((tmp_path / "a").glob(".*"))
 
@@ -180,7 +180,7 @@ def test_starting_from_another_tokenizer(world, tmp_path):
     later = recipe(world, "tokenizer", tmp_path / "u", f"init_from={done.folder}", *more)
     config = build_objective(later).model.config
     assert (config.quantizer["start_step"], config.flow["share"], config.sampling["num_flow_steps"]) == (1, 0.5, 3)
-    with pytest.raises(ModelError, match=r"quantizer\.usage is in one alone"):
+    with pytest.raises(ModelError, match=r"only one of them has quantizer\.usage"):
         build_objective(
             recipe(world, "tokenizer", tmp_path / "u", f"init_from={done.folder}", "quantizer.usage_decay=0.9")
         )

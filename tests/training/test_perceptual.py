@@ -118,7 +118,7 @@ def test_lpips_is_the_package_with_its_backbone(tmp_path, monkeypatch):
     assert a.grad.abs().sum() > 0 and network(a, a).abs().max() < 1e-6
 
     def missing(self, name):
-        raise ModelError("LPIPS (squeeze): its weights are not at X. Give --download.")
+        raise ModelError("LPIPS (squeeze): its weights are not at X. Use --download.")
 
     monkeypatch.setattr(JudgeWeights, "find", missing)
     with pytest.raises(ModelError, match=r"loss\.features is lpips.*not at X\. Fetch them once with .v2flow bench"):

@@ -157,7 +157,7 @@ def test_losses_under_autocast_are_those_of_float32(name, changes):
             found.append({key: value.item() for key, value in objective(images, **plan).items()})
         given = drawn.clone().requires_grad_()
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            pictures = objective._of_pictures(images, given)
+            pictures = objective._image_losses(images, given)
             gradients.append(torch.autograd.grad(pictures.log_mse - pictures.ssim, given)[0])
     for key, value in found[0].items():
         assert found[1][key] == pytest.approx(value, rel=0.01), key

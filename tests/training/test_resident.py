@@ -68,7 +68,7 @@ def test_resuming_equals_not_stopping(world, tmp_path):
 
 def test_photos_that_do_not_fit_are_refused():
     with pytest.raises(V2FlowError, match=r"resident_px is 65536: 100,000,000 photos need .* GB, .* Lower it, or set"):
-        resident._room(10**8, 2**16, CPU)
+        resident._allocate(10**8, 2**16, CPU)
 
 
 def test_nothing_frozen_is_computed_again(world, tmp_path, monkeypatch):

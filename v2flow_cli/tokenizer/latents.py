@@ -57,6 +57,13 @@ class Latents(nn.Module):
         return images if self.kind == "V2FlowAutoencoder" else images.sample
 
 
+def autoencoder_spec(config: V2FlowAutoencoderConfig) -> dict[str, Any]:
+    """What ``Latents`` takes to build an autoencoder of ``config``."""
+    sizes = ("latent_channels", "encoder_width", "encoder_depth", "decoder_width", "decoder_depth")
+    keys = (*sizes, "latent_noise", "scaling_factor", "shift_factor")
+    return {"class": "V2FlowAutoencoder", **{key: getattr(config, key) for key in keys}}
+
+
 def load_autoencoder_spec(path_or_id: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(spec, weights) of an autoencoder folder or hub id, for ``Latents(spec)`` and its ``autoencoder``.
 
@@ -75,9 +82,7 @@ def load_autoencoder_spec(path_or_id: str) -> tuple[dict[str, Any], dict[str, Te
         raise ModelError(f"{path_or_id}: not an autoencoder folder or hub id ({str(error).splitlines()[0]}).") from None
     if config.get("model_type") == V2FlowAutoencoderConfig.model_type:
         model: Any = V2FlowAutoencoder.from_pretrained(folder, dtype=torch.float32)
-        known = ("latent_channels", "encoder_width", "encoder_depth", "decoder_width", "decoder_depth")
-        spec = {k: getattr(model.config, k) for k in (*known, "latent_noise", "scaling_factor", "shift_factor")}
-        return {"class": "V2FlowAutoencoder", **spec}, model.state_dict()
+        return autoencoder_spec(model.config), model.state_dict()
     if config.get("model_type") == "v2flow":
         return _inside_tokenizer(folder, config)
     name = config.get("_class_name")

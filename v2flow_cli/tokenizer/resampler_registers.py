@@ -8,6 +8,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from v2flow_cli.errors import ModelError
 from v2flow_cli.recipe.schema import Registers, Resampler
 from v2flow_cli.tokenizer.context import Block, RotaryPositions, grid_coordinates, nearby, sines
 from v2flow_cli.tokenizer.prefix import sample_lengths
@@ -64,7 +65,10 @@ class RegisterResampler(TokenResampler):
         settings = self.settings
         side = REFERENCE_PX // self.size_multiple
         if (side, side) not in REFERENCE_GRIDS.values():
-            raise ValueError(f"a stem has 8 x 8 or 16 x 16 patches at {REFERENCE_PX} px, not {side} x {side}")
+            raise ModelError(
+                f"resampler.stem is given, but resampler.patch_size {settings.patch_size} makes {side} x {side} patches at "
+                f"{REFERENCE_PX} px with this autoencoder; expected 8 x 8 or 16 x 16."
+            )
         before, after = settings.stem
         return GridResampler(
             Resampler(settings.hidden_size, (before, after), side * side), in_channels, pixels_per_latent

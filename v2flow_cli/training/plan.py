@@ -14,7 +14,8 @@ from v2flow_cli.recipe import AutoencoderRecipe, TokenizerRecipe
 from v2flow_cli.store.known_models import AUTOENCODERS, VOCABULARIES
 from v2flow_cli.store.llm_table import vocab_shape
 from v2flow_cli.store.stream import SampleStream
-from v2flow_cli.tokenizer.latents import PIXELS, load_autoencoder_spec
+from v2flow_cli.tokenizer.autoencoder import V2FlowAutoencoderConfig
+from v2flow_cli.tokenizer.latents import autoencoder_spec, load_autoencoder_spec
 from v2flow_cli.tokenizer.v2flow import V2FlowTokenizer
 from v2flow_cli.training.memory import check_batch_fits, training_bytes
 from v2flow_cli.training.objectives.autoencoder import AutoencoderObjective
@@ -66,8 +67,8 @@ def plan(recipe: AutoencoderRecipe | TokenizerRecipe, resume: bool = False) -> d
 def named_models(recipe: TokenizerRecipe) -> tuple[dict[str, Any], tuple[int, int], list[str]]:
     """(autoencoder spec, shape of the vocabulary, problems) of the models that ``recipe`` names.
 
-    Well-known hub ids are in a table, so they need no network. A missing model is replaced by plain pixels or a table
-    of 32,000 words.
+    Well-known hub ids are in a table, so they need no network. A missing model is replaced by an autoencoder of the
+    default sizes, or by a table of 32,000 words.
     """
     missing: list[str] = []
     spec, shape = AUTOENCODERS.get(recipe.latents.autoencoder), VOCABULARIES.get(recipe.vocabulary.llm)
@@ -76,7 +77,7 @@ def named_models(recipe: TokenizerRecipe) -> tuple[dict[str, Any], tuple[int, in
             spec, _ = load_autoencoder_spec(recipe.latents.autoencoder)
         except ModelError as error:
             missing.append(str(error))
-            spec = {"class": PIXELS}
+            spec = autoencoder_spec(V2FlowAutoencoderConfig())
     if shape is None:
         shape = (32_000, recipe.quantizer.code_size)
         if recipe.vocabulary.llm != "none":
