@@ -74,7 +74,7 @@ def test_what_is_not_taken_is_counted(tmp_path):
     (fox,) = read_references([str(tmp_path / "first"), str(tmp_path / "second")], not_taken)
     assert fox.names[0] == "first fox"
     assert not_taken.lines() == [
-        "1 .heic file (photo.heic): not a format that is read here; convert them to JPEG or PNG",
+        "1 .heic file (photo.heic): the format is not supported; convert them to JPEG or PNG",
         f"1 picture ({tmp_path}/first/plain): no title beside them",
         f"1 picture ({tmp_path}/second/fox): one of that name is there already",
     ]

@@ -57,7 +57,7 @@ def test_case_05_masks_beside_an_image_are_counted_and_cost_nothing(tmp_path):
     assert not index.failures and any("hidden member" in line for line in lines)
     assert any(".seg.png member" in line and "another image" in line for line in lines)
     assert any("sample of only .txt" in line or "samples of only .txt" in line for line in lines)
-    assert any("members without a suffix" in line and "README" in line for line in lines)
+    assert any("member without a suffix" in line and "README" in line for line in lines)
 
 
 def test_case_05_links_in_a_tar_are_the_images_that_they_lead_to(tmp_path):

@@ -230,7 +230,7 @@ def test_a_grid_of_other_pictures_is_not_kept(tmp_path, tiny_tokenizer_folder, d
     draw = ["generate", "--prompts", tmp_path / "p.txt", *models]
     cli(*draw, "--temp", "0.5,1")
     done = CliRunner().invoke(app, [*map(str, draw), "--temp", "0.5,1,1.5"])
-    assert done.exit_code == 1 and "a-red-fox-grid.png: exists, made with temperatures [0.5, 1.0]" in done.stderr
+    assert done.exit_code == 1 and "a-red-fox-grid.png: exists, drawn with temperatures [0.5, 1.0]" in done.stderr
 
 
 def test_the_demo_page(tmp_path, photos, tiny_tokenizer_folder, drawing_llm, monkeypatch):  # noqa: F811

@@ -3,6 +3,7 @@ import dataclasses
 import pytest
 import torch
 
+from v2flow_cli.errors import ModelError
 from v2flow_cli.recipe.schema import Registers
 from v2flow_cli.tokenizer.resampler_registers import RegisterResampler
 
@@ -91,5 +92,5 @@ def test_a_stem_starts_as_its_grid_in_another_order():
 
 
 def test_a_stem_needs_a_grid_of_patches():
-    with pytest.raises(ValueError, match="8 x 8 or 16 x 16 patches at 256 px, not 32 x 32"):
+    with pytest.raises(ModelError, match="makes 32 x 32 patches at 256 px .* expected 8 x 8 or 16 x 16"):
         resampler(stem=(1, 1), patch_size=1)
