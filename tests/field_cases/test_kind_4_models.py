@@ -162,7 +162,11 @@ def test_case_20_bloom(finetune, llm, tmp_path, text_tokenizer):
     ("kind", "settings", "reason"),
     [
         ("mamba", dict(hidden_size=32, num_hidden_layers=2), "cannot draw token by token"),
-        ("bert", dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4), "likely tokens differ"),
+        (
+            "bert",
+            dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4),
+            "likely tokens differ",
+        ),
         ("bart", dict(d_model=32, encoder_layers=1, decoder_layers=1, decoder_attention_heads=4), "encoder-decoder"),
     ],
 )
