@@ -13,8 +13,8 @@ from v2flow_cli.assets import sample_photos
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 STAGES = sorted(path for path in RECIPES.rglob("*.yaml") if "kind: budget" not in path.read_text(encoding="utf-8"))
 torch.set_num_threads(min(2, torch.get_num_threads()))
-# The first backward pass decides whether autograd has threads, which a fork (tests/reliability) does not survive. After a
-# test with fake tensors of a GPU it would have some.
+# The first backward pass decides whether autograd has threads, which a fork (tests/reliability) does not survive. It
+# would have some if a test with fake tensors of a GPU came first.
 torch.ones(1, requires_grad=True).sum().backward()
 settings.register_profile("v2flow", deadline=None)  # no test asserts a time
 settings.load_profile("v2flow")

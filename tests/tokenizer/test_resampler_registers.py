@@ -92,5 +92,5 @@ def test_a_stem_starts_as_its_grid_in_another_order():
 
 
 def test_a_stem_needs_a_grid_of_patches():
-    with pytest.raises(ModelError, match="makes 32 x 32 patches at 256 px .* expected 8 x 8 or 16 x 16"):
+    with pytest.raises(ModelError, match=r"makes 32 x 32 patches at 256 px .* expected 8 x 8 or 16 x 16"):
         resampler(stem=(1, 1), patch_size=1)

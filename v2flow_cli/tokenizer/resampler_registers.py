@@ -66,8 +66,8 @@ class RegisterResampler(TokenResampler):
         side = REFERENCE_PX // self.size_multiple
         if (side, side) not in REFERENCE_GRIDS.values():
             raise ModelError(
-                f"resampler.stem is given, but resampler.patch_size {settings.patch_size} makes {side} x {side} patches "
-                f"at {REFERENCE_PX} px with this autoencoder; expected 8 x 8 or 16 x 16."
+                f"resampler.stem is given, but resampler.patch_size {settings.patch_size} makes {side} x {side} "
+                f"patches at {REFERENCE_PX} px with this autoencoder; expected 8 x 8 or 16 x 16."
             )
         before, after = settings.stem
         return GridResampler(
