@@ -20,14 +20,15 @@ def install() -> None:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
             signal.signal(number, interrupt)
     sys.unraisablehook = _unraisable
-    for descriptor in range(3):
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(descriptor)
         except OSError:  # closed by `>&-`: the next opened file would become stdout
             os.open(os.devnull, os.O_RDWR)
-    for stream in (sys.stdout, sys.stderr):
-        if stream is not None:  # characters outside the encoding are escaped, as \xe9 or \udce9
-            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+        if getattr(sys, name) is None:  # so Python starts with a closed one; libraries and `isatty` need a file
+            setattr(sys, name, open(descriptor, "w" if descriptor else "r", encoding="utf-8", closefd=False))
+    for stream in (sys.stdout, sys.stderr):  # characters outside the encoding are escaped, as \xe9 or \udce9
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
 
 
 def interrupt(number: int, frame: FrameType | None) -> None:
