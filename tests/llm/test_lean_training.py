@@ -11,7 +11,7 @@ import torch
 from tests.training.test_lean_steps import Reads, Shapes
 from v2flow_cli.llm import pairs
 from v2flow_cli.llm.sequences import collate, sample
-from v2flow_cli.training.llm_trainer import LMTrainer, compile_layers
+from v2flow_cli.training.llm_trainer import EAGER_LONGEST, LMTrainer, choose_attention, compile_layers
 from v2flow_cli.training.objectives import drawing
 from v2flow_cli.training.objectives.drawing import DrawingTrainer, finetune
 
@@ -114,3 +114,20 @@ def test_a_layer_is_one_graph(vocabulary):
 class _NoLayers(torch.nn.Module):
     def get_decoder(self):
         return self
+
+
+def test_short_sequences_on_a_cpu_have_plain_attention_of_the_same_values(tmp_path):
+    model = make_llm("qwen", 300).eval()
+    ids = torch.arange(24).view(2, 12)
+    mask = torch.ones_like(ids)
+    mask[1, 8:] = 0
+    with torch.no_grad():
+        fused = model(input_ids=ids, attention_mask=mask).logits
+        for longest, device, kind in (
+            (EAGER_LONGEST + 1, "cpu", "sdpa"), (12, "cuda", "sdpa"), (EAGER_LONGEST, "cpu", "eager")
+        ):  # fmt: skip
+            choose_attention(model, longest, torch.device(device))
+            assert model.config._attn_implementation == kind
+        torch.testing.assert_close(model(input_ids=ids, attention_mask=mask).logits[mask > 0], fused[mask > 0])
+    model.save_pretrained(tmp_path)
+    assert "eager" not in (tmp_path / "config.json").read_text()

@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import TrainerCallback, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback
 from transformers.utils.logging import disable_progress_bar
 
 from v2flow_cli.errors import ModelError
 from v2flow_cli.recipe.schema import LMTrainLoop, Optimizer
+from v2flow_cli.runtime.allocator import keep_freed_memory
 from v2flow_cli.runtime.device import pick_device, pick_dtype, tf32
 from v2flow_cli.runtime.processes import losing_contact, maximum, prepare_cpu_launch, sum_in_place, world_size
 from v2flow_cli.training.checkpoint import Interrupted, stop_requested
@@ -259,6 +260,19 @@ def optimizer_class(settings: Optimizer) -> tuple[type[Muon], dict[str, Any]] | 
     return Muon, {"lr": settings.learning_rate, "betas": settings.betas, "fused": fuses(pick_device())}
 
 
+EAGER_LONGEST = 512  # positions up to which a CPU computes plain attention faster than torch's fused function
+
+
+def choose_attention(model: PreTrainedModel, longest: int, device: torch.device) -> None:
+    """Use transformers' plain ("eager") attention to train ``model`` on a CPU on at most ``longest`` positions each.
+
+    torch's fused function saves memory on long sequences; on short ones with padding a CPU takes longer for it
+    (docs/scaling.md).
+    """
+    if device.type == "cpu" and longest <= EAGER_LONGEST:
+        model.set_attn_implementation("eager")
+
+
 def training_arguments(
     optimizer: Optimizer, train: LMTrainLoop, output: str | Path, **overrides: Any
 ) -> TrainingArguments:
@@ -271,6 +285,7 @@ def training_arguments(
             f"({train.accumulate} x {processes})."
         )
     device = pick_device()
+    keep_freed_memory(device)
     arguments = TrainingArguments(
         output_dir=str(Path(output) / "checkpoints"),
         max_steps=train.steps,

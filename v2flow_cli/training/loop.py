@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from v2flow_cli.errors import ModelError, V2FlowError
 from v2flow_cli.recipe import AutoencoderRecipe, TokenizerRecipe, dump_recipe
 from v2flow_cli.recipe.schema import TrainLoop
+from v2flow_cli.runtime.allocator import keep_freed_memory
 from v2flow_cli.runtime.device import pick_dtype, tf32
 from v2flow_cli.runtime.processes import losing_contact, maximum, prepare_cpu_launch, raise_everywhere, sum_in_place
 from v2flow_cli.runtime.publishing import publishing
@@ -277,6 +278,7 @@ def _accelerator(loop: TrainLoop, folder: Path) -> Accelerator:
     prepare_cpu_launch()
     # Only Accelerator reads the flag; without it PartialState treats each process on CPUs as the only one.
     device = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device
+    keep_freed_memory(device)
     dtype = pick_dtype(loop.precision, device)
     AcceleratorState._reset_state()  # an earlier training of this process may have had another precision
     # If no image, or every image, of a step sees the dummy D, some weights have no gradient. Buffers are frozen tables,

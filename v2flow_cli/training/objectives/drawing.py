@@ -49,6 +49,7 @@ from v2flow_cli.training.llm_trainer import (
     Log,
     RunClock,
     TrainingReport,
+    choose_attention,
     estimate,
     optimizer_class,
     run,
@@ -174,6 +175,7 @@ def finetune(recipe: FinetuneRecipe, *, log: Log, resume: bool = False, approxim
     dtype = torch.bfloat16 if recipe.mode == "lora" and arguments.bf16 else torch.float32
     checked = check_llm(recipe, image_tokenizer, length)
     model, text_tokenizer = load_llm(recipe.llm, dtype)
+    choose_attention(model, checked.longest, arguments.device)
     codebook = image_tokenizer.codebook if recipe.new_rows == "codebook" else None
     codebook_size = image_tokenizer.config.codebook_size
     captions = recipe.data.image_to_text_share > 0

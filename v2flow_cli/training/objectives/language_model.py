@@ -34,6 +34,7 @@ from v2flow_cli.training.llm_trainer import (
     Log,
     RunClock,
     TrainingReport,
+    choose_attention,
     estimate,
     optimizer_class,
     run,
@@ -91,6 +92,7 @@ def pretrain(recipe: LMRecipe, *, log: Log, resume: bool = False, approximate: b
         model.gradient_checkpointing_enable()
     clock = RunClock(recipe.train, dump_recipe(recipe), log)
     arguments = training_arguments(recipe.optimizer, recipe.train, recipe.output)
+    choose_attention(model, recipe.block_size, arguments.device)
     trainer = LMTrainer(
         model=model,
         args=arguments,
