@@ -53,36 +53,82 @@ COLOURS = {
     "black": (0, 0.0, 0.12),
     "white": (0, 0.0, 1.0),
 }
-#: What ``--common`` takes: categories of things, and how many drawings a title needs.
+#: What ``--common`` takes: categories of things, and how many drawings a title needs; and further titles.
 COMMON_CATEGORIES = frozenset(
     (
         "activities",
         "animals",
         "animals and nature",
+        "buildings",
+        "clothing",
         "food",
         "food and drink",
+        "nature and weather",
         "objects",
         "plants",
+        "shapes",
+        "space and geography",
         "travel and places",
         "vehicles",
     )
 )
-COMMON_STYLES = 6
+COMMON_STYLES = 3
 ALSO_COMMON = frozenset(
     (
         "alien",
+        "baby angel",
         "baby",
+        "barn",
+        "black crow",
+        "blue igloo",
+        "blue plate",
+        "bone",
+        "bowl of steaming soup",
+        "boy",
         "brain",
+        "clown face",
+        "desert island with a palm tree",
         "ear",
         "eye",
+        "fairy",
+        "foot",
+        "fried egg in a pan",
         "ghost",
+        "girl",
+        "gold necklace",
+        "golf hole with a flag",
+        "green apple",
+        "grey pigeon",
         "hand",
+        "harp",
+        "king",
+        "leg",
+        "lighthouse",
+        "lime",
+        "love letter",
+        "man",
         "mouth",
+        "mug",
         "nose",
+        "old man",
+        "old woman",
+        "orange hot air balloon",
+        "orange pumpkin",
+        "princess",
+        "queen",
+        "red desk lamp",
+        "red drill",
         "red heart",
         "robot",
         "skull",
         "smiling face",
+        "tooth",
+        "vampire",
+        "wizard",
+        "woman",
+        "wooden table",
+        "yellow kettle",
+        "zombie",
     )
 )
 #: Ways to ask for what a caption names, with its article.
@@ -204,14 +250,34 @@ def common_things(drawings: list[Drawing]) -> list[Drawing]:
     ]
 
 
-def centred(drawing: Drawing) -> tuple[Image.Image, list[str]]:
-    """The drawing in the middle of a white ground, and captions that name it."""
-    return _in_the_middle(drawing.open(), drawing.names())
+def own_names(drawings: list[Drawing]) -> dict[str, list[str]]:
+    """Names of each drawing, by key: of several drawings that a name fits, one title alone has it.
+
+    An LLM that learns several things under one name draws mixtures of them. The title itself comes first, then the
+    titles in the order of ``ALIASES``, then the nouns of "COLOUR NOUN".
+    """
+    order = {title: place for place, title in enumerate(ALIASES)}
+
+    def rank(name: str, drawing: Drawing) -> tuple[bool, bool, int, str]:
+        named = name in ALIASES.get(drawing.title, ())
+        return name != drawing.title, not named, order.get(drawing.title, 0) if named else 0, drawing.title
+
+    owner: dict[str, Drawing] = {}
+    for drawing in drawings:
+        for name in drawing.names():
+            if name not in owner or rank(name, drawing) < rank(name, owner[name]):
+                owner[name] = drawing
+    return {d.key: [name for name in d.names() if owner[name].title == d.title] for d in drawings}
 
 
-def in_colours(drawing: Drawing) -> list[tuple[str, Image.Image, list[str]]]:
+def centred(drawing: Drawing, names: list[str]) -> tuple[Image.Image, list[str]]:
+    """The drawing in the middle of a white ground, and captions with ``names``."""
+    return _in_the_middle(drawing.open(), names)
+
+
+def in_colours(drawing: Drawing, names: list[str]) -> list[tuple[str, Image.Image, list[str]]]:
     """(colour, picture, captions) of the drawing in colours that it does not have, centred; none where it is grey."""
-    image, nouns = drawing.open(), list(dict.fromkeys(map(_without_colour, drawing.names())))
+    image, nouns = drawing.open(), list(dict.fromkeys(map(_without_colour, names)))
     alpha = np.asarray(image.getchannel("A"), np.float32) / 255
     if (_hued(image)[..., 0] * alpha).sum() < LEAST_PAINTED * alpha.sum():
         return []
@@ -383,19 +449,23 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--layout", choices=("scenes", "centred", "colours"), default="scenes")
     parser.add_argument("--per-title", type=int, help="centred, colours: at most so many drawings of a title")
-    parser.add_argument("--common", action="store_true", help="centred, colours: the commonest titles alone")
+    parser.add_argument(
+        "--common",
+        action="store_true",
+        help="centred, colours: the commonest titles alone, and each name for one title",
+    )
     parser.add_argument("--held-out", action="store_true", help="the drawings kept for judging, centred")
     parser.add_argument("--count", type=int, default=30_000, help="scenes to write")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    learn, judge = split_held_out(read_drawings(options.drawings))
-    if options.common:
-        learn = common_things(learn)
+    drawings = read_drawings(options.drawings)
+    learn, judge = split_held_out(common_things(drawings) if options.common else drawings)
     chosen = judge if options.held_out else first_of_titles(learn, options.per_title or len(learn))
+    names = own_names(chosen) if options.common else {drawing.key: drawing.names() for drawing in chosen}
     if options.layout == "colours":
-        pictures = ((f"{d.key}-{c}", image, captions) for d in chosen for c, image, captions in in_colours(d))
+        pictures = ((f"{d.key}-{c}", image, texts) for d in chosen for c, image, texts in in_colours(d, names[d.key]))
     elif options.layout == "centred" or options.held_out:
-        pictures = ((d.key, *centred(d)) for d in chosen)
+        pictures = ((d.key, *centred(d, names[d.key])) for d in chosen)
     else:
         photos = [] if options.photos is None else _grounds(options.photos)
         scenes = (draw_scene(index, options.seed, learn, photos) for index in range(options.count))

@@ -93,7 +93,7 @@ def test_common_things_are_those_that_many_hands_have_drawn(scenes, monkeypatch,
 
 def test_a_centred_drawing_is_in_the_middle_on_white(scenes, drawings_tar):
     drawing = scenes.read_drawings(drawings_tar)[0]
-    image, captions = scenes.centred(drawing)
+    image, captions = scenes.centred(drawing, drawing.names())
     pixels = image.convert("RGB")
     assert pixels.size == (256, 256) and pixels.getpixel((4, 4)) == (255, 255, 255)
     assert pixels.getpixel((128, 128))[0] > 150 > pixels.getpixel((128, 128))[1]
@@ -120,7 +120,19 @@ def test_drawings_in_colours_that_they_do_not_have(scenes, monkeypatch, drawings
     grey = Image.new("RGBA", (64, 64), (90, 90, 90, 255))
     content = io.BytesIO()
     grey.save(content, "WEBP", lossless=True)
-    assert scenes.in_colours(scenes.Drawing("a", content.getvalue(), "stone", None, (), "objects", "emoji")) == []
+    stone = scenes.Drawing("a", content.getvalue(), "stone", None, (), "objects", "emoji")
+    assert scenes.in_colours(stone, stone.names()) == []
+
+
+def test_one_title_has_each_name(scenes, monkeypatch):
+    """The title itself comes first, then the order of the aliases, then a noun with its colour left out."""
+    monkeypatch.setattr(scenes, "ALIASES", {"racing car": ["car", "boat"], "sailboat": ["boat"], "blue gem": ["gem"]})
+    titles = ["red car", "car", "car", "sailboat", "racing car", "green gem", "blue gem"]
+    things = [scenes.Drawing(str(i), b"", title, None, (), "vehicles", "emoji") for i, title in enumerate(titles)]
+    names = scenes.own_names(things)
+    assert list(names.values()) == [
+        ["red car"], ["car"], ["car"], ["sailboat"], ["racing car", "boat"], ["green gem"], ["blue gem", "gem"]
+    ]  # fmt: skip
 
 
 def test_articles_and_plurals(scenes):
