@@ -23,6 +23,8 @@ import numpy as np
 from PIL import Image
 
 from v2flow_cli.bench.colours import name_pixels
+from v2flow_cli.cli.console import log, result
+from v2flow_cli.cli.entry import run_script
 
 SIDE = 224  # pixels, the longest side of a cut-out
 TITLES = "emojibase-data-16.0.3.tgz"
@@ -151,10 +153,10 @@ def main() -> None:
                 _add(tar, f"drawing-{count:05d}.webp", file.getvalue())
                 _add(tar, f"drawing-{count:05d}.json", json.dumps(record, ensure_ascii=False).encode())
                 count += 1
-            print(f"{source}: {count - before} drawings")
+            log(f"{source}: {count - before} drawings")
     partial.rename(options.out)
-    print(f"{options.out}: {count} drawings")
+    result(f"{options.out}: {count} drawings")
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -31,6 +31,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFilter
 
+from v2flow_cli.cli.console import log, result
+from v2flow_cli.cli.entry import run_script
+from v2flow_cli.errors import DataError, foreign_errors
 from v2flow_cli.runtime.publishing import TARS, publishing
 
 SIZE = 256  # pixels, side of a scene
@@ -458,7 +461,8 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=30_000, help="scenes to write")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    drawings = read_drawings(options.drawings)
+    with foreign_errors(f"{options.drawings}: not a tar of drawings", kind=DataError):
+        drawings = read_drawings(options.drawings)
     learn, judge = split_held_out(common_things(drawings) if options.common else drawings)
     chosen = judge if options.held_out else first_of_titles(learn, options.per_title or len(learn))
     names = own_names(chosen) if options.common else {drawing.key: drawing.names() for drawing in chosen}
@@ -470,6 +474,7 @@ def main() -> None:
         photos = [] if options.photos is None else _grounds(options.photos)
         scenes = (draw_scene(index, options.seed, learn, photos) for index in range(options.count))
         pictures = ((f"scene-{index:06d}", *scene) for index, scene in enumerate(scenes))
+    total = 0
     with publishing(options.out, TARS, r"scenes-\d{3}\.tar") as folder:
         for number in itertools.count():
             path, written = folder / f"scenes-{number:03d}.tar", 0
@@ -483,7 +488,9 @@ def main() -> None:
             if not written:
                 path.unlink()
                 break
-            print(f"{options.out / path.name}: {written} pictures")
+            log(f"{options.out / path.name}: {written} pictures")
+            total += written
+    result(f"{options.out}: {total} pictures")
 
 
 def _grounds(photos: Path, count: int = 400) -> list[bytes]:
@@ -511,4 +518,4 @@ def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

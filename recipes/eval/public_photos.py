@@ -114,7 +114,16 @@ def main() -> None:
     for photo, content in found.items():
         partial.write_bytes(content)
         os.replace(partial, options.out / PurePosixPath(photo).name)
-    print(f"{options.out}: {len(found)} photos")
+    _print(f"{options.out}: {len(found)} photos")
+
+
+def _print(text: str) -> None:
+    """``text`` on stdout; where its reader has gone the exit code is that of SIGPIPE."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python's last flush would fail too
+        sys.exit(141 if isinstance(error, BrokenPipeError) else f"stdout cannot be written ({error.strerror}).")
 
 
 if __name__ == "__main__":

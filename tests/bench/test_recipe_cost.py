@@ -67,6 +67,11 @@ def test_parts_batches_and_notes():
     assert found.settings == {"num_flow_steps": 1, "solver": "euler"}
 
 
+def test_weights_in_bf16():
+    found = measure_recipe(tiny(), batch_sizes=[1], device=CPU, dtype=torch.bfloat16, num_flow_steps=1, solver=None)
+    assert [part.part for part in found.parts] == ["encode", "decode"]
+
+
 def test_what_cannot_be_measured_is_one_sentence():
     with pytest.raises(DataError, match="names models whose shapes are unknown"):
         measure_recipe(load_recipe(RECIPES / "tiny" / "tokenizer.yaml"), device=CPU)

@@ -16,6 +16,7 @@ import typer.core
 
 from v2flow_cli import __version__
 from v2flow_cli.cli import bench, budget, decode, encode, finetune_llm, generate, shard, train
+from v2flow_cli.cli.console import result
 from v2flow_cli.cli.entry import ErrorPolicy, prepare
 from v2flow_cli.cli.help_text import WholeHelp
 
@@ -65,7 +66,7 @@ for command in (*app.registered_commands, *bench.bench.registered_commands):
 
 def _version(show: bool) -> None:
     if show:
-        print(f"v2flow {__version__}")
+        result(f"v2flow {__version__}")
         raise typer.Exit()
 
 

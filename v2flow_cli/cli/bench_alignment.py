@@ -37,8 +37,10 @@ def alignment(
     from v2flow_cli.bench.photos import PhotoReader
     from v2flow_cli.runtime.device import pick_device
     from v2flow_cli.store.images import png_bytes
+    from v2flow_cli.store.paths import check_writable
     from v2flow_cli.tokenizer import V2FlowTokenizer
 
+    check_writable([plot])
     target = pick_device(device)
     alignments, failed, words, reader = [], [], None, None
     for name in model or (None,):

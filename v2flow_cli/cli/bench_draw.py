@@ -85,8 +85,10 @@ def draw(
     from v2flow_cli.runtime.device import pick_device, pick_dtype
     from v2flow_cli.store.files import check_absent, write_bytes
     from v2flow_cli.store.not_taken import NotTaken
+    from v2flow_cli.store.paths import check_writable
     from v2flow_cli.tokenizer import V2FlowTokenizer
 
+    check_writable([report])
     not_taken = NotTaken()
     library = read_references(references, not_taken)
     if held_out:

@@ -122,7 +122,9 @@ def reconstruction(
     options.only_with("--codec-bytes", codec_bytes is not None, "--codecs", codecs)
 
     from v2flow_cli.bench.sweep import parse_sweeps
+    from v2flow_cli.store.paths import check_writable
 
+    check_writable((csv, images_csv, report))
     try:
         settings = parse_sweeps(sweeps, {**fixed, "decoder": decoder})
     except ValueError as error:

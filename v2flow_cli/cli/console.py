@@ -29,7 +29,7 @@ def is_main_process() -> bool:
 
 
 def log(message: str) -> None:
-    """One plain line on stderr; a closed stderr does not stop the command."""
+    """One plain line on stderr."""
     if is_main_process():
         _write_log(message)
 
@@ -37,10 +37,7 @@ def log(message: str) -> None:
 def _write_log(message: str) -> None:
     # File names may contain control characters, which are escaped.
     text = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in message)
-    try:
-        print(text, file=sys.stderr, flush=True)
-    except OSError:
-        detach(sys.stderr)
+    print(text, file=sys.stderr, flush=True)
 
 
 def report_error(error: V2FlowError) -> None:

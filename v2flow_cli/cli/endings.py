@@ -5,6 +5,7 @@ It uses only the standard library, because it has to be installed before anythin
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -29,6 +30,24 @@ def install() -> None:
             setattr(sys, name, open(descriptor, "w" if descriptor else "r", encoding="utf-8", closefd=False))
     for stream in (sys.stdout, sys.stderr):  # characters outside the encoding are escaped, as \xe9 or \udce9
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    raw = getattr(getattr(sys.stderr, "buffer", None), "raw", None)
+    if isinstance(raw, io.FileIO) and not isinstance(raw, _Lossy):
+        buffer = io.BufferedWriter(_Lossy(raw.fileno(), "w", closefd=False))
+        sys.stderr = io.TextIOWrapper(buffer, sys.stderr.encoding, "backslashreplace", line_buffering=True)
+
+
+class _Lossy(io.FileIO):
+    """Standard error: a message that cannot be written is lost, which does not stop the work.
+
+    Its reader may have gone, its disk may be full, its terminal may have been closed. Here, and not where v2flow logs,
+    because libraries, warnings and progress bars write to it too.
+    """
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data) or 0
+        except OSError:
+            return memoryview(data).nbytes
 
 
 def interrupt(number: int, frame: FrameType | None) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 
 import typer.core
 
+from v2flow_cli.cli.console import result
+
 WIDEST, NARROW = 80, 60  # columns: of prose, and below which an option and its text do not stand side by side
 # Typer brings its own copy of click, under a private name.
 _Context: Any = typer.core.TyperCommand.context_class
@@ -46,7 +48,20 @@ class WholeHelp:
     help: str | None
     short_help: str | None
 
+    def get_help_option(self, ctx: Any) -> Any:
+        """``--help``; it prints as a result is printed, where click lets the error of a full disk pass."""
+        option = super().get_help_option(ctx)  # type: ignore[misc]
+        if option is not None:
+            option.callback = _show_help
+        return option
+
     def get_short_help_str(self, limit: int = 0) -> str:
         """The line in the list of commands: the whole first sentence, where click takes as many words as fit."""
         first = " ".join((self.short_help or self.help or "").strip().split("\n\n")[0].split())
         return first.split(". ")[0]
+
+
+def _show_help(ctx: Any, parameter: Any, value: bool) -> None:
+    if value and not ctx.resilient_parsing:
+        result(ctx.get_help())
+        ctx.exit()

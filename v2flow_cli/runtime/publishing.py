@@ -57,7 +57,13 @@ def publishing(target: Path, prefix: str = MODEL, replaces: str = WEIGHTS) -> It
 
 
 def check_published(folder: Path, prefix: str = MODEL, error: type[V2FlowError] = ModelError) -> None:
-    """Raises: ``error`` where the files in ``folder`` are being replaced, or that was interrupted."""
+    """Raises: ``error`` where the files in ``folder`` are being replaced, or that was interrupted, or cannot be read.
+
+    safetensors says of a file without permission that it does not exist.
+    """
+    for path, mode in ((folder, os.R_OK | os.X_OK), *((file, os.R_OK) for file in folder.glob("*.safetensors"))):
+        if os.path.exists(path) and not os.access(path, mode):
+            raise error(f"{path}: cannot be read (Permission denied).")
     if (folder / f"{prefix}{_COMPLETE}").is_dir():
         raise error(
             f"{folder}: its files are being replaced, or that was interrupted. Repeat the command that wrote them (of "

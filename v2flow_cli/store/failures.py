@@ -57,8 +57,8 @@ def budget_error(failures: Sequence[Failure], budget: float) -> DataError:
     """The error for a training set that is ``over_budget``."""
     first, more = failures[0], f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
     return DataError(
-        f"{first.name}: {first.reason}{more}. This exceeds the error budget of {budget:.2%} of the samples. Restore "
-        "the data, or raise data.error_budget."
+        f"{first.name}: {first.reason.rstrip('.')}{more}. This exceeds the error budget of {budget:.2%} of the "
+        "samples. Restore the data, or raise data.error_budget."
     )
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from v2flow_cli.errors import DataError
+from v2flow_cli.errors import DataError, reason_of
 from v2flow_cli.store.text import printable
 
 _FILE_SUFFIXES = frozenset(
@@ -57,6 +58,28 @@ def check_apart(out: Path, inputs: Iterable[str | os.PathLike[str]], what: str =
                 f"{what} {out}: the same folder as the input {path}; outputs would mix with inputs. Use another "
                 "folder, which may lie inside it."
             )
+
+
+def not_writable(folder: Path) -> str:
+    """Why no file can be made in ``folder``, which need not exist: "cannot be written (REASON)"; empty if one can."""
+    nearest = folder
+    while not os.path.lexists(nearest) and nearest != nearest.parent:
+        nearest = nearest.parent  # the nearest existing one has to be a folder that can be written
+    try:
+        with tempfile.TemporaryFile(dir=nearest):
+            return ""
+    except OSError as error:
+        because = f", because {nearest} cannot" if nearest != folder else ""
+        return f"cannot be written{because} ({reason_of(error)})"
+
+
+def check_writable(paths: Iterable[Path | None]) -> None:
+    """Raises: DataError for a file that could not be written after hours of work: a folder, or in a closed one."""
+    for path in filter(None, paths):
+        if path.is_dir():
+            raise DataError(f"{path}: a folder; expected the name of a file.")
+        if problem := not_writable(path.parent):
+            raise DataError(f"{path}: {problem}.")
 
 
 def names_a_picture(out: str | os.PathLike[str], pictures: int) -> bool:

@@ -98,9 +98,10 @@ class EMAQuantizer(nn.Module):
     def nearest(self, vectors: Tensor) -> Tensor:
         """Ids of the nearest codes, the lowest id where two are equally near."""
         flat = vectors.flatten(0, -2)
-        scores = flat @ self.codebook.T
+        codebook = self.codebook.to(flat.dtype)  # a model that was cast to bf16 has it in bf16
+        scores = flat @ codebook.T
         if self.settings.distance == "euclidean":
-            scores = scores - 0.5 * self.codebook.square().sum(-1)
+            scores = scores - 0.5 * codebook.square().sum(-1)
         return scores.argmax(-1).view(vectors.shape[:-1])
 
     def _prepare(self, vectors: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from v2flow_cli.recipe.budget import Budget, Stage
 from v2flow_cli.runtime.device import cpu_cores
 from v2flow_cli.store.files import write_bytes
 from v2flow_cli.store.lock import locked
+from v2flow_cli.store.paths import not_writable
 from v2flow_cli.training.budget_stage import StageRun
 from v2flow_cli.training.resume import check_same_recipe
 from v2flow_cli.training.schedule import is_continued, planned_windows, window
@@ -115,11 +116,13 @@ def planned_seconds(budget: Budget, minutes: float) -> dict[str, float]:
 
 
 def check_inputs(budget: Budget, to_do: Iterable[str]) -> None:
-    """Check the data and outputs of the trainings before any of them starts.
+    """Check the folder, and the data and outputs of the trainings, before any of them starts.
 
-    Raises:  DataError for missing data that no stage writes; ModelError for an output that holds the run of another
-             recipe.
+    Raises:  DataError for a folder that cannot be written, and for missing data that no stage writes; ModelError for
+             an output that holds the run of another recipe.
     """
+    if problem := not_writable(budget.folder):
+        raise DataError(f"folder {budget.folder}: {problem}.")
     recipes = {name: stage.recipe for name, stage in budget.stages.items() if stage.recipe is not None}
     outputs = [Path(recipe.output) for recipe in recipes.values()]
     # The output of a command is one of its words.
@@ -228,13 +231,21 @@ def _start(
 
 
 def _copy_output(lines: TextIO, job: _Running, budget: Budget, log: Log) -> None:
-    """Copy the output of a stage to the log and to its own file."""
-    with open(budget.folder / f"budget-{job.stage.name}.log", "a", encoding="utf-8") as file:
-        for line in lines:
-            file.write(line)
-            file.flush()
-            job.last_lines = [*job.last_lines, line.strip()][-20:]
-            log(f"{job.stage.name}: {line.rstrip()}")
+    """Copy the output of a stage to the log and to its own file.
+
+    A file that cannot be written ends nothing: a stage whose output is not read would wait forever.
+    """
+    path, written = budget.folder / f"budget-{job.stage.name}.log", True
+    for line in lines:
+        job.last_lines = [*job.last_lines, line.strip()][-20:]
+        log(f"{job.stage.name}: {line.rstrip()}")
+        if written:
+            try:
+                with open(path, "a", encoding="utf-8") as file:
+                    file.write(line)
+            except OSError as error:
+                written = False
+                log(f"{path}: cannot be written ({error.strerror}); the output of the stage is shown here alone")
 
 
 def _finish(budget: Budget, job: _Running) -> None:

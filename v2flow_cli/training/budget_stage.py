@@ -7,6 +7,7 @@ request's file, so that a killed stage resumes with it exactly.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import signal
@@ -212,7 +213,8 @@ def _train(recipe: AutoencoderRecipe | TokenizerRecipe, log: Log, probe: tuple[f
 
 
 def _log(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # of a budget that was killed: the stage goes on, and the next run finds it
+        print(message, file=sys.stderr, flush=True)
 
 
 def main(path: Path) -> int:

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from v2flow_cli.runtime.publishing import flush
 from v2flow_cli.store.files import sha256_of
 
 FORMAT_VERSION = 1
+_KNOWN_INTACT: set[Path] = set()  # checkpoints that this process wrote or has verified
 
 
 class Interrupted(Exception):
@@ -68,9 +69,23 @@ def save_checkpoint(
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise ModelError(f"{final}: the checkpoint cannot be written ({error}). Earlier ones are untouched.") from None
-    for old in [path for path in list_checkpoints(root) if path <= final][:-keep]:  # later ones are damaged
-        shutil.rmtree(old)
+    rotate([path for path in list_checkpoints(root) if path <= final], keep, _is_intact)  # later ones are damaged
     return final
+
+
+def rotate(folders: Sequence[Path], keep: int, is_intact: Callable[[Path], bool]) -> None:
+    """Remove all of ``folders`` (oldest first, the last one just written) but the newest ``keep`` intact ones.
+
+    A damaged one does not count: a good one is not removed in its favour. Those of this process are not read again.
+    """
+    intact = 0
+    _KNOWN_INTACT.add(folders[-1])
+    for folder in reversed(folders):
+        if intact == keep:
+            shutil.rmtree(folder)
+        elif folder in _KNOWN_INTACT or is_intact(folder):
+            _KNOWN_INTACT.add(folder)
+            intact += 1
 
 
 def list_checkpoints(root: Path) -> list[Path]:
@@ -91,10 +106,7 @@ def load_newest(
     folders = list_checkpoints(root)
     for folder in reversed(folders):
         record = _read_state(folder)
-        if record is None or any(
-            not (folder / name).is_file() or sha256_of(folder / name) != digest
-            for name, digest in record["sha256"].items()
-        ):
+        if record is None or not _is_intact(folder):
             log(f"{folder}: damaged, skipped for an older checkpoint")
             continue
         groups = {Path(name).stem: load_file(folder / name) for name in record["sha256"]}
@@ -102,6 +114,13 @@ def load_newest(
     if folders:
         raise ModelError(f"{root}: all {len(folders)} checkpoints are damaged; remove the folder to start again.")
     return None
+
+
+def _is_intact(folder: Path) -> bool:
+    record = _read_state(folder)
+    return record is not None and all(
+        (folder / name).is_file() and sha256_of(folder / name) == digest for name, digest in record["sha256"].items()
+    )
 
 
 def _read_state(folder: Path) -> dict[str, Any] | None:

@@ -28,6 +28,7 @@ from v2flow_cli.errors import ModelError
 from v2flow_cli.runtime.permissions import set_default_mode
 from v2flow_cli.runtime.publishing import flush
 from v2flow_cli.store.files import sha256_of
+from v2flow_cli.training.checkpoint import rotate
 
 HASHES = "sha256.json"
 STAGING = ".partial"
@@ -151,8 +152,7 @@ def seal(folder: Path, root: Path, keep: int) -> None:
         flush(root)
     shutil.rmtree(folder.parent)
     found = list_checkpoints(root)
-    for old in found[: found.index(final) + 1][:-keep]:  # later ones are damaged
-        shutil.rmtree(old)
+    rotate(found[: found.index(final) + 1], keep, lambda path: not _damage(path))  # later ones are damaged
 
 
 def remove_unsealed(root: Path) -> None:

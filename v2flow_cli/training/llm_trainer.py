@@ -219,6 +219,7 @@ class RunClock(TrainerCallback, ExportableState):
         self.last_loss = next((logs["loss"] for logs in reversed(state.log_history) if "loss" in logs), math.nan)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        state.compute_steps(args, state.max_steps)  # else a resumed run saves and logs as often as before
         self.started, self.saved_seconds = time.monotonic(), self.seconds_before
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import functools
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from v2flow_cli.errors import ModelError, reason_of
+from v2flow_cli.errors import ModelError
 from v2flow_cli.store.lock import locked
-from v2flow_cli.store.paths import user_path
+from v2flow_cli.store.paths import not_writable, user_path
 
 OTHER = "choose another folder with --set output=FOLDER"
 Settings = ParamSpec("Settings")
@@ -49,12 +48,5 @@ def check_output(output: str | Path, resume: bool) -> None:
         )
     if folder.is_file():
         raise ModelError(f"output {output}: a file; expected a folder, which need not exist; {OTHER}.")
-    nearest = folder
-    while not nearest.exists() and nearest != nearest.parent:
-        nearest = nearest.parent  # the nearest existing one has to be a folder that can be written
-    try:
-        with tempfile.TemporaryFile(dir=nearest):
-            pass
-    except OSError as error:
-        problem = f"output {output}: cannot be written" + (f", because {nearest} cannot" if nearest != folder else "")
-        raise ModelError(f"{problem} ({reason_of(error)}); {OTHER}.") from error
+    if problem := not_writable(folder):
+        raise ModelError(f"output {output}: {problem}; {OTHER}.")
