@@ -114,8 +114,9 @@ def test_a_reader_of_stdout_who_has_gone_is_the_exit_code_of_sigpipe(tokens, tmp
     assert len(list((tmp_path / "tokens").glob("*.npy"))) == 2
 
 
-def test_a_reader_of_stderr_who_has_gone_does_not_stop_the_work(tokens):
-    process = start(*tokens)
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_of_stderr_who_has_gone_does_not_stop_the_work(tokens, unbuffered):
+    process = start(*tokens, env={"PYTHONUNBUFFERED": unbuffered})
     process.stderr.close()
     process.stderr = None
     code, out, _ = finish(process)

@@ -30,10 +30,11 @@ def install() -> None:
             setattr(sys, name, open(descriptor, "w" if descriptor else "r", encoding="utf-8", closefd=False))
     for stream in (sys.stdout, sys.stderr):  # characters outside the encoding are escaped, as \xe9 or \udce9
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-    raw = getattr(getattr(sys.stderr, "buffer", None), "raw", None)
+    buffer = getattr(sys.stderr, "buffer", None)
+    raw = getattr(buffer, "raw", buffer)  # without a buffer under PYTHONUNBUFFERED
     if isinstance(raw, io.FileIO) and not isinstance(raw, _Lossy):
-        buffer = io.BufferedWriter(_Lossy(raw.fileno(), "w", closefd=False))
-        sys.stderr = io.TextIOWrapper(buffer, sys.stderr.encoding, "backslashreplace", line_buffering=True)
+        lossy = io.BufferedWriter(_Lossy(raw.fileno(), "w", closefd=False))
+        sys.stderr = io.TextIOWrapper(lossy, sys.stderr.encoding, "backslashreplace", line_buffering=True)
 
 
 class _Lossy(io.FileIO):
