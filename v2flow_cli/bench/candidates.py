@@ -16,7 +16,8 @@ from torch import Tensor
 
 from v2flow_cli.bench.codebook_use import token_bytes
 from v2flow_cli.bench.codecs import Codec, best_at
-from v2flow_cli.bench.coder import Coder, inference
+from v2flow_cli.bench.coder import Coder
+from v2flow_cli.runtime.device import inference
 from v2flow_cli.tokenizer import V2FlowTokenizer
 from v2flow_cli.tokenizer.preprocess import to_uint8
 
@@ -77,7 +78,7 @@ def autoencoder_system(name: str, tokenizer: V2FlowTokenizer, *, dtype: torch.dt
     """The autoencoder without tokens: the upper limit of every setting."""
 
     def reconstruct(batch: Batch) -> Reconstruction:
-        with inference(tokenizer, dtype):
+        with inference(tokenizer.device, dtype):
             return Reconstruction(to_uint8(tokenizer.autoencode(batch.images.to(tokenizer.device))))
 
     return System(name, "autoencoder", name, reconstruct)

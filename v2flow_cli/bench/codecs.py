@@ -40,8 +40,6 @@ class CodecResult:
 
     pixels: np.ndarray
     bytes: int
-    downscale: int
-    quality: int
     psnr: float  # dB
 
 
@@ -64,29 +62,29 @@ def best_at(codec: Codec, pixels: np.ndarray, budget: int) -> CodecResult:
     """
     image = Image.fromarray(pixels)
     best: CodecResult | None = None
-    smallest: tuple[bytes, int, int] | None = None
+    smallest: bytes | None = None
     for downscale in DOWNSCALES:
         size = (max(1, round(image.width / downscale)), max(1, round(image.height / downscale)))
         small = image.resize(size, _RESAMPLE) if downscale > 1 else image
-        content, quality = _largest_within(codec, small, budget)
+        content = _largest_within(codec, small, budget)
         if len(content) <= budget:
-            candidate = _decode(content, pixels, downscale, quality)
+            candidate = _decode(content, pixels)
             if best is None or candidate.psnr > best.psnr:
                 best = candidate
-        elif smallest is None or len(content) < len(smallest[0]):
-            smallest = (content, downscale, quality)
+        elif smallest is None or len(content) < len(smallest):
+            smallest = content
     if best is None:
         assert smallest is not None  # if none fitted, all were too large
-        best = _decode(smallest[0], pixels, *smallest[1:])
+        best = _decode(smallest, pixels)
     return best
 
 
-def _largest_within(codec: Codec, image: Image.Image, budget: int) -> tuple[bytes, int]:
-    """(file, quality) of the highest quality within ``budget``, by bisection; of the lowest if none is."""
+def _largest_within(codec: Codec, image: Image.Image, budget: int) -> bytes:
+    """The file of the highest quality within ``budget``, by bisection; of the lowest if none is."""
     low, high = codec.min_quality, codec.max_quality + 1  # low fits, high does not
     content = _encode(codec, image, low)
     if len(content) > budget:
-        return content, low
+        return content
     while high - low > 1:
         middle = (low + high) // 2
         trial = _encode(codec, image, middle)
@@ -94,7 +92,7 @@ def _largest_within(codec: Codec, image: Image.Image, budget: int) -> tuple[byte
             low, content = middle, trial
         else:
             high = middle
-    return content, low
+    return content
 
 
 def _encode(codec: Codec, image: Image.Image, quality: int) -> bytes:
@@ -103,7 +101,7 @@ def _encode(codec: Codec, image: Image.Image, quality: int) -> bytes:
     return file.getvalue()
 
 
-def _decode(content: bytes, reference: np.ndarray, downscale: int, quality: int) -> CodecResult:
+def _decode(content: bytes, reference: np.ndarray) -> CodecResult:
     height, width, _ = reference.shape
     decoded = Image.open(io.BytesIO(content)).convert("RGB")
     if decoded.size != (width, height):
@@ -111,4 +109,4 @@ def _decode(content: bytes, reference: np.ndarray, downscale: int, quality: int)
     pixels = np.asarray(decoded)
     mse = np.square(pixels.astype(np.float64) - reference).mean()
     psnr = float(10 * np.log10(255.0**2 / mse)) if mse else float("inf")
-    return CodecResult(pixels, len(content), downscale, quality, psnr)
+    return CodecResult(pixels, len(content), psnr)

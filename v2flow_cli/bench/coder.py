@@ -11,11 +11,10 @@ and optionally ``name`` (str) and ``weights_digest`` (str).
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from v2flow_cli.bench.sweep import Setting
 from v2flow_cli.errors import ModelError
+from v2flow_cli.runtime.device import inference
 from v2flow_cli.tokenizer import V2FlowTokenizer
 
 
@@ -60,11 +60,11 @@ def v2flow_coder(model: str, tokenizer: V2FlowTokenizer, setting: Setting, dtype
     decoder = {"decoder": tokenizer.decoder_name} if len(tokenizer.decoder_names) > 1 else {}
 
     def encode(images: Tensor) -> Tensor:
-        with inference(tokenizer, dtype):
+        with inference(tokenizer.device, dtype):
             return tokenizer.encode(images, length)
 
     def decode(ids: Tensor, seeds: Sequence[int], size: tuple[int, int]) -> Tensor:
-        with inference(tokenizer, dtype):
+        with inference(tokenizer.device, dtype):
             return tokenizer.decode(ids, height=size[0], width=size[1], seeds=seeds, **setting.values)
 
     return Coder(
@@ -80,14 +80,6 @@ def v2flow_coder(model: str, tokenizer: V2FlowTokenizer, setting: Setting, dtype
         tokenizer.device,
         length,
     )
-
-
-@contextlib.contextmanager
-def inference(tokenizer: V2FlowTokenizer, dtype: torch.dtype) -> Iterator[None]:
-    """No gradients, and products in ``dtype``, as in the commands."""
-    kind = tokenizer.device.type
-    with torch.inference_mode(), torch.autocast(kind, dtype, enabled=dtype != torch.float32):
-        yield
 
 
 def load_external(name: str) -> Coder:

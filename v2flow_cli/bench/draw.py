@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from v2flow_cli.bench.coder import inference
 from v2flow_cli.bench.judge import Judge, Verdict, real_pictures, whole_object
 from v2flow_cli.bench.prompts import KINDS, Prompt
 from v2flow_cli.bench.references import Reference, nouns_with_colours
 from v2flow_cli.jobs.generate import Settings, draw_pictures, plan_pictures
 from v2flow_cli.llm.sample import DrawingLM
+from v2flow_cli.runtime.device import inference
 from v2flow_cli.tokenizer import V2FlowTokenizer
 from v2flow_cli.tokenizer.preprocess import to_uint8
 
@@ -238,7 +238,7 @@ def reconstruct(
     for first in range(0, len(pictures), batch_size):
         batch = [ImageOps.pad(Image.fromarray(p), (size, size), color="white") for p in pictures[first:][:batch_size]]
         images = torch.stack([tokenizer.image_processor.preprocess_one(image) for image in batch])
-        with inference(tokenizer, dtype):
+        with inference(tokenizer.device, dtype):
             ids = tokenizer.encode(images.to(tokenizer.device), num_tokens)
             decoded = tokenizer.decode(ids, height=size, width=size, seeds=list(range(first, first + len(batch))))
         results += list(to_uint8(decoded).numpy())

@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from v2flow_cli.errors import DataError
-from v2flow_cli.jobs.encode import Failure
+from v2flow_cli.store.failures import Failure
 from v2flow_cli.store.find import find_inputs
 from v2flow_cli.store.images import open_image
 from v2flow_cli.store.not_taken import NotTaken
@@ -45,7 +45,7 @@ class PhotoReader:
             try:
                 image = open_image(source, name)
             except DataError as error:
-                self.failed.append(Failure(name, str(error).removeprefix(f"{name}: ")))
+                self.failed.append(Failure.of(error, name))
                 continue
             counts[key] += 1
             yield (key if counts[key] == 1 else f"{key} ({counts[key]})"), image
@@ -58,4 +58,4 @@ class PhotoReader:
                 for key, content, _ in iterate_shard(shard, self.failed, self.not_taken):
                     yield key, f"{shard}/{key}", content
             except DataError as error:
-                self.failed.append(Failure(str(shard), str(error).removeprefix(f"{shard}: ")))
+                self.failed.append(Failure.of(error, shard))

@@ -10,21 +10,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-COLOURS = (
-    "black",
-    "white",
-    "grey",
-    "red",
-    "orange",
-    "yellow",
-    "green",
-    "turquoise",
-    "blue",
-    "purple",
-    "pink",
-    "brown",
-    "beige",
-)
+COLOURS = tuple("black white grey red orange yellow green turquoise blue purple pink brown beige".split())
 NUMBERS = {2: "two", 3: "three"}
 OPPOSITES = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 KINDS = ("object", "colour", "count", "relation")

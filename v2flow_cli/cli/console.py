@@ -162,7 +162,7 @@ def _bar() -> Progress:
     return Progress(label, *([BarColumn()] if console.width >= 60 else []), *figures, console=console, transient=True)
 
 
-def fail(message: str, code: int = EXIT_FAILED) -> None:
-    """Print ``message`` as an error on stderr and exit with ``code``."""
+def fail(message: str) -> None:
+    """Print ``message`` as an error on stderr and exit with 1."""
     log(f"error: {message}")
-    raise SystemExit(code)
+    raise SystemExit(EXIT_FAILED)

@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from v2flow_cli.cli import options
 from v2flow_cli.cli.console import ERROR_BUDGET, fail, failures_json, log, log_left_out, progress, result, result_json
-
-
-class Verify(str, Enum):
-    quick = "quick"
-    full = "full"
 
 
 def encode(
@@ -53,9 +47,9 @@ def encode(
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     verify: Annotated[
-        Verify,
+        Literal["quick", "full"],
         typer.Option(help="quick: check the bytes that are read against the tars' manifest. full: all bytes first."),
-    ] = Verify.quick,
+    ] = "quick",
     error_budget: Annotated[
         float, typer.Option(min=0, max=1, help="Share of bad images up to which the exit code is 0; all are listed.")
     ] = ERROR_BUDGET,
@@ -132,7 +126,7 @@ def encode(
                 out,
                 force=force,
                 tick=tick,
-                verify=verify.value,
+                verify=verify,
                 ranks=ranks,
                 max_minutes=max_minutes,
                 not_taken=not_taken,

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
 from v2flow_cli.cli import options
 from v2flow_cli.cli.console import ERROR_BUDGET, fail, failures_json, log, log_left_out, progress, result, result_json
 
-
-class Check(str, Enum):
-    quick = "quick"  # sizes and counts
-    full = "full"  # every byte
+Check = Literal["quick", "full"]  # sizes and counts; every byte
 
 
 def shard(
@@ -168,11 +164,11 @@ def _check(source: str, check: Check, json_: bool) -> None:
     with progress("check", len(shards)) as tick:
         for path in (shard.path for shard in shards):
             try:
-                index = index_shard(path, check.value)
+                index = index_shard(path, check)
                 samples += len(index.samples)
                 failures += index.failures
             except DataError as error:
-                failures.append(Failure(str(path), str(error).removeprefix(f"{path}: "), samples=None))
+                failures.append(Failure.of(error, path, samples=None))
             tick()
     if json_:
         result_json({"shards": len(shards), "samples": samples, "failed": failures_json(failures)})
@@ -181,4 +177,4 @@ def _check(source: str, check: Check, json_: bool) -> None:
     for failure in failures:
         log(f"{failure.name}: {failure.reason}")
     if failures:
-        fail(f"{source}: differs from its manifest; the {check.value} check found {len(failures)} problems.")
+        fail(f"{source}: differs from its manifest; the {check} check found {len(failures)} problems.")

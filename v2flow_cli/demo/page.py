@@ -159,9 +159,9 @@ def _draw(
     """``prompt`` at each temperature, also as PNG files in ``folder``."""
     import numpy as np
 
-    from v2flow_cli.bench.coder import inference
     from v2flow_cli.bench.report.page import DrawnPicture
     from v2flow_cli.llm.sample import DrawingLM
+    from v2flow_cli.runtime.device import inference
     from v2flow_cli.store.files import write_bytes
     from v2flow_cli.store.images import png_bytes
     from v2flow_cli.tokenizer.preprocess import to_pil
@@ -170,7 +170,7 @@ def _draw(
     count = len(TEMPERATURES)
     with progress(f"a sentence to pictures: {prompt}", drawer.vocabulary.tokens_per_image) as tick:
         token_ids = drawer.generate([prompt] * count, seeds=[0] * count, temperature=TEMPERATURES, tick=tick)
-    with inference(tokenizer, dtype):
+    with inference(device, dtype):
         images = to_pil(tokenizer.decode(token_ids, seeds=[0] * count))
     for temperature, image in zip(TEMPERATURES, images):
         write_bytes(folder / f"temperature-{temperature:g}.png", png_bytes(image))

@@ -11,12 +11,11 @@ from PIL import Image, ImageDraw
 
 from v2flow_cli.bench import similarity
 from v2flow_cli.bench.codebook_use import token_bytes
-from v2flow_cli.bench.coder import inference
 from v2flow_cli.bench.report import illustrations
 from v2flow_cli.bench.report.token_view import TokenView, token_view
 from v2flow_cli.errors import V2FlowError
 from v2flow_cli.llm.sample import STOPPED, DrawingLM
-from v2flow_cli.runtime.device import pick_device, pick_dtype
+from v2flow_cli.runtime.device import inference, pick_device, pick_dtype
 from v2flow_cli.tokenizer import V2FlowTokenizer
 from v2flow_cli.tokenizer.preprocess import image_to_tensor, to_pil, to_uint8
 
@@ -67,13 +66,13 @@ class Studio:
 
     def encode(self, images: torch.Tensor, num_tokens: float | None = None) -> list[int]:
         """The token ids of one image."""
-        with inference(self.tokenizer, self.dtype):
+        with inference(self.tokenizer.device, self.dtype):
             ids = self.tokenizer.encode(images, None if num_tokens is None else int(num_tokens))
         return ids[0].tolist()
 
     def decode(self, ids: list[int], settings: DecoderSettings) -> torch.Tensor:
         """The image of token ids, (1, 3, H, W) in [-1, 1]."""
-        with inference(self.tokenizer, self.dtype):
+        with inference(self.tokenizer.device, self.dtype):
             return self.tokenizer.decode(
                 torch.tensor([ids], device=self.tokenizer.device),
                 height=self.size,

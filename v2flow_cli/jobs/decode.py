@@ -16,7 +16,7 @@ from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 
 from v2flow_cli.errors import TokenFileError
-from v2flow_cli.runtime.device import cpu_cores, pick_batch_size
+from v2flow_cli.runtime.device import cpu_cores, inference, pick_batch_size
 from v2flow_cli.store.failures import Failure
 from v2flow_cli.store.files import check_absent, map_ahead, write_bytes
 from v2flow_cli.store.find import InputFile
@@ -80,7 +80,7 @@ def open_token_files(
         try:
             opened.append(_open(tokenizer, file, manifest, out, taken))
         except TokenFileError as error:
-            report.failures.append(Failure(str(file.path), str(error).removeprefix(f"{file.path}: ")))
+            report.failures.append(Failure.of(error, file.path))
     report.without_manifest = sum(not rows.has_manifest for rows in opened)
     if names_a_picture(out, sum(len(rows.keys) for rows in opened)):
         opened = [dataclasses.replace(rows, targets=[out]) for rows in opened]
@@ -177,7 +177,7 @@ def _decode_batches(
         token_ids = pad_sequence(rows, batch_first=True).to(device)  # (B, L), padded after ``lengths``
         lengths = [len(row) for row in rows]
         seeds = [image_seed(seed, key) for _, key, _ in batch]
-        with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        with inference(device, dtype):
             images = tokenizer.decode(token_ids, lengths=lengths, height=height, width=width, seeds=seeds, **sampling)
         yield from zip(to_pil(images), (target for _, _, target in batch))
 

@@ -20,7 +20,7 @@ from v2flow_cli.errors import DataError, UnwritableName
 from v2flow_cli.jobs.encode_resume import EncodeReport, begin_run, end_run
 from v2flow_cli.jobs.prefixes import Prefixes, shortest_prefixes
 from v2flow_cli.recipe.schema import MAX_ASPECT
-from v2flow_cli.runtime.device import cpu_cores, pick_batch_size
+from v2flow_cli.runtime.device import cpu_cores, inference, pick_batch_size
 from v2flow_cli.runtime.processes import Processes
 from v2flow_cli.store.captions import captions_beside, captions_of
 from v2flow_cli.store.failures import Failure, load_failures, save_failures
@@ -155,8 +155,7 @@ class SetEncoder:
                 raise content
             image = open_image(content, name)
         except DataError as error:
-            reason = str(error).removeprefix(f"{name}: ").removeprefix(f"{source}: ")
-            return key, Failure(source, reason, None if isinstance(content, Path) else key)
+            return key, Failure.of(error, source, None if isinstance(content, Path) else key)
         if self.keep_aspect:
             return key, image_to_tensor(image, self.tokenizer.fitted_size(*image.size, self.image_size))
         return key, image_to_tensor(image, self.image_size)
@@ -175,10 +174,7 @@ class SetEncoder:
     def _encode_size(self, batch: list[tuple[str, Tensor]], size: tuple[int, int]) -> Iterator[Encoded]:
         device = self.tokenizer.device
         images = torch.stack([pixels for _, pixels in batch]).to(device)  # (B, 3, H, W)
-        with (
-            torch.inference_mode(),
-            torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32),
-        ):
+        with inference(device, self.dtype):
             token_ids = self.tokenizer.encode(images, self.prefixes.tokens)  # (B, L)
             lengths: list[int | None] = [None] * len(batch)
             if self.prefixes.min_psnr_db is not None:
@@ -335,7 +331,7 @@ def _encode_shard(
             failures = [Failure(str(shard.path), "no image in it", samples=0)]
     except DataError as error:
         rows = ShardIds(0, encoder.empty_manifest)
-        failures = [Failure(str(shard.path), str(error).removeprefix(f"{shard.path}: "), samples=None)]
+        failures = [Failure.of(error, shard.path, samples=None)]
     if failures:
         save_failures(_bad_path(target), failures)
     elif _bad_path(target).exists():

@@ -17,6 +17,7 @@ from PIL.PngImagePlugin import PngInfo
 from v2flow_cli.errors import DataError
 from v2flow_cli.llm.sample import STOPPED, DrawingLM
 from v2flow_cli.recipe.schema import SAMPLING_OPTIONS
+from v2flow_cli.runtime.device import inference
 from v2flow_cli.store.files import append_line, write_bytes
 from v2flow_cli.store.images import png_bytes
 from v2flow_cli.store.text import printable, whole_lines
@@ -120,11 +121,10 @@ def draw_images(
         num_tokens=settings.num_tokens,
         tick=tick,
     )
-    kind = image_tokenizer.device.type
     lengths = (token_ids != STOPPED).sum(1).tolist()
     sampling = {name: getattr(settings, name) for name in SAMPLING_OPTIONS.values()}
     results: dict[int, tuple[torch.Tensor, Image.Image]] = {}
-    with torch.inference_mode(), torch.autocast(kind, dtype, enabled=dtype != torch.float32):
+    with inference(image_tokenizer.device, dtype):
         for length in sorted(set(lengths)):
             rows = [i for i, row_length in enumerate(lengths) if row_length == length]
             seeds = [pictures[i].seed for i in rows]

@@ -61,9 +61,7 @@ class Source:
 
     def failed(self, error: DataError) -> Failure:
         """The failure of this image for the reason ``error``."""
-        path = str(self.image.path)
-        key = None if self.member is None else self.member.key
-        return Failure(path, str(error).removeprefix(f"{self.name}: ").removeprefix(f"{path}: "), key)
+        return Failure.of(error, self.image.path, None if self.member is None else self.member.key)
 
 
 def sources_from_sidecars(
@@ -111,7 +109,7 @@ def sources_from_tars(
         try:
             index = index_shard(shard.path)
         except DataError as error:
-            failures.append(Failure(str(shard.path), str(error).removeprefix(f"{shard.path}: "), samples=None))
+            failures.append(Failure.of(error, shard.path, samples=None))
             continue
         failures += index.failures
         stamp = fingerprint(shard.path)

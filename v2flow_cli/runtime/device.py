@@ -76,6 +76,13 @@ def without_autocast(tensor: torch.Tensor) -> torch.autocast:
     return torch.autocast(kind if torch.amp.is_autocast_available(kind) else "cpu", enabled=False)
 
 
+@contextlib.contextmanager
+def inference(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """No gradients, and products in ``dtype``: how every command computes."""
+    with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        yield
+
+
 _TF32_LOCK = threading.Lock()
 _tf32_uses: list[tuple[object, bool, bool]] = []  # of each open context: its identity, matrix products, convolutions
 

@@ -11,11 +11,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from v2flow_cli.bench.coder import inference
 from v2flow_cli.jobs.generate import Picture, Settings, check_pair, draw_images
 from v2flow_cli.llm.sample import DrawingLM
 from v2flow_cli.llm.sampling import DEFAULT_LLM
-from v2flow_cli.runtime.device import pick_device, pick_dtype
+from v2flow_cli.runtime.device import inference, pick_device, pick_dtype
 from v2flow_cli.tokenizer import V2FlowTokenizer
 from v2flow_cli.tokenizer.preprocess import to_pil
 
@@ -76,7 +75,7 @@ class Encode:
 
     def run(self, models: Models, payloads: Sequence[Tensor], tick: Tick) -> list[list[int]]:
         images = torch.stack(list(payloads)).to(models.tokenizer.device)
-        with inference(models.tokenizer, models.dtype):
+        with inference(models.tokenizer.device, models.dtype):
             return models.tokenizer.encode(images, self.num_tokens).tolist()
 
 
@@ -92,7 +91,7 @@ class Decode:
 
     def run(self, models: Models, payloads: Sequence[tuple[list[int], int]], tick: Tick) -> list[Image.Image]:
         ids = torch.tensor([ids for ids, _ in payloads], device=models.tokenizer.device)
-        with inference(models.tokenizer, models.dtype):
+        with inference(models.tokenizer.device, models.dtype):
             images = models.tokenizer.decode(
                 ids,
                 height=self.height,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from v2flow_cli.errors import DataError
+from v2flow_cli.errors import DataError, TokenFileError
 from v2flow_cli.store.files import write_bytes
 from v2flow_cli.store.text import printable, whole_lines
 
@@ -24,6 +24,16 @@ class Failure:
     reason: str
     key: str | None = None
     samples: int | None = 1
+
+    @classmethod
+    def of(
+        cls, error: DataError | TokenFileError, source: str | Path, key: str | None = None, samples: int | None = 1
+    ) -> Failure:
+        """The failure for the reason ``error``, whose message may begin with the names of ``source`` and ``key``."""
+        reason = str(error)
+        for name in (f"{source}/{key}", str(source)):
+            reason = reason.removeprefix(f"{name}: ").removeprefix(f"{printable(name)}: ")
+        return cls(str(source), reason, key, samples)
 
     @property
     def name(self) -> str:

@@ -46,7 +46,7 @@ def same_place(first: str | os.PathLike[str], second: str | os.PathLike[str]) ->
         return real_path(first) == real_path(second)
 
 
-def check_apart(out: Path, inputs: Iterable[str | os.PathLike[str]], what: str = "-o") -> None:
+def check_apart(out: Path, inputs: Iterable[str | os.PathLike[str]]) -> None:
     """Raises: DataError if the output folder is an input, or the folder of an input file.
 
     An output folder inside an input folder is allowed, because the search of the input leaves it out.
@@ -55,7 +55,7 @@ def check_apart(out: Path, inputs: Iterable[str | os.PathLike[str]], what: str =
         folder = path.parent if path.is_file() else path
         if same_place(out, folder):
             raise DataError(
-                f"{what} {out}: the same folder as the input {path}; outputs would mix with inputs. Use another "
+                f"-o {out}: the same folder as the input {path}; outputs would mix with inputs. Use another "
                 "folder, which may lie inside it."
             )
 
@@ -95,7 +95,7 @@ def names_a_picture(out: str | os.PathLike[str], pictures: int) -> bool:
     return True
 
 
-def output_folder(text: str | os.PathLike[str], what: str = "-o") -> Path:
+def output_folder(text: str | os.PathLike[str]) -> Path:
     """The output folder that ``text`` names.
 
     Raises: DataError for a file, and for the name of a file (``fox.png``) unless there is such a folder.
@@ -104,13 +104,13 @@ def output_folder(text: str | os.PathLike[str], what: str = "-o") -> Path:
     if out.is_dir():
         return out
     if out.exists() or out.is_symlink():
-        raise DataError(f"{what} {out}: a file; expected a folder, which need not exist.")
+        raise DataError(f"-o {out}: a file; expected a folder, which need not exist.")
     above = next((folder for folder in out.parents if os.path.lexists(folder)), Path())
     if not above.is_dir():
-        raise DataError(f"{what} {out}: {above} is a file; expected a folder to make it in.")
+        raise DataError(f"-o {out}: {above} is a file; expected a folder to make it in.")
     if out.suffix.lower() in _FILE_SUFFIXES:
         raise DataError(
-            f"{what} {out}: the name of a file; expected a folder. Use {out.with_suffix('')}, or create the folder "
+            f"-o {out}: the name of a file; expected a folder. Use {out.with_suffix('')}, or create the folder "
             f"{out} first."
         )
     return out

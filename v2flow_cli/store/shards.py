@@ -22,9 +22,8 @@ from v2flow_cli.store.not_taken import NotTaken
 from v2flow_cli.store.shard_index import Member, SampleIndex, ShardInfo, load_index, load_manifest, read_member
 from v2flow_cli.store.tar_scan import scan_tar
 
-Verify = Literal[
-    "quick", "full"
-]  # quick: sizes, counts and the digests of members that are read; full: every shard's SHA-256 first
+# quick: sizes, counts and the digests of members that are read; full: every shard's SHA-256 first
+Verify = Literal["quick", "full"]
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,7 @@ def _by_index(path: Path, info: ShardInfo, samples: list[SampleIndex], verify: V
                         read_member(file, member)
                     checked.append(sample)
                 except DataError as error:
-                    failures.append(Failure(str(path), str(error).removeprefix(f"{path}: "), sample.key))
+                    failures.append(Failure.of(error, path, sample.key))
         intact = checked
     if damaged and not failures:
         reason = f"{size:,} bytes that differ from its manifest's {info.bytes:,}, but every sample in it is intact"
@@ -112,7 +111,7 @@ def _by_headers(path: Path, info: ShardInfo | None, verify: Verify) -> ShardInde
     except DataError as error:
         if info is None:
             raise
-        return ShardIndex([], [Failure(str(path), str(error).removeprefix(f"{path}: "), samples=info.samples)])
+        return ShardIndex([], [Failure.of(error, path, samples=info.samples)])
     not_taken = NotTaken()
     samples, failures, scattered = _group(path, scan.members, not_taken)
     for name, reason in scan.left_out:
@@ -202,7 +201,7 @@ def iterate_shard(
                 try:
                     content, captions = read_member(file, sample.members[sample.image]), captions_of(file, sample)
                 except DataError as error:
-                    lost.append(Failure(str(path), str(error).removeprefix(f"{path}: "), sample.key))
+                    lost.append(Failure.of(error, path, sample.key))
                     continue
                 yield sample.key, content, captions
     if lost and failures is None:

@@ -52,9 +52,8 @@ class SampleStream:
     indexes, and the listing of a folder of images. ``failures`` are the lost samples of damaged shards, ``not_taken``
     the files that are not used in the sources and in the shards that were indexed.
 
-    Args:   sources, paths; shuffle_shards, shards whose samples are shuffled together; shuffle, False keeps the
-            order of the disk; error_budget, share of the samples that damaged shards may have lost; output, the
-            folder of the run, which is not searched.
+    Args:   sources, paths; shuffle_shards, shards whose samples are shuffled together; error_budget, share of
+            the samples that damaged shards may have lost; output, the folder of the run, which is not searched.
     Raises: DataError for a source that is missing, has no images, is the output, or has lost more than the budget.
     """
 
@@ -66,7 +65,6 @@ class SampleStream:
         rank: int = 0,
         world_size: int = 1,
         shuffle_shards: int = 8,
-        shuffle: bool = True,
         error_budget: float = 0.0,
         output: str | None = None,
     ) -> None:
@@ -79,7 +77,7 @@ class SampleStream:
         self._shards = [shard for source in sources for shard in _shards_of(source, out, self.not_taken)]
         self.failures: list[Failure] = list(self.not_taken.lost)
         self._seed, self._rank, self._world_size = seed, rank, world_size
-        self._window, self._shuffle = shuffle_shards, shuffle
+        self._window = shuffle_shards
         self._counts: dict[int, int] = {}  # samples of the shards counted so far
         self._indexed: set[int] = set()
         self._error_budget = error_budget
@@ -108,9 +106,7 @@ class SampleStream:
         epoch, offset = divmod(start * self._world_size + self._rank, total)
         with _Files() as files:
             while True:
-                order = np.arange(len(self._shards))
-                if self._shuffle:
-                    order = np.random.default_rng([self._seed, epoch]).permutation(order)
+                order = np.random.default_rng([self._seed, epoch]).permutation(len(self._shards))
                 offset = yield from self._one_epoch(epoch, order, offset, files)
                 epoch += 1
 
@@ -131,9 +127,7 @@ class SampleStream:
             size = sum(self._count(i) for i in window)
             if offset < size:
                 refs = [(i, ref) for i in window for ref in self._index(i)]
-                positions = np.arange(size)
-                if self._shuffle:
-                    positions = np.random.default_rng([self._seed, epoch, first + 1]).permutation(positions)
+                positions = np.random.default_rng([self._seed, epoch, first + 1]).permutation(size)
                 while offset < size:
                     i, ref = refs[positions[offset]]
                     yield self._ref(i, ref, files)

@@ -54,10 +54,10 @@ def _without_mark(content: bytes) -> str:
     return "utf-16-le" if odd else "utf-16-be"
 
 
-def read_text(path: Path, errors: str = "strict") -> str:
+def read_text(path: Path) -> str:
     """The text of a file.  Raises: DataError if it cannot be read or is not text."""
     try:
-        return decode_text(path.read_bytes(), path, errors)
+        return decode_text(path.read_bytes(), path)
     except OSError as error:
         raise DataError(f"{path}: cannot be read as UTF-8 text ({error.strerror or error}).") from None
 

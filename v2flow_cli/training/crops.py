@@ -133,8 +133,7 @@ def _first_good(refs: Iterable[SampleRef], failures: list[Failure]) -> tuple[Sam
             sample = ref.load()
             return sample, open_image(sample.image, name=sample.source)
         except DataError as error:
-            reason = str(error).removeprefix(f"{ref.source}: ")
-            failures.append(Failure(ref.source, reason, ref.key if ref.in_shard else None))
+            failures.append(Failure.of(error, ref.source, ref.key if ref.in_shard else None))
     raise DataError(
         f"{failures[-1].name}: {failures[-1].reason} The {TRIES - 1} samples before it are bad too. Check the data."
     )

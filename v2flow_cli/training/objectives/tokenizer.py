@@ -320,16 +320,6 @@ DEPTHS = ("encoder_depth", "decoder_depth")  # of the context, which may be larg
 
 # Keys of a section that determine the shapes of its weights.
 SHAPES = (
-    "kind",
-    "hidden_size",
-    "depth",
-    "codebook_size",
-    "levels",
-    "encoder_depth",
-    "decoder_depth",
-    "token_depth",
-    "tokens_per_256px",
-    "other_tokens_per_256px",
-    "max_tokens",
-    "patch_size",
-)
+    "kind hidden_size depth codebook_size levels encoder_depth decoder_depth token_depth tokens_per_256px "
+    "other_tokens_per_256px max_tokens patch_size"
+).split()
