@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 INSIDE = [
     "v2flow_cli/py.typed",
     "v2flow_cli/bench/report/report.html",
+    "v2flow_cli/bench/report/parts.html",
     "v2flow_cli/demo/app.py",
     "v2flow_cli/assets/default/tokenizer/model.safetensors",
     "v2flow_cli/assets/default/tokenizer/config.json",

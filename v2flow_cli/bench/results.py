@@ -10,7 +10,7 @@ import dataclasses
 import io
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +98,32 @@ def columns(table: Table) -> list[Metric]:
         for metric in METRICS
         if metric.heading and (metric.always or any(row.get(metric.key) is not None for row in table.rows))
     ]
+
+
+def codes_text(row: Record) -> str:
+    """The codes that a tokenizer's row used, and their bits."""
+    codebook = row["codebook"]
+    return (
+        f"{codebook['distinct']:,} of {codebook['codebook_size']:,} codes used ({codebook['usage']:.1%}) by "
+        f"{codebook['tokens']:,} tokens; perplexity {codebook['perplexity']:,.0f}; {codebook['entropy_bits']:.2f} bits "
+        f"a token by their entropy, {codebook['adaptive_bits']:.2f} by an adaptive code"
+    )
+
+
+def speed_text(row: Record) -> str:
+    """The speed of a row, its conditions, and the memory."""
+    speed = row["speed"]
+    return (
+        f"speed: encode {speed['encode_images_per_s']:.2f}, decode {speed['decode_images_per_s']:.2f} images/s "
+        f"(batch {speed['batch_size']}, {speed['dtype']}, {speed['device']}, threads {speed['threads']}; median of "
+        f"{speed['repeats']}); peak memory {speed['peak_memory_bytes'] / 2**30:.2f} GiB {speed['peak_memory_kind']}"
+    )
+
+
+def help_text(seconds: Mapping[str, float]) -> str:
+    """The seconds of ``v2flow --help``, and of the slowest command."""
+    slowest = max(seconds, key=lambda command: seconds[command])
+    return f"{seconds['']:.2f} s; the slowest command, {slowest or 'v2flow'}: {seconds[slowest]:.2f} s"
 
 
 def length_curves(table: Table) -> dict[str, list[Record]]:

@@ -79,14 +79,12 @@ def draw(
     from v2flow_cli.bench.references import nouns_with_colours, read_references, split_held_out
     from v2flow_cli.cli.generate import read_prompts as read_lines
     from v2flow_cli.errors import DataError
-    from v2flow_cli.jobs.generate import Settings, check_pair, plan_pictures
-    from v2flow_cli.llm.sample import DrawingLM
+    from v2flow_cli.jobs.generate import Settings, load_models, plan_pictures
     from v2flow_cli.llm.sampling import stored_sampling
-    from v2flow_cli.runtime.device import pick_device, pick_dtype
+    from v2flow_cli.runtime.device import pick_device
     from v2flow_cli.store.files import check_absent, write_bytes
     from v2flow_cli.store.not_taken import NotTaken
     from v2flow_cli.store.paths import check_writable
-    from v2flow_cli.tokenizer import V2FlowTokenizer
 
     check_writable([report])
     not_taken = NotTaken()
@@ -106,11 +104,8 @@ def draw(
     if not parsed:
         raise DataError(f"{', '.join(references)}: no title has two pictures; use --prompts FILE.")
 
-    target = pick_device(device)
-    space = load_space(features, target)
-    tokenizer = V2FlowTokenizer.from_pretrained(model, decoder=decoder).to(target)
-    llm = DrawingLM.from_pretrained(llm_model, target, pick_dtype(dtype, target))
-    check_pair(llm, tokenizer)
+    space = load_space(features, pick_device(device))
+    tokenizer, llm, number_format = load_models(model, llm_model, device, dtype, decoder=decoder, option="--model")
     llm.length(tokens)  # a number that it cannot draw is an error before anything is drawn
     sampling = options.llm_sampling(stored_sampling(llm.name), top_k=top_k, top_p=top_p, guidance_scale=llm_cfg)
     temperature = sampling.temperature if temp is None else temp
@@ -140,7 +135,7 @@ def draw(
             seeds=seeds,
             per_kind=max(per_kind, 100),
             batch_size=batch_size,
-            dtype=pick_dtype(dtype, target),
+            dtype=number_format,
             tick=tick,
         )
     not_taken.log(log)

@@ -15,8 +15,8 @@ def join(
     files: Annotated[
         list[Path], typer.Argument(metavar="FILE.json...", help="Results that `v2flow bench --json` printed.")
     ],
-    csv: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the table: one line a system.")] = None,
-    report: Annotated[Path | None, typer.Option(metavar="FILE.html", help="Write a page with all results.")] = None,
+    csv: options.Csv = None,
+    report: options.Report = None,
     json_: options.Json = False,
 ) -> None:
     """Put saved results of the same protocol into one table; measure nothing.

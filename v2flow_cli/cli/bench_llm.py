@@ -40,16 +40,11 @@ def llm(
         raise typer.BadParameter(f"{len(model)} tokenizers; an LLM draws the tokens of one.", param_hint="--model")
 
     from v2flow_cli.bench.llm import measure_llm, read_captioned
-    from v2flow_cli.jobs.generate import check_pair
-    from v2flow_cli.llm.sample import DrawingLM
-    from v2flow_cli.runtime.device import pick_device, pick_dtype
+    from v2flow_cli.jobs.generate import load_models
     from v2flow_cli.store.not_taken import NotTaken
-    from v2flow_cli.tokenizer import V2FlowTokenizer
 
-    not_taken, target = NotTaken(), pick_device(device)
-    tokenizer = V2FlowTokenizer.from_pretrained(model[0] if model else None).to(target)
-    drawing_lm = DrawingLM.from_pretrained(llm_model, target, pick_dtype(dtype, target))
-    check_pair(drawing_lm, tokenizer)
+    not_taken = NotTaken()
+    tokenizer, drawing_lm, _ = load_models(model[0] if model else None, llm_model, device, dtype, option="--model")
     with progress("read", None) as tick:
         length = drawing_lm.vocabulary.tokens_per_image
         pairs = read_captioned(sources, tokenizer, length, limit, tick, not_taken)

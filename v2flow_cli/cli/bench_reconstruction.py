@@ -21,10 +21,7 @@ def reconstruction(
         str | None,
         typer.Option(metavar="PIXELS,...", help="Sides of the centre crop, as 256,512. Default: the model's."),
     ] = None,
-    aspect: Annotated[
-        options.Aspect,
-        typer.Option(help="square: the centre crop. keep: the whole picture, of the same area."),
-    ] = "square",
+    aspect: options.Aspect = "square",
     model: options.Tokenizers = None,
     external: Annotated[
         list[str] | None,
@@ -54,11 +51,11 @@ def reconstruction(
     noise: options.Noise = None,
     limit: options.Limit = None,
     batch_size: options.BatchSize = 8,
-    report: Annotated[Path | None, typer.Option(metavar="FILE.html", help="Write a page with all results.")] = None,
+    report: options.Report = None,
     report_images: Annotated[
         int | None, typer.Option(min=0, help="Images shown on the page of --report. Default: 12.")
     ] = None,
-    csv: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the table: one line a system.")] = None,
+    csv: options.Csv = None,
     images_csv: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the figures of every single image.")
     ] = None,
@@ -142,7 +139,7 @@ def reconstruction(
     from v2flow_cli.bench.codec_speed import first_answer_seconds, help_seconds
     from v2flow_cli.bench.coder import load_external
     from v2flow_cli.bench.networks import load_networks
-    from v2flow_cli.bench.results import as_csv, as_record, tables
+    from v2flow_cli.bench.results import as_csv, as_record, help_text, tables
     from v2flow_cli.bench.results import images_csv as images_as_csv
     from v2flow_cli.bench.run import run_bench
     from v2flow_cli.runtime.device import pick_device, pick_dtype
@@ -215,10 +212,11 @@ def reconstruction(
             }
         )
     else:
-        from v2flow_cli.cli.bench_terminal import print_first_answers, print_help_seconds, print_tables
+        from v2flow_cli.cli.bench_terminal import print_first_answers, print_tables
 
         print_tables(measured)
-        print_help_seconds(seconds_of_help)
+        if seconds_of_help:
+            result(f"--help: {help_text(seconds_of_help)}")
         print_first_answers(first_answers)
         for file in filter(None, (report, csv, images_csv)):
             result(f"wrote {file}")

@@ -11,13 +11,13 @@ from v2flow_cli.cli.text_table import text_table
 CURVE_WIDTH = 40  # columns of the terminal's plot of PSNR over length
 
 if TYPE_CHECKING:
-    from v2flow_cli.bench.results import Record, Table
+    from v2flow_cli.bench.results import Table
 
 
 def print_tables(tables: Sequence[Table]) -> None:
     """Print every table, the published one of its size below it, then the codebooks."""
     from v2flow_cli.bench.published import PUBLISHED, SOURCE
-    from v2flow_cli.bench.results import columns, shown
+    from v2flow_cli.bench.results import codes_text, columns, shown, speed_text
 
     for table in tables:
         protocol, metrics = table.protocol, columns(table)
@@ -36,7 +36,10 @@ def print_tables(tables: Sequence[Table]) -> None:
             ]
             result(text_table(heads, rows) + "\n")
         for row in table.rows:
-            _print_codes(row)
+            if row["codebook"]:
+                result(f"{row['system']}: {codes_text(row)}")
+            if row["speed"]:
+                result(f"  {speed_text(row)}")
         _print_curves(table)
 
 
@@ -72,30 +75,6 @@ def _print_curves(table: Table) -> None:
             numbers = "  ".join(cell.rjust(width) for cell, width in zip(line, widths))
             result(f"{numbers}  {line[3]}".rstrip())
         result("")
-
-
-def _print_codes(row: Record) -> None:
-    codebook, speed = row["codebook"], row["speed"]
-    if codebook:
-        result(
-            f"{row['system']}: {codebook['distinct']:,} of {codebook['codebook_size']:,} codes used "
-            f"({codebook['usage']:.1%}) by {codebook['tokens']:,} tokens; perplexity {codebook['perplexity']:,.0f}; "
-            f"{codebook['entropy_bits']:.2f} bits a token by their entropy, {codebook['adaptive_bits']:.2f} by an "
-            "adaptive code"
-        )
-    if speed:
-        result(
-            f"  speed: encode {speed['encode_images_per_s']:.2f}, decode {speed['decode_images_per_s']:.2f} images/s "
-            f"(batch {speed['batch_size']}, {speed['dtype']}, {speed['device']}); "
-            f"peak memory {speed['peak_memory_bytes'] / 2**30:.2f} GiB {speed['peak_memory_kind']}"
-        )
-
-
-def print_help_seconds(seconds: Mapping[str, float]) -> None:
-    """Print the seconds of ``--help``."""
-    if seconds:
-        slowest = max(seconds, key=lambda command: seconds[command])
-        result(f"--help: {seconds['']:.2f} s; the slowest command, {slowest or 'v2flow'}: {seconds[slowest]:.2f} s")
 
 
 def print_first_answers(seconds: Mapping[str, float]) -> None:

@@ -26,10 +26,7 @@ def encode(
         int | None,
         typer.Option(min=1, help="Side of the square, or of one of the same area, in pixels. Default: the model's."),
     ] = None,
-    aspect: Annotated[
-        options.Aspect,
-        typer.Option(help="square: the centre crop. keep: the whole picture, of the same area."),
-    ] = "square",
+    aspect: options.Aspect = "square",
     tokens: Annotated[
         int | None, typer.Option(min=1, help="Keep only the first tokens of an image (flexible tokenizers).")
     ] = None,
@@ -50,9 +47,7 @@ def encode(
         Literal["quick", "full"],
         typer.Option(help="quick: check the bytes that are read against the tars' manifest. full: all bytes first."),
     ] = "quick",
-    error_budget: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of bad images up to which the exit code is 0; all are listed.")
-    ] = ERROR_BUDGET,
+    error_budget: options.ErrorBudget = ERROR_BUDGET,
     max_minutes: Annotated[
         float, typer.Option(min=0, help="Begin no further tar after this time; a second run continues. 0: no limit.")
     ] = 0.0,

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -47,9 +47,7 @@ def generate(
     seed: Annotated[str, typer.Option(help="First seed; or several seeds, as 1,5,7.")] = "0",
     save_tokens: Annotated[bool, typer.Option("--save-tokens", help="Write the token ids as .npy too.")] = False,
     model: options.Llm = None,
-    tokenizer: Annotated[
-        str | None, typer.Option(help="Image tokenizer: folder or hub id. Default: the one inside the package.")
-    ] = None,
+    tokenizer: options.ImageTokenizer = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures drawn at a time.")] = 16,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
@@ -97,6 +95,7 @@ def generate(
         draw_pictures,
         figure,
         is_drawn_as,
+        load_models,
         model_digests,
         plan_pictures,
         write_png,
@@ -115,7 +114,7 @@ def generate(
     if not prompts:
         names = [p.name for p in pictures]
         check_absent([out / f"{n}{s}" for n in names for s in suffixes] + [out / f"{g}-grid.png" for g in grids], force)
-    image_tokenizer, llm, number_format = _models(model, tokenizer, decoder, device, dtype)
+    image_tokenizer, llm, number_format = load_models(tokenizer, model, device, dtype, decoder=decoder)
     length = llm.length(tokens)
     for text in dict.fromkeys(p.prompt for p in pictures):
         llm.prompt(text)  # a prompt that is too long is an error before anything is drawn
@@ -192,11 +191,12 @@ def _caption(
     json_: bool,
 ) -> None:
     """Print the LLM's caption of each picture, at each seed and temperature."""
+    from v2flow_cli.jobs.generate import load_models
     from v2flow_cli.store.images import open_image
     from v2flow_cli.tokenizer.preprocess import image_to_tensor
 
     photos = [(path, open_image(path, str(path))) for path in paths]
-    image_tokenizer, llm, _ = _models(model, tokenizer, None, device, dtype)
+    image_tokenizer, llm, _ = load_models(tokenizer, model, device, dtype)
     captions = []
     for path, photo in photos:
         pixels = image_to_tensor(photo, image_tokenizer.config.image_size)[None].to(image_tokenizer.device)
@@ -209,23 +209,6 @@ def _caption(
                     result(f"{path}: {caption}" if len(paths) > 1 else caption)
     if json_:
         result_json({"captions": captions})
-
-
-def _models(
-    model: str | None, tokenizer: str | None, decoder: str | None, device: str, dtype: str
-) -> tuple[Any, Any, Any]:
-    """(image tokenizer, LLM, number format) on the device.  Raises: ModelError for models that do not match."""
-    from v2flow_cli.jobs.generate import check_pair
-    from v2flow_cli.llm.sample import DrawingLM
-    from v2flow_cli.runtime.device import pick_device, pick_dtype
-    from v2flow_cli.tokenizer import V2FlowTokenizer
-
-    target = pick_device(device)
-    number_format = pick_dtype(dtype, target)
-    image_tokenizer = V2FlowTokenizer.from_pretrained(tokenizer, decoder=decoder).to(target)
-    llm = DrawingLM.from_pretrained(model, target, number_format)
-    check_pair(llm, image_tokenizer)
-    return image_tokenizer, llm, number_format
 
 
 def read_prompts(path: Path) -> list[str]:

@@ -16,6 +16,9 @@ N = TypeVar("N", int, float)
 Tokenizer = Annotated[
     str | None, typer.Option("--model", help="Tokenizer: folder or hub id. Default: the one inside the package.")
 ]
+ImageTokenizer = Annotated[
+    str | None, typer.Option(help="Image tokenizer: folder or hub id. Default: the one inside the package.")
+]
 Tokenizers = Annotated[
     list[str] | None,
     typer.Option(help="Tokenizer: folder or hub id; may be repeated. Default: the one inside the package."),
@@ -33,8 +36,15 @@ Images = Annotated[
     list[str] | None,
     typer.Argument(help="Image files, folders, globs or WebDataset tars. Default: five sample photos."),
 ]
-
-Aspect = Literal["square", "keep"]
+Aspect = Annotated[
+    Literal["square", "keep"],
+    typer.Option(help="square: the centre crop. keep: the whole picture, of the same area."),
+]
+ErrorBudget = Annotated[
+    float, typer.Option(min=0, max=1, help="Share of bad images up to which the exit code is 0; all are listed.")
+]
+Csv = Annotated[Path | None, typer.Option(metavar="FILE", help="Write the table: one line a system.")]
+Report = Annotated[Path | None, typer.Option(metavar="FILE.html", help="Write a page with all results.")]
 
 # Trainings.
 Set = Annotated[

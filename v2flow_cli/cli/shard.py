@@ -41,9 +41,7 @@ def shard(
     ] = None,
     prefix: Annotated[str, typer.Option(help="Tars are named PREFIX-000000.tar and so on.")] = "shard",
     workers: Annotated[int, typer.Option(min=1, help="Threads that read and check images.")] = 2,
-    error_budget: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of bad images up to which the exit code is 0; all are listed.")
-    ] = ERROR_BUDGET,
+    error_budget: options.ErrorBudget = ERROR_BUDGET,
     check: Annotated[
         Check | None, typer.Option(help="Write nothing: compare the tars in SRC with their manifest.")
     ] = None,

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from v2flow_cli.cli import options
 from v2flow_cli.cli.console import result
 from v2flow_cli.cli.entry import run
 from v2flow_cli.errors import V2FlowError
@@ -15,10 +16,10 @@ from v2flow_cli.runtime.extras import extra
 
 
 def demo(
-    model: Annotated[str | None, typer.Option(help="Tokenizer: folder or hub id. Default: the embedded one.")] = None,
-    llm: Annotated[str | None, typer.Option(help="LLM: folder or hub id. Default: the embedded one.")] = None,
-    decoder: Annotated[str | None, typer.Option(help="Decoder selected at the start. Default: the model's.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    model: options.Tokenizer = None,
+    llm: options.Llm = None,
+    decoder: options.Decoder = None,
+    device: options.Device = "auto",
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 accepts other machines.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 7860,
 ) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from v2flow_cli.cli import options
 from v2flow_cli.cli.console import log, progress, result
 from v2flow_cli.cli.entry import run
 from v2flow_cli.errors import DataError
@@ -33,12 +34,10 @@ def demo(
     images: Annotated[Path | None, typer.Option(help="Folder of photos. Default: five sample photos.")] = None,
     prompt: Annotated[str, typer.Option(help="Prompt to draw.")] = "a red fox",
     limit: Annotated[int, typer.Option(min=1, help="Most photos to show.")] = 12,
-    model: Annotated[str | None, typer.Option(help="Tokenizer: folder or hub id. Default: the embedded one.")] = None,
-    llm: Annotated[str | None, typer.Option(help="LLM: folder or hub id. Default: the embedded one.")] = None,
-    decoder: Annotated[
-        str | None, typer.Option(help="faithful or sharp, if the model has both. Default: the model's.")
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    model: options.Tokenizer = None,
+    llm: options.Llm = None,
+    decoder: options.Decoder = None,
+    device: options.Device = "auto",
 ) -> None:
     """Encode and decode photos, draw a prompt, run a short bench, and write one page with the results."""
     from v2flow_cli.store.find import find_images

@@ -14,8 +14,9 @@ from v2flow_cli.bench.codebook_use import token_bytes
 from v2flow_cli.bench.report import illustrations
 from v2flow_cli.bench.report.token_view import TokenView, token_view
 from v2flow_cli.errors import V2FlowError
-from v2flow_cli.llm.sample import STOPPED, DrawingLM
-from v2flow_cli.runtime.device import inference, pick_device, pick_dtype
+from v2flow_cli.jobs.generate import load_models
+from v2flow_cli.llm.sample import STOPPED
+from v2flow_cli.runtime.device import inference
 from v2flow_cli.tokenizer import V2FlowTokenizer
 from v2flow_cli.tokenizer.preprocess import image_to_tensor, to_pil, to_uint8
 
@@ -42,11 +43,7 @@ class Studio:
         self, model: str | None = None, llm: str | None = None, device: str = "auto", decoder: str | None = None
     ) -> None:
         """Raises:  ModelError if a model is missing, or if the LLM draws tokens of another tokenizer."""
-        target = pick_device(device)
-        self.dtype = pick_dtype("auto", target)
-        self.tokenizer = V2FlowTokenizer.from_pretrained(model, decoder=decoder).to(target)
-        self.llm = DrawingLM.from_pretrained(llm, target, self.dtype)
-        self.llm.vocabulary.check_tokenizer(self.tokenizer.token_digest, self.llm.name, "--model FOLDER")
+        self.tokenizer, self.llm, self.dtype = load_models(model, llm, device, decoder=decoder, option="--model")
         self.view: TokenView = token_view(self.tokenizer)
         self.size = self.tokenizer.config.image_size
         self.lengths = self.tokenizer.lengths(self.size, self.size)  # the default first

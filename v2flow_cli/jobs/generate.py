@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from PIL.PngImagePlugin import PngInfo
 from v2flow_cli.errors import DataError
 from v2flow_cli.llm.sample import STOPPED, DrawingLM
 from v2flow_cli.recipe.schema import SAMPLING_OPTIONS
-from v2flow_cli.runtime.device import inference
+from v2flow_cli.runtime.device import inference, pick_device, pick_dtype
 from v2flow_cli.store.files import append_line, write_bytes
 from v2flow_cli.store.images import png_bytes
 from v2flow_cli.store.text import printable, whole_lines
@@ -76,9 +76,34 @@ def plan_pictures(prompts: Sequence[str], seeds: Sequence[int], temperatures: Se
     return pictures
 
 
-def check_pair(llm: DrawingLM, image_tokenizer: V2FlowTokenizer) -> None:
-    """Raises: ModelError for an LLM that draws tokens of another image tokenizer."""
-    llm.vocabulary.check_tokenizer(image_tokenizer.token_digest, llm.name, "--tokenizer FOLDER")
+class DrawingModels(NamedTuple):
+    """An image tokenizer, an LLM that draws its tokens, and the number format of their computation."""
+
+    tokenizer: V2FlowTokenizer
+    llm: DrawingLM
+    dtype: torch.dtype
+
+
+def load_models(
+    tokenizer: str | None,
+    llm: str | None,
+    device: str = "auto",
+    dtype: str = "auto",
+    *,
+    decoder: str | None = None,
+    option: str = "--tokenizer",
+) -> DrawingModels:
+    """Both models from folders or hub ids, on one device; None is the embedded one.
+
+    Args:    option, with which the user names the tokenizer, for messages.
+    Raises:  ModelError for a model that is missing, and for an LLM that draws tokens of another image tokenizer.
+    """
+    target = pick_device(device)
+    number_format = pick_dtype(dtype, target)
+    image_tokenizer = V2FlowTokenizer.from_pretrained(tokenizer, decoder=decoder).to(target)
+    drawing_lm = DrawingLM.from_pretrained(llm, target, number_format)
+    drawing_lm.vocabulary.check_tokenizer(image_tokenizer.token_digest, drawing_lm.name, f"{option} FOLDER")
+    return DrawingModels(image_tokenizer, drawing_lm, number_format)
 
 
 def model_digests(llm: DrawingLM, image_tokenizer: V2FlowTokenizer) -> dict[str, str]:

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from v2flow_cli.cli import options
 from v2flow_cli.cli.console import log, result
 from v2flow_cli.cli.entry import run
 from v2flow_cli.errors import V2FlowError
@@ -24,12 +25,10 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 def serve(
-    model: Annotated[str | None, typer.Option(help="LLM: folder or hub id. Default: the embedded one.")] = None,
-    tokenizer: Annotated[
-        str | None, typer.Option(help="Image tokenizer: folder or hub id. Default: the embedded one.")
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto (bf16 if the device computes it fast), fp32 or bf16.")] = "auto",
+    model: options.Llm = None,
+    tokenizer: options.ImageTokenizer = None,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 accepts other machines.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 means any free port.")] = 8000,
     max_batch: Annotated[int, typer.Option(min=1, help="Largest batch, images.")] = 8,

@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from v2flow_cli.jobs.generate import Picture, Settings, check_pair, draw_images
+from v2flow_cli.jobs.generate import Picture, Settings, draw_images, load_models
 from v2flow_cli.llm.sample import DrawingLM
 from v2flow_cli.llm.sampling import DEFAULT_LLM
-from v2flow_cli.runtime.device import inference, pick_device, pick_dtype
+from v2flow_cli.runtime.device import inference
 from v2flow_cli.tokenizer import V2FlowTokenizer
 from v2flow_cli.tokenizer.preprocess import to_pil
 
@@ -37,13 +37,9 @@ class Models:
 
         Raises:  ModelError if one is missing, or if the LLM draws tokens of another tokenizer.
         """
-        target = pick_device(device)
-        number_format = pick_dtype(dtype, target)
-        image_tokenizer = V2FlowTokenizer.from_pretrained(tokenizer).to(target)
-        drawing = DrawingLM.from_pretrained(llm, target, number_format)
-        check_pair(drawing, image_tokenizer)
-        name = "v2flow-default" if Path(drawing.name) == DEFAULT_LLM else Path(drawing.name).name
-        return cls(image_tokenizer, drawing, number_format, name, image_tokenizer.token_digest)
+        models = load_models(tokenizer, llm, device, dtype)
+        path = Path(models.llm.name)
+        return cls(*models, "v2flow-default" if path == DEFAULT_LLM else path.name, models.tokenizer.token_digest)
 
     @property
     def picture_size(self) -> tuple[int, int]:

@@ -1,5 +1,6 @@
 """The HTML page: self-contained, escaped, and alive in a real browser."""
 
+import dataclasses
 import html
 import json
 import re
@@ -14,7 +15,7 @@ import pytest
 from tests.tokenizer.test_seams import build
 from v2flow_cli.bench.report.page import DrawnPicture, Page, render, write_report
 from v2flow_cli.bench.report.token_view import token_view
-from v2flow_cli.bench.results import tables
+from v2flow_cli.bench.results import Table, tables
 from v2flow_cli.bench.run import run_bench
 from v2flow_cli.bench.sweep import parse_sweeps
 from v2flow_cli.errors import DataError
@@ -84,10 +85,9 @@ def test_shows_figures_published_rows_and_protocol(page: Page) -> None:
     assert "1 file left out" in text and "slowest command, bench: 0.31 s" in text
 
 
-def test_published_rows_are_marked_as_such() -> None:
-    from v2flow_cli.bench.report.tables import published_table
-
-    found = Tags(published_table(256))
+def test_published_rows_are_marked_as_such(page: Page) -> None:
+    protocol = {**page.tables[0].protocol, "image_size": 256}
+    found = Tags(render(dataclasses.replace(page, tables=[Table(protocol, page.tables[0].rows)])))
     assert "measured by others on other pictures" in found.text
     assert all(figure in found.text for figure in ("Open-MAGVIT2", "262,144", "22.37"))
 
@@ -187,11 +187,13 @@ addEventListener("load", () => setTimeout(() => {
 
 
 def test_a_slider_over_lengths_in_a_browser(sample_images, tmp_path: Path) -> None:
-    photos = [("a", sample_images[0]), ("b", sample_images[1])]
+    photos = [("a", sample_images[0]), (EVIL, sample_images[1])]
     settings = parse_sweeps(["tokens=1,2,6"])
     bench = run_bench({"flex": build()}, photos, settings=settings, batch_size=2, keep=2, with_codecs=False)
     text = render(Page("Lengths", "lead", tables([bench]), "v2flow bench", benches=[bench]))
     assert text.count('<label class="lengths">') == 2 and "flex: <b>1 to 6</b> tokens" in text
+    labels = [attributes.get("aria-label") for _, attributes in Tags(text).tags]
+    assert f"Tokens of {EVIL}, flex" in labels  # escaped once
     file = tmp_path / "page.html"
     file.write_text(text.replace("</body>", LENGTHS_PROBE + "</body>"), encoding="utf-8")
     found = ask_browser(file, tmp_path)

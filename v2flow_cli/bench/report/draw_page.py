@@ -1,25 +1,21 @@
 """The sheet of ``bench draw``: every prompt with its picture, what the judge recognized in it, and the figures.
 
-One self-contained page, like that of ``page.py``; markup and style are in ``draw.html``. All text is escaped.
+One self-contained page, like that of ``page.py``; markup and style are in ``draw.html``.
 """
 
 from __future__ import annotations
 
-import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
-from importlib.resources import files
 
 import numpy as np
 from PIL import Image
 
-from v2flow_cli import __version__
 from v2flow_cli.bench.draw import PARTS, Copies, KindFigures, Share
 from v2flow_cli.bench.judge import Verdict
-from v2flow_cli.bench.prompts import KINDS, Prompt
+from v2flow_cli.bench.prompts import Prompt
 from v2flow_cli.bench.references import Reference
-from v2flow_cli.bench.report.illustrations import data_uri
+from v2flow_cli.bench.report.templates import fill
 
 SIDE, SMALL_SIDE = 192, 68  # pixels of a picture and of its neighbour on the sheet
 TITLES = {
@@ -51,19 +47,27 @@ class DrawSheet:
     command: str
 
 
+@dataclass(frozen=True)
+class Card:
+    """A picture of the sheet.  answer: the judge's, from the picture ``nearest``; right: None if it was not judged."""
+
+    prompt: str
+    picture: np.ndarray
+    nearest: np.ndarray
+    answer: str
+    right: bool | None
+
+
 def render(sheet: DrawSheet) -> str:
     """The page as one HTML text."""
-    template = string.Template(files("v2flow_cli.bench.report").joinpath("draw.html").read_text(encoding="utf-8"))
-    kinds = [(kind, [p for p in sheet.pictures if p[0].kind == kind]) for kind in (*KINDS, "other")]
-    sections = [_section(kind, pictures, sheet.references) for kind, pictures in kinds if pictures]
-    facts = "".join(f"<dt>{escape(term)}</dt><dd>{escape(text)}</dd>" for term, text in sheet.facts.items())
-    return template.substitute(
-        title="Prompts and drawn pictures",
-        lead="All pictures, in the order of the prompts, without selection. Below each: the judge's answer, from the "
-        "nearest neighbour among titled pictures, which is shown beside it.",
-        body=f"{_figures(sheet.figures)}{_copies(sheet.copies)}<dl>{facts}</dl>{''.join(sections)}",
-        footer=f"Made by <code>{escape(sheet.command)}</code> with v2flow {__version__}.",
-        version=__version__,
+    cards = {kind: [_card(*p, sheet.references) for p in sheet.pictures if p[0].kind == kind] for kind in TITLES}
+    return fill(
+        "draw.html",
+        sheet=sheet,
+        figures_table=table_rows(sheet.figures),
+        copies_table=copy_rows(sheet.copies) if sheet.copies else None,
+        copies_note=copies_note(sheet.copies) if sheet.copies else "",
+        sections=[(TITLES[kind], cards[kind]) for kind in TITLES if cards[kind]],
     )
 
 
@@ -113,44 +117,14 @@ def copies_note(copies: Copies) -> str:
     )
 
 
-def _figures(figures: Sequence[KindFigures]) -> str:
-    return _table(*table_rows(figures)) if figures else ""
-
-
-def _copies(copies: Copies | None) -> str:
-    if copies is None:
-        return ""
-    return f"<h2>Copies</h2>{_table(*copy_rows(copies))}<p>{escape(copies_note(copies))}</p>"
-
-
-def _table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{escape(text)}</th>" for text in heads)
-    body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in line)}</tr>" for line in lines)
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def _section(kind: str, pictures: Sequence[tuple[Prompt, np.ndarray, Verdict]], references: Sequence[Reference]) -> str:
-    cards = "".join(_card(*picture, references) for picture in pictures)
-    return f'<h2>{escape(TITLES[kind])}</h2><div class="sheet">{cards}</div>'
-
-
-def _card(prompt: Prompt, picture: np.ndarray, verdict: Verdict, references: Sequence[Reference]) -> str:
-    nearest = references[verdict.answers[0][0]].pixels()
-    small = data_uri(_thumbnail(nearest, SMALL_SIDE))
+def _card(prompt: Prompt, picture: np.ndarray, verdict: Verdict, references: Sequence[Reference]) -> Card:
     answer = " and ".join(references[answers[0]].names[0] for answers in verdict.answers)
     if "count" in verdict.right:
         answer = f"{verdict.count} × {answer}"
     if "colour" in verdict.right:
         answer += f", {verdict.colour}"
-    mark = ""
-    if verdict.right:
-        mark = '<span class="yes">✓</span> ' if verdict.right["all"] else '<span class="no">✗</span> '
-    return (
-        f'<figure><img src="{data_uri(_thumbnail(picture, SIDE))}" alt="{escape(prompt.text)}"><figcaption>'
-        f"<b>{mark}{escape(prompt.text)}</b>"
-        f'<span class="near"><img src="{small}" alt="">{escape(answer)}</span>'
-        "</figcaption></figure>"
-    )
+    nearest = _thumbnail(references[verdict.answers[0][0]].pixels(), SMALL_SIDE)
+    return Card(prompt.text, _thumbnail(picture, SIDE), nearest, answer, verdict.right.get("all"))
 
 
 def _thumbnail(picture: np.ndarray, side: int) -> np.ndarray:

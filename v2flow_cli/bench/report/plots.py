@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
+from markupsafe import Markup
+
 from v2flow_cli.bench.metrics import METRICS, Metric
 from v2flow_cli.bench.results import Record, Table, length_curves
 
@@ -61,51 +63,51 @@ class Axis:
         return [step * i for i in range(math.ceil(self.low / step), math.floor(self.high / step) + 1)]
 
 
-def plots(table: Table) -> str:
+@dataclass(frozen=True)
+class Drawing:
+    """A chart of one metric, by its key and its name."""
+
+    metric: str
+    name: str
+    svg: Markup
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A figure with a drawing for each metric, of which the page shows one.  legend: families and their colours."""
+
+    title: str
+    group: str  # of the choice between the drawings
+    drawings: Sequence[Drawing]
+    legend: Sequence[tuple[str, int]]
+    ceiling: bool  # whether the autoencoder limits it
+
+
+def plots(table: Table) -> list[Chart]:
     """The plots of a table, each with a choice of metrics; a plot with fewer than two points is left out."""
     charts = [
-        _chart(table, TOKENS, "tokens an image", "Length and quality") if length_curves(table) else "",
         _chart(table, "bits_per_pixel", "bits a pixel", "Rate and distortion"),
         _chart(table, "decode_images_per_s", "images decoded a second", "Speed and quality"),
         _chart(table, "psnr_db", "PSNR in dB", "Perception and distortion", log=False, metrics=PERCEPTION),
     ]
-    body = "".join(chart for chart in charts if chart)
-    return f'<div class="plots">{body}</div>' if body else ""
+    if length_curves(table):
+        charts.insert(0, _chart(table, TOKENS, "tokens an image", "Length and quality"))
+    return [chart for chart in charts if chart.drawings]
 
 
 def _chart(
     table: Table, x: str, x_label: str, title: str, log: bool = True, metrics: Sequence[Metric] = METRICS
-) -> str:
-    """One figure with a drawing for each metric; the page shows one of them."""
-    group = f"{x}-{table.size}"
-    drawings: list[str] = []
-    choices: list[str] = []
-    for metric in metrics:
-        if not metric.better:
-            continue
+) -> Chart:
+    drawings = []
+    for metric in (metric for metric in metrics if metric.better):
         rows = [row for row in table.rows if row[x] and row.get(metric.key) is not None and row["kind"] != AUTOENCODER]
-        if len(rows) < 2:
-            continue
-        first = not drawings
-        name = metric.heading.removesuffix(" dB")
-        choices.append(
-            f'<label><input class="hide" type="radio" name="{group}" value="{metric.key}"{" checked" if first else ""}>'
-            f"<span>{name}</span></label>"
-        )
-        drawings.append(
-            f'<div class="drawing" data-metric="{metric.key}"{"" if first else " hidden"}>'
-            f"{_drawing(table, rows, x, x_label, metric, f'{title}: {name} over {x_label}', log)}</div>"
-        )
-    if not drawings:
-        return ""
+        if len(rows) > 1:
+            name = metric.heading.removesuffix(" dB")
+            svg = _drawing(table, rows, x, x_label, metric, f"{title}: {name} over {x_label}", log)
+            drawings.append(Drawing(metric.key, name, Markup(svg)))
     families = dict.fromkeys(row["family"] for row in table.rows if row[x] and row["kind"] != AUTOENCODER)
-    legend = "".join(f'<li><i class="hue{_hue(table, family)}"></i>{escape(family)}</li>' for family in families)
-    note = '<li><i class="ceiling"></i>autoencoder alone</li>' if _ceilings(table, x) else ""
-    return (
-        f'<figure class="plot"><figcaption>{title}<fieldset class="metrics"><legend class="hide">Metric of {title}'
-        f'</legend>{"".join(choices)}</fieldset></figcaption>{"".join(drawings)}<ul class="legend">{legend}{note}</ul>'
-        "<output></output></figure>"
-    )
+    legend = [(family, _hue(table, family)) for family in families]
+    return Chart(title, f"{x}-{table.size}", drawings, legend, bool(_ceilings(table, x)))
 
 
 def _drawing(table: Table, rows: Sequence[Record], x: str, x_label: str, metric: Metric, title: str, log: bool) -> str:

@@ -1,0 +1,116 @@
+"""One photo of the report: the original, every picture it can be compared with, and its tokens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from v2flow_cli.bench.evaluate import ImageFigures, KeptImage, Row
+from v2flow_cli.bench.report.illustrations import error_map, token_grid_shape
+from v2flow_cli.bench.report.tables import show_number
+from v2flow_cli.bench.report.token_view import TokenView
+from v2flow_cli.bench.run import Bench
+
+MAX_ERROR_MAPS = 3  # with more tokenizers than this, only the first has an error map
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A picture that the photo can be compared with; ``sharp``: enlarge it without smoothing."""
+
+    label: str
+    note: str
+    pixels: np.ndarray
+    sharp: bool = False
+
+
+@dataclass(frozen=True)
+class Slider:
+    """The lengths at which a tokenizer was measured: (text, system) of each, the shortest first."""
+
+    family: str
+    steps: Sequence[tuple[str, str]]
+
+    @property
+    def json(self) -> str:
+        return json.dumps(self.steps)
+
+
+@dataclass(frozen=True)
+class TokenStrip:
+    """The ids in reading order.  strips: (1, L, 3) by code, then by nearest word; words: JSON, the word of each id."""
+
+    ids: Sequence[int]
+    grid: tuple[int, int]  # rows, columns
+    strips: Sequence[np.ndarray]
+    words: str
+
+
+@dataclass(frozen=True)
+class PhotoView:
+    """What ``parts.html`` shows of a photo."""
+
+    name: str
+    size: int  # pixels
+    reference: np.ndarray
+    variants: Sequence[Variant]
+    sliders: Sequence[Slider]
+    tokens: TokenStrip | None
+
+
+def photo_view(bench: Bench, image: KeptImage, views: Mapping[str, TokenView]) -> PhotoView:
+    """The view of one photo; ``views`` by family colour the tokens of the first tokenizer that has one."""
+    reader = next((row for row in bench.result.coders if row.family in views), None)
+    variants, tokens = [*_pictures(bench, image)], None
+    if reader is not None:
+        ids, view = image.token_ids[reader.system], views[reader.family]
+        variants += _maps(ids, view)
+        words = {int(i): view.words[i] for i in np.unique(ids)} if view.words else {}
+        colours = [view.colours] if view.word_colours is None else [view.colours, view.word_colours]
+        strips = [of_code[ids][None] for of_code in colours]
+        tokens = TokenStrip(ids.tolist(), token_grid_shape(len(ids)), strips, json.dumps(words, ensure_ascii=False))
+    sliders = _sliders(bench.result.coders)
+    return PhotoView(image.name, bench.result.protocol.image_size, image.reference, variants, sliders, tokens)
+
+
+def _sliders(coders: Sequence[Row]) -> list[Slider]:
+    families: dict[str, dict[float, str]] = {}
+    for row in coders:
+        if row.tokens_per_image:
+            families.setdefault(row.family, {})[row.tokens_per_image] = row.system
+    return [
+        Slider(family, [(f"{length:,.0f}", systems[length]) for length in sorted(systems)])
+        for family, systems in families.items()
+        if len(systems) > 1
+    ]
+
+
+def _pictures(bench: Bench, image: KeptImage) -> Iterator[Variant]:
+    """Reconstructions, the autoencoder's, error maps, then the codecs'."""
+    rows, coders = bench.result.rows, bench.result.coders
+    for row in [*coders, *(row for row in rows if row.kind == "autoencoder")]:
+        figures = bench.result.figures_of(image.name, row.system)
+        yield Variant(row.system, f"{_psnr(figures)} · {figures.values['ssim']:.3f}", image.pictures[row.system])
+    for row in coders if len(coders) <= MAX_ERROR_MAPS else coders[:1]:
+        label = "error" if len(coders) == 1 else f"error, {row.system}"
+        yield Variant(label, "absolute difference", error_map(image.reference, image.pictures[row.system]))
+    for row in (row for row in rows if row.kind == "codec"):
+        figures = bench.result.figures_of(image.name, row.system)
+        yield Variant(row.system, f"{figures.bytes} B · {_psnr(figures)}", image.pictures[row.system])
+
+
+def _maps(ids: np.ndarray, view: TokenView) -> Iterator[Variant]:
+    """The tokens as a grid, by code and by nearest word."""
+    rows, columns = token_grid_shape(len(ids))
+    note = f"{rows} × {columns} grid"
+    yield Variant("tokens", note, view.colours[ids].reshape(rows, columns, 3), sharp=True)
+    if view.word_colours is not None:
+        words = view.word_colours[ids].reshape(rows, columns, 3)
+        yield Variant("words", f"{note}, nearest words", words, sharp=True)
+
+
+def _psnr(figures: ImageFigures) -> str:
+    return f"{show_number(figures.values['psnr_db'] or 0.0, 2)} dB"
