@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from v2flow_cli.errors import ModelError, reason_of
+from v2flow_cli.errors import ModelError, foreign_errors
 from v2flow_cli.tokenizer.preprocess import from_uint8
 from v2flow_cli.training.perceptual import FeatureNetwork, load_features
 
@@ -51,11 +51,9 @@ class ClipSpace:
         """Raises:  ModelError for anything that is not a CLIP model with its image processor."""
         from transformers import AutoImageProcessor, AutoModel
 
-        try:
+        with foreign_errors(f"{path_or_id}: not a loadable CLIP model"):
             self.processor: Any = AutoImageProcessor.from_pretrained(path_or_id)
             model: Any = AutoModel.from_pretrained(path_or_id)
-        except Exception as error:  # transformers, safetensors and the hub each raise their own kinds
-            raise ModelError(f"{path_or_id}: not a loadable CLIP model ({reason_of(error)}).") from error
         if not hasattr(model, "get_image_features"):
             raise ModelError(f"{path_or_id}: {type(model).__name__} has no image embedding; expected a CLIP model.")
         self.model, self._device = model.to(device).eval(), torch.device(device)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from v2flow_cli.errors import DataError, ModelError, TokenFileError
+from v2flow_cli.errors import DataError, ModelError, TokenFileError, foreign_errors
 from v2flow_cli.llm.loss import labelled_losses
 from v2flow_cli.llm.pairs import encode_photos
 from v2flow_cli.llm.sample import DrawingLM
@@ -169,10 +169,8 @@ def training_counts(llm: DrawingLM) -> np.ndarray | None:
     path = Path(llm.name, TOKEN_COUNTS)
     if not path.is_file():
         return None
-    try:
+    with foreign_errors(f"{path}: cannot be read", "Remove it."):
         counts = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise ModelError(f"{path}: cannot be read ({error}). Remove it.") from None
     if counts.shape != (llm.vocabulary.codebook_size,):
         raise ModelError(f"{path}: shape is {counts.shape}; expected {(llm.vocabulary.codebook_size,)}. Remove it.")
     return counts.astype(np.float64)

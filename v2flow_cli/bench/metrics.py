@@ -37,7 +37,7 @@ class SetMetric(Protocol):
     """A figure of a set of images, updated batch by batch."""
 
     def add(self, batch: Batch, pictures: Tensor) -> None:
-        """Add a system's ``pictures`` (B, S, S, 3) uint8 of ``batch``."""
+        """Add a system's ``pictures`` (B, H, W, 3) uint8 of ``batch``."""
         ...
 
     def value(self, images: int) -> float | None:
@@ -52,7 +52,7 @@ class Metric:
     key: str  # in JSON and CSV, with the unit
     heading: str  # in tables; "" for only JSON and CSV
     decimals: int
-    #: (reference, pictures) (B, S, S, 3) uint8 to one value an image (B,), printed as mean and 95% interval; None if
+    #: (reference, pictures) (B, H, W, 3) uint8 to one value an image (B,), printed as mean and 95% interval; None if
     #: there is no such figure.
     of_images: Callable[[Tensor, Tensor, MetricNetworks], Tensor | None] | None = None
     of_set: Callable[[MetricNetworks], SetMetric | None] | None = None
@@ -88,54 +88,36 @@ class FrechetMetric:
         return self._distance.value(images)
 
 
+def _of_pixels(function: Callable[[Tensor, Tensor], Tensor | None]) -> Callable[..., Tensor | None]:
+    """A function of (reference, pictures) as ``Metric.of_images``: it needs no network."""
+    return lambda reference, pictures, networks: function(reference, pictures)
+
+
+def _of_network(name: str) -> Callable[..., Tensor | None]:
+    """The figures of a network, by its name in ``MetricNetworks``, as ``Metric.of_images``; None without it."""
+
+    def figures(reference: Tensor, pictures: Tensor, networks: MetricNetworks) -> Tensor | None:
+        network = getattr(networks, name)
+        return None if network is None else network(reference, pictures)
+
+    return figures
+
+
+def _code_bits(name: str) -> Callable[[SystemFacts], float | None]:
+    """Bits a pixel by ``entropy_bits`` or ``adaptive_bits`` a token."""
+    return lambda s: getattr(s.codebook, name) * (s.tokens or 0) / s.pixels if s.codebook else None
+
+
 METRICS = (
     Metric("tokens_per_image", "tokens", 0, of_system=lambda s: s.tokens),
     Metric("bytes_per_image", "bytes", 0, of_system=lambda s: s.bytes),
     Metric("bits_per_pixel", "bits/px", 4, of_system=lambda s: s.bytes and bits_per_pixel(s.bytes, s.pixels)),
-    Metric(
-        "entropy_bits_per_pixel",
-        "entropy bits/px",
-        4,
-        of_system=lambda s: s.codebook.entropy_bits * (s.tokens or 0) / s.pixels if s.codebook else None,
-    ),
-    Metric(
-        "adaptive_bits_per_pixel",
-        "",
-        4,
-        of_system=lambda s: s.codebook.adaptive_bits * (s.tokens or 0) / s.pixels if s.codebook else None,
-    ),
-    Metric(
-        "psnr_db",
-        "PSNR dB",
-        2,
-        of_images=lambda reference, pictures, _: similarity.psnr(reference, pictures),
-        better="higher",
-        always=True,
-        infinite=True,
-    ),
-    Metric(
-        "ssim",
-        "SSIM",
-        3,
-        of_images=lambda reference, pictures, _: similarity.ssim(reference, pictures),
-        better="higher",
-        always=True,
-    ),
-    Metric(
-        "ms_ssim",
-        "MS-SSIM",
-        3,
-        of_images=lambda reference, pictures, _: similarity.ms_ssim(reference, pictures),
-        better="higher",
-    ),
-    Metric(
-        "lpips",
-        "LPIPS",
-        3,
-        of_images=lambda reference, pictures, n: n.lpips(reference, pictures) if n.lpips else None,
-        better="lower",
-        always=True,
-    ),
+    Metric("entropy_bits_per_pixel", "entropy bits/px", 4, of_system=_code_bits("entropy_bits")),
+    Metric("adaptive_bits_per_pixel", "", 4, of_system=_code_bits("adaptive_bits")),
+    Metric("psnr_db", "PSNR dB", 2, _of_pixels(similarity.psnr), better="higher", always=True, infinite=True),
+    Metric("ssim", "SSIM", 3, _of_pixels(similarity.ssim), better="higher", always=True),
+    Metric("ms_ssim", "MS-SSIM", 3, _of_pixels(similarity.ms_ssim), better="higher"),
+    Metric("lpips", "LPIPS", 3, _of_network("lpips"), better="lower", always=True),
     Metric(
         "rfid",
         "rFID",
@@ -144,13 +126,7 @@ METRICS = (
         better="lower",
         always=True,
     ),
-    Metric(
-        "feature_distance",
-        "feature distance",
-        3,
-        of_images=lambda reference, pictures, n: n.features(reference, pictures) if n.features else None,
-        better="lower",
-    ),
+    Metric("feature_distance", "feature distance", 3, _of_network("features"), better="lower"),
     Metric(
         "feature_frechet",
         "feature Fréchet",

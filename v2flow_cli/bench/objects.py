@@ -9,7 +9,11 @@ from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
-from scipy import ndimage
+
+from v2flow_cli.runtime.extras import extra
+
+with extra("metrics", "scipy", "bench draw"):
+    from scipy import ndimage
 
 GROUND_LEVELS = 36  # of 255, the most that a background pixel may differ from the background's fit
 MIN_BORDER = 12  # least border pixels for the fit of a background

@@ -159,21 +159,19 @@ def _draw(
     import numpy as np
 
     from v2flow_cli.bench.report.page import DrawnPicture
+    from v2flow_cli.jobs.generate import Picture, Settings, draw_images
     from v2flow_cli.llm.sample import DrawingLM
-    from v2flow_cli.runtime.device import inference
     from v2flow_cli.store.files import write_bytes
     from v2flow_cli.store.images import png_bytes
-    from v2flow_cli.tokenizer.preprocess import to_pil
 
     drawer = DrawingLM.from_pretrained(llm, device, dtype)
-    count = len(TEMPERATURES)
+    settings = Settings(drawer.sampling.top_k, drawer.sampling.top_p, drawer.sampling.guidance_scale)
+    pictures = [Picture(prompt, 0, t, f"temperature-{t:g}", "") for t in TEMPERATURES]
     with progress(f"a sentence to pictures: {prompt}", drawer.vocabulary.tokens_per_image) as tick:
-        token_ids = drawer.generate([prompt] * count, seeds=[0] * count, temperature=TEMPERATURES, tick=tick)
-    with inference(device, dtype):
-        images = to_pil(tokenizer.decode(token_ids, seeds=[0] * count))
-    for temperature, image in zip(TEMPERATURES, images):
-        write_bytes(folder / f"temperature-{temperature:g}.png", png_bytes(image))
-    return [DrawnPicture(prompt, t, 0, np.asarray(image)) for t, image in zip(TEMPERATURES, images)]
+        images = [image for _, image in draw_images(drawer, tokenizer, pictures, settings, dtype, tick)]
+    for picture, image in zip(pictures, images):
+        write_bytes(folder / f"{picture.name}.png", png_bytes(image))
+    return [DrawnPicture(prompt, p.temperature, 0, np.asarray(image)) for p, image in zip(pictures, images)]
 
 
 def main() -> None:

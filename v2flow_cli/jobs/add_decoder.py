@@ -7,10 +7,10 @@ import json
 import re
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 
-from v2flow_cli.errors import ModelError
+from v2flow_cli.errors import ModelError, foreign_errors
 from v2flow_cli.store.files import write_bytes
 from v2flow_cli.tokenizer import V2FlowTokenizer
 from v2flow_cli.tokenizer.other_decoders import DECODER, DECODER_SECTIONS, FAITHFUL, SHA256, decoder_file
@@ -39,12 +39,9 @@ def add_decoder(folder: str | Path, trained: str | Path, name: str = "sharp", *,
             "decoder reads the ids of one tokenizer. Train it with init_from and freeze_tokens: true."
         )
     weights = trained / "model.safetensors"
-    try:
-        with safe_open(weights, framework="pt") as file:
-            names = [key for key in file.keys() if key.split(".")[0] in DECODER]
-            content = save({key: file.get_tensor(key) for key in names})
-    except (OSError, SafetensorError) as error:
-        raise ModelError(f"{weights}: the decoder cannot be read ({error}).") from None
+    with foreign_errors(f"{weights}: the decoder cannot be read"), safe_open(weights, framework="pt") as file:
+        names = [key for key in file.keys() if key.split(".")[0] in DECODER]
+        content = save({key: file.get_tensor(key) for key in names})
     settings = {section: getattr(other.config, section) for section in DECODER_SECTIONS}
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config["decoders"] = {

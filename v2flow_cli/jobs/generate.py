@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
-from v2flow_cli.errors import DataError
+from v2flow_cli.errors import DataError, foreign_errors
 from v2flow_cli.llm.sample import STOPPED, DrawingLM
 from v2flow_cli.recipe.schema import SAMPLING_OPTIONS
 from v2flow_cli.runtime.device import inference, pick_device, pick_dtype
@@ -200,11 +200,9 @@ def is_drawn_as(path: Path, record: dict[str, Any]) -> bool:
     """
     if not path.exists():
         return False
-    try:
+    with foreign_errors(f"{path}: exists, and is no picture", "Use --force to overwrite it.", DataError):
         with Image.open(path, formats=("PNG",)) as image:
             texts = {str(key): value for key, value in image.info.items() if str(key).startswith("v2flow:")}
-    except OSError as error:
-        raise DataError(f"{path}: exists, and is no picture ({error}). Use --force to overwrite it.") from None
     expected = _texts(record)
     different = sorted(key for key in expected.keys() | texts.keys() if expected.get(key) != texts.get(key))
     if different:
@@ -226,10 +224,8 @@ class PictureList:
         lines: dict[str, str] = {}
         if self.path.exists():
             content = self.path.read_bytes()
-            try:
+            with foreign_errors(f"{self.path}: a line is no record of a picture", "Remove it.", DataError):
                 lines = {json.loads(line)["path"]: line for line in whole_lines(content)}
-            except (ValueError, KeyError, TypeError) as error:
-                raise DataError(f"{self.path}: a line is no record of a picture ({error!r}). Remove it.") from None
             if not content.endswith(b"\n") or lines.keys() & set(redrawn):
                 lines = {name: line for name, line in lines.items() if name not in redrawn}
                 write_bytes(self.path, "".join(f"{line}\n" for line in lines.values()).encode())

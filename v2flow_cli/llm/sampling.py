@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import v2flow_cli
-from v2flow_cli.errors import ModelError
+from v2flow_cli.errors import foreign_errors
 from v2flow_cli.recipe.schema import DrawSampling
 from v2flow_cli.runtime.hub import model_folder
 
@@ -29,15 +29,9 @@ def stored_sampling(name: str | Path, **hub: Any) -> DrawSampling:
     path = model_folder(name, (FILE,), **hub) / FILE
     if not path.is_file():
         return DrawSampling()
-    try:
+    with foreign_errors(f"{path}: cannot be read", "Remove it to draw at temperature 1."):
         values = json.loads(path.read_text("utf-8"))
         if not values.get("do_sample"):  # the base LLM's own file, for text
             return DrawSampling()
-        known = {
-            f.name: type(getattr(DrawSampling(), f.name))(values[f.name])
-            for f in fields(DrawSampling)
-            if values.get(f.name) is not None
-        }
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise ModelError(f"{path}: cannot be read ({error}). Remove it to draw at temperature 1.") from error
-    return DrawSampling(**known)
+        kinds = {f.name: type(f.default) for f in fields(DrawSampling) if values.get(f.name) is not None}
+        return DrawSampling(**{name: kind(values[name]) for name, kind in kinds.items()})

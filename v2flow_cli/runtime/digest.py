@@ -11,11 +11,7 @@ from torch import Tensor
 
 def model_digest(settings: str, weights: Mapping[str, Tensor]) -> str:
     """16 hex digits over settings, names and values; weights of any type count as float32."""
-    sha = hashlib.sha256(settings.encode())
-    for name, tensor in sorted(weights.items()):
-        sha.update(name.encode())
-        sha.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
-    return sha.hexdigest()[:16]
+    return _digest(settings, weights, torch.float32)
 
 
 def weights_digest(weights: Mapping[str, Tensor]) -> str:
@@ -25,9 +21,13 @@ def weights_digest(weights: Mapping[str, Tensor]) -> str:
     same ones.
     """
     exact = all(torch.equal(tensor.bfloat16().to(tensor.dtype), tensor) for tensor in weights.values())
-    sha = hashlib.sha256()
+    return _digest("", weights, torch.bfloat16 if exact else torch.float32)
+
+
+def _digest(text: str, weights: Mapping[str, Tensor], dtype: torch.dtype) -> str:
+    sha = hashlib.sha256(text.encode())
     for name, tensor in sorted(weights.items()):
         sha.update(name.encode())
-        values = tensor.detach().to("cpu", torch.bfloat16 if exact else torch.float32).contiguous()
-        sha.update(values.view(torch.uint8).numpy().tobytes())
+        # The bytes of a number of any type, also () of one alone.
+        sha.update(tensor.detach().to("cpu", dtype).contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()[:16]

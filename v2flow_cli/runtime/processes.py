@@ -12,6 +12,7 @@ import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,7 @@ from v2flow_cli.errors import SharedError, V2FlowError
 # A finished rank waits for the slowest without a limit; the launcher ends it when another rank fails.
 _TIMEOUT = datetime.timedelta(days=30)
 CPU = torch.device("cpu")
+Result = TypeVar("Result")
 
 
 def world_size() -> int:
@@ -86,6 +88,16 @@ def raise_everywhere(problem: str, device: torch.device) -> None:
     problems = [text for text in gather_texts(problem, device) if text]
     if problems:
         raise SharedError(" ".join(dict.fromkeys(problems)))
+
+
+def on_every_rank(compute: Callable[[], Result], device: torch.device) -> Result:
+    """``compute()`` of this process.  Raises: SharedError, on every process, for a V2FlowError of any of them."""
+    try:
+        result = compute()
+    except V2FlowError as error:
+        raise_everywhere(str(error), device)
+    raise_everywhere("", device)
+    return result
 
 
 @contextlib.contextmanager

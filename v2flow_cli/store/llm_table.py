@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors import safe_open
 from torch import Tensor
 
-from v2flow_cli.errors import ModelError
+from v2flow_cli.errors import ModelError, foreign_errors
 from v2flow_cli.runtime.hub import model_folder
 
 # Llama, Qwen, Phi-3, Mixtral and nearly all causal LMs; then GPT-2, GPT-NeoX, Falcon and OPT.
@@ -39,7 +39,7 @@ def _find_table(path_or_id: str) -> tuple[Path, str, int]:
     """(file, name, words) of the input table."""
     config = model_folder(path_or_id, ("*.json",))
     index = config / "model.safetensors.index.json"
-    try:
+    with foreign_errors(f"{path_or_id}: the embedding table cannot be read"):
         if index.is_file():
             files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         else:
@@ -53,10 +53,6 @@ def _find_table(path_or_id: str) -> tuple[Path, str, int]:
         with safe_open(file, framework="pt") as weights:
             rows = weights.get_slice(name).get_shape()[0]
         words = min(rows, _words(config, rows))
-    except ModelError:
-        raise
-    except Exception as error:  # tokenizers raises plain exceptions
-        raise ModelError(f"{path_or_id}: the embedding table cannot be read ({error}).") from None
     return file, name, words
 
 

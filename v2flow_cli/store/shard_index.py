@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from v2flow_cli.errors import DataError
+from v2flow_cli.errors import DataError, foreign_errors
 from v2flow_cli.runtime.publishing import TARS, check_published
 from v2flow_cli.store.files import write_bytes
 from v2flow_cli.store.images import SUFFIXES
@@ -147,12 +147,9 @@ def missing_shards(folder: Path, tars: Iterable[Path]) -> list[Path]:
 
 @functools.lru_cache(maxsize=64)
 def _load_manifest(path: Path, stamp: int) -> dict[str, ShardInfo]:
-    try:
+    advice = "Restore it, or remove it to read the shards without it."
+    with foreign_errors(f"{path}: cannot be read as JSON", advice, DataError):
         record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(
-            f"{path}: cannot be read as JSON ({error}). Restore it, or remove it to read the shards without it."
-        ) from error
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         return {}
     version: Any = record.get("format_version")
@@ -204,10 +201,8 @@ def load_index(shard: Path, info: ShardInfo) -> list[SampleIndex] | None:
         raise DataError(f"{path}: cannot be read ({error.strerror}).") from error
     if hashlib.sha256(content).hexdigest() != info.index_sha256:
         return None
-    try:
+    with foreign_errors(f"{path}: not an index of samples", "Run `v2flow shard` again.", DataError):
         return [_parse_sample(json.loads(line)) for line in content.split(b"\n") if line]
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise DataError(f"{path}: not an index of samples ({error}). Run `v2flow shard` again.") from error
 
 
 def _parse_sample(record: dict[str, Any]) -> SampleIndex:

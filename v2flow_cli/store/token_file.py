@@ -174,6 +174,14 @@ class TokenManifest:
         return manifest
 
 
+def load_manifest(folder: Path) -> TokenManifest:
+    """The manifest of the tokens in ``folder``.  Raises: TokenFileError as ``TokenManifest.load``, and for none."""
+    manifest = TokenManifest.load(folder)
+    if manifest is None:
+        raise TokenFileError(f"{folder}: no token manifest in it; expected the output of `v2flow encode`.")
+    return manifest
+
+
 def check_manifest_is_ours(folder: Path) -> None:
     """Raises: DataError if ``folder/manifest.json`` is not that of a token set: it must not be overwritten."""
     if (folder / MANIFEST).exists() and TokenManifest.load(folder) is None:
@@ -358,9 +366,7 @@ def read_token_set(folder: Path) -> Iterator[TokenSample]:
 
 def read_sized_token_set(folder: Path) -> Iterator[tuple[TokenSample, tuple[int, int]]]:
     """As ``read_token_set``, each image with its (height, width) in pixels."""
-    manifest = TokenManifest.load(folder)
-    if manifest is None:
-        raise TokenFileError(f"{folder}: no token manifest in it; expected the output of `v2flow encode`.")
+    manifest = load_manifest(folder)
     for name, count in sorted(manifest.files.items()):
         path = folder / f"{name}.npy"
         ids = np.atleast_2d(load_token_ids(path, manifest.codebook_size, *manifest.lengths))

@@ -20,7 +20,7 @@ import numpy as np
 from v2flow_cli.errors import TokenFileError, foreign_errors
 from v2flow_cli.runtime.extras import extra
 from v2flow_cli.runtime.publishing import check_published, publishing
-from v2flow_cli.store.token_file import TokenManifest, TokenSample, read_sized_token_set
+from v2flow_cli.store.token_file import TokenManifest, TokenSample, load_manifest, read_sized_token_set
 
 ROWS_PER_FILE = 100_000
 ROWS_PER_GROUP = 4096  # in memory at a time
@@ -43,23 +43,21 @@ def write_parquet(folder: Path) -> list[Path]:
     They get their names when all are complete; files of an earlier call are replaced.
     Raises: TokenFileError and DataError for a set that cannot be read; TokenFileError if they cannot be written.
     """
-    parquet, manifest = require_parquet(), TokenManifest.load(folder)
-    if manifest is None:
-        raise TokenFileError(f"{folder}: no token manifest in it; expected the output of `v2flow encode`.")
+    parquet, manifest = require_parquet(), load_manifest(folder)
     names: list[str] = []
     with (
         foreign_errors(f"{folder}: the Parquet files cannot be written", kind=TokenFileError),
         publishing(folder, PREFIX, r"tokens-\d{5}\.parquet") as partial,
     ):
-        groups = _groups(read_sized_token_set(folder))
-        group = next(groups, None)
-        while group is not None:
+        samples = read_sized_token_set(folder)
+        group = list(itertools.islice(samples, ROWS_PER_GROUP))
+        while group:
             names.append(f"tokens-{len(names):05d}.parquet")
             schema, rows = _schema(manifest), 0
             with parquet.ParquetWriter(partial / names[-1], schema, compression="zstd") as writer:
-                while group is not None and rows < ROWS_PER_FILE:
+                while group and rows < ROWS_PER_FILE:
                     writer.write_table(_table(group, schema))
-                    rows, group = rows + len(group), next(groups, None)
+                    rows, group = rows + len(group), list(itertools.islice(samples, ROWS_PER_GROUP))
     return [folder / name for name in names]
 
 
@@ -140,23 +138,12 @@ def _sample(row: dict[str, Any], manifest: TokenManifest, path: Path) -> TokenSa
 Sized: TypeAlias = tuple[TokenSample, tuple[int, int]]  # with its height and width
 
 
-def _groups(samples: Iterator[Sized]) -> Iterator[list[Sized]]:
-    while group := list(itertools.islice(samples, ROWS_PER_GROUP)):
-        yield group
-
-
 def _schema(manifest: TokenManifest) -> Any:
     import pyarrow as arrow
 
     ids = arrow.uint16() if manifest.codebook_size <= 65_536 else arrow.uint32()
-    types = (
-        arrow.string(),
-        arrow.string(),
-        arrow.list_(arrow.string()),
-        arrow.list_(ids),
-        arrow.int32(),
-        arrow.int32(),
-    )
+    text, pixels = arrow.string(), arrow.int32()
+    types = (text, text, arrow.list_(text), arrow.list_(ids), pixels, pixels)
     record = {key: value for key, value in manifest.record().items() if key not in ("files", "count")}
     return arrow.schema(list(zip(COLUMNS, types)), metadata={METADATA: json.dumps(record)})
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from v2flow_cli.errors import ModelError, reason_of
+from v2flow_cli.errors import ModelError, foreign_errors
 from v2flow_cli.recipe.schema import FlowTransformer
 from v2flow_cli.runtime.digest import model_digest
 from v2flow_cli.runtime.hub import model_folder
@@ -40,6 +40,7 @@ from v2flow_cli.tokenizer.other_decoders import (
 )
 from v2flow_cli.tokenizer.preprocess import fitted_size
 from v2flow_cli.tokenizer.pretrained import PretrainedModule
+from v2flow_cli.tokenizer.quantizer import TokenQuantizer
 from v2flow_cli.tokenizer.quantizer_ema import EMAQuantizer
 from v2flow_cli.tokenizer.quantizer_fsq import FSQQuantizer
 from v2flow_cli.tokenizer.resampler import TokenResampler
@@ -55,7 +56,7 @@ SECTIONS = ("vocabulary", "resampler", "quantizer", "context", "flow", "sampling
 
 # By the `kind` of their section in the recipe.
 RESAMPLERS: dict[str, Callable[..., TokenResampler]] = {"grid": GridResampler, "registers": RegisterResampler}
-QUANTIZERS: dict[str, Callable[..., EMAQuantizer | FSQQuantizer]] = {"ema": EMAQuantizer, "fsq": FSQQuantizer}
+QUANTIZERS: dict[str, Callable[..., TokenQuantizer]] = {"ema": EMAQuantizer, "fsq": FSQQuantizer}
 
 
 class TokenizerAssembly(PretrainedModule):
@@ -281,16 +282,12 @@ class TokenizerAssembly(PretrainedModule):
         folder = model_folder(
             source, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
         )
-        try:
+        with foreign_errors(f"{source}: not a loadable v2flow tokenizer"):
             config, _ = V2FlowConfig.get_config_dict(folder)
             if config.get("model_type") != V2FlowConfig.model_type:
                 kind = f"a model of type {config['model_type']!r}" if "model_type" in config else "no model"
                 raise ModelError(f"{source}: {kind}; expected a v2flow tokenizer (a folder written by `v2flow train`).")
             model = super().from_pretrained(folder, name=str(source), **kwargs)
-        except ModelError:
-            raise
-        except Exception as error:  # transformers and safetensors each raise their own kinds
-            raise ModelError(f"{source}: not a loadable v2flow tokenizer ({reason_of(error)}).") from error
         for name in model.config.decoders or {}:  # a missing file is an error only when its decoder is used
             file = folder / decoder_file(name)
             model._decoder_files[name] = file if file.is_file() else None

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from v2flow_cli.errors import ModelError
+from v2flow_cli.errors import ModelError, foreign_errors
 from v2flow_cli.runtime.extras import extra
 from v2flow_cli.runtime.hub import model_folder
 from v2flow_cli.tokenizer.autoencoder import V2FlowAutoencoder, V2FlowAutoencoderConfig
@@ -41,7 +41,10 @@ class Latents(nn.Module):
             return images
         raw = self.autoencoder.encode(images)
         if self.kind != "V2FlowAutoencoder":
-            raw = raw.latent_dist.mode() if hasattr(raw, "latent_dist") else _first(raw, "latent", "latents")
+            if hasattr(raw, "latent_dist"):
+                raw = raw.latent_dist.mode()
+            else:
+                raw = raw.latent if hasattr(raw, "latent") else raw.latents
         return (raw - self.shift) * self.scale
 
     @torch.no_grad()
@@ -76,10 +79,8 @@ def load_autoencoder_spec(path_or_id: str) -> tuple[dict[str, Any], dict[str, Te
     from transformers import PretrainedConfig
 
     folder = model_folder(path_or_id)
-    try:
+    with foreign_errors(f"{path_or_id}: not an autoencoder folder or hub id"):
         config, _ = PretrainedConfig.get_config_dict(folder)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path_or_id}: not an autoencoder folder or hub id ({str(error).splitlines()[0]}).") from None
     if config.get("model_type") == V2FlowAutoencoderConfig.model_type:
         model: Any = V2FlowAutoencoder.from_pretrained(folder, dtype=torch.float32)
         return autoencoder_spec(model.config), model.state_dict()
@@ -97,15 +98,12 @@ def load_autoencoder_spec(path_or_id: str) -> tuple[dict[str, Any], dict[str, Te
 
 
 def _inside_tokenizer(folder: Path, config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
-    prefix = "latents.autoencoder."
-    try:
-        with safe_open(folder / "model.safetensors", framework="pt") as file:
-            names = [name for name in file.keys() if name.startswith(prefix)]
-            return config["autoencoder"], {name.removeprefix(prefix): file.get_tensor(name).float() for name in names}
-    except (OSError, SafetensorError) as error:
-        raise ModelError(f"{folder}: the tokenizer's autoencoder cannot be read ({error}).") from None
+    prefix, path = "latents.autoencoder.", folder / "model.safetensors"
+    with foreign_errors(f"{folder}: the tokenizer's autoencoder cannot be read"), safe_open(path, "pt") as file:
+        names = [name for name in file.keys() if name.startswith(prefix)]
+        return config["autoencoder"], {name.removeprefix(prefix): file.get_tensor(name).float() for name in names}
 
 
 def _build(kind: str | None, spec: dict[str, Any]) -> nn.Module:
@@ -139,7 +137,3 @@ def _geometry(kind: str | None, model: Any) -> tuple[int, int, float, float]:
     downsampling = 2 ** (len(blocks) - 1)
     scale, shift = config.get("scaling_factor", 1.0), config.get("shift_factor", None)
     return config.latent_channels, downsampling, float(scale or 1.0), float(shift or 0.0)
-
-
-def _first(output: Any, *names: str) -> Tensor:
-    return next(getattr(output, name) for name in names if hasattr(output, name))

@@ -13,9 +13,9 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load
-from torch import Tensor, nn
+from torch import nn
 
-from v2flow_cli.errors import ModelError
+from v2flow_cli.errors import ModelError, reason_of
 
 FAITHFUL = "faithful"  # the decoder in model.safetensors, and the only one of most models
 DECODER = ("context", "flow")  # sections and parts of the model that only decoding uses
@@ -58,17 +58,15 @@ def load_decoder(parts: Mapping[str, nn.Module], file: Path | None, sha256: str,
     try:
         weights = load(content)
         for part, module in parts.items():
-            module.load_state_dict(_of_part(weights, part))
+            prefix = f"{part}."
+            module.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)})
     except (SafetensorError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ModelError(f"{file}: the weights do not fit decoders.{name} of config.json ({reason}).") from None
+        raise ModelError(
+            f"{file}: the weights do not fit decoders.{name} of config.json ({reason_of(error)})."
+        ) from None
     unexpected = sorted(key for key in weights if key.split(".")[0] not in parts)
     if unexpected:
         raise ModelError(f"{file}: unexpected weights of decoder {name}: {', '.join(unexpected[:3])}.")
-
-
-def _of_part(weights: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
-    return {key.removeprefix(f"{part}."): value for key, value in weights.items() if key.startswith(f"{part}.")}
 
 
 def copy_decoders(files: Mapping[str, Path | None], folder: Path) -> None:

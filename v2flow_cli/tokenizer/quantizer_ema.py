@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from v2flow_cli.recipe.schema import Quantizer
 from v2flow_cli.runtime.device import without_autocast
 from v2flow_cli.runtime.processes import copy_from_first, gather_rows, sum_in_place, world_size
+from v2flow_cli.tokenizer.quantizer import QuantizerOutput, TokenQuantizer, perplexity
 
 STATISTICS_RATE = 0.05  # of the running mean and standard deviation, per step
 
 
-@dataclass(frozen=True)
-class QuantizerOutput:
-    """``embeddings`` (B, N, D) with straight-through gradients; ``token_ids`` (B, N) int64; a scalar loss."""
-
-    embeddings: Tensor
-    token_ids: Tensor
-    commit_loss: Tensor
-
-
-class EMAQuantizer(nn.Module):
+class EMAQuantizer(TokenQuantizer):
     """A codebook (K, D) moved by exponential averages of the vectors that chose each code.
 
     Vectors are first standardised by running statistics. Silent (S2): the paper does not say how; soft mixtures of
@@ -78,7 +68,6 @@ class EMAQuantizer(nn.Module):
             return QuantizerOutput(self.length * estimator(vectors, codes), ids, commit_loss)
 
     def first_like(self, step: int) -> int:
-        """The first training step with the same computation as ``step``, so that one compiled graph serves both."""
         start, kmeans_steps = self.settings.start_step, self.settings.kmeans_steps
         if step in (0, start - 1):  # the statistics are initialised; all counts are set to their mean
             return step
@@ -194,10 +183,8 @@ class EMAQuantizer(nn.Module):
 
     def statistics(self) -> dict[str, Tensor]:
         """Usage and perplexity of the running counts, and the number of codes that the next step may replace."""
-        share = self.counts / self.counts.sum()
-        entropy = -(share * (share + 1e-12).log()).sum()
         dead = self._dead().float()
-        return {"codebook_usage": 1 - dead.mean(), "perplexity": entropy.exp(), "dead_codes": dead.sum()}
+        return {"codebook_usage": 1 - dead.mean(), "perplexity": perplexity(self.counts), "dead_codes": dead.sum()}
 
 
 def straight_through(vectors: Tensor, codes: Tensor) -> Tensor:

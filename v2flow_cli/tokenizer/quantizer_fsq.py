@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from v2flow_cli.recipe.schema import FSQ
 from v2flow_cli.runtime.device import without_autocast
 from v2flow_cli.runtime.processes import sum_in_place
-from v2flow_cli.tokenizer.quantizer_ema import QuantizerOutput
+from v2flow_cli.tokenizer.quantizer import QuantizerOutput, TokenQuantizer, perplexity
 
 USAGE_DECAY = 0.99  # of the running counts, per step
 
 
-class FSQQuantizer(nn.Module):
+class FSQQuantizer(TokenQuantizer):
     """A fixed lattice of codes, K = product of the levels; codes cannot collapse and are never replaced.
 
     A vector with as many components as there are levels is rounded directly. A wider one (a mixture of LLM words) is
@@ -58,19 +58,13 @@ class FSQQuantizer(nn.Module):
         bounded = torch.tanh(x + torch.atanh(offset / half)) * half - offset
         return bounded + (bounded.round() - bounded).detach()
 
-    def first_like(self, step: int) -> int:
-        """The first training step with the same computation as ``step``: 0, because all are alike."""
-        return 0
-
     def embed(self, token_ids: Tensor) -> Tensor:
-        """Codes (B, N, D) of token ids (B, N), as ``QuantizerOutput.embeddings``."""
         digits = token_ids[..., None] // self.basis % self.levels
         half = self.levels // 2
         return self.up((digits - half) / half)
 
     @property
     def vectors(self) -> Tensor:
-        """The codes (K, D) in the space of the input vectors."""
         return self.embed(torch.arange(self.settings.codebook_size, device=self.levels.device))
 
     @torch.no_grad()
@@ -81,7 +75,5 @@ class FSQQuantizer(nn.Module):
 
     def statistics(self) -> dict[str, Tensor]:
         """Usage (codes chosen in recent steps) and perplexity of the running counts."""
-        share = self.counts / self.counts.sum().clamp_min(1e-12)
-        entropy = -(share * (share + 1e-12).log()).sum()
         alive = self.counts > (1 - USAGE_DECAY) * math.exp(-1)  # used once in the last 1 / (1 - decay) steps
-        return {"codebook_usage": alive.float().mean(), "perplexity": entropy.exp()}
+        return {"codebook_usage": alive.float().mean(), "perplexity": perplexity(self.counts)}

@@ -19,12 +19,12 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 import yaml
 
 from v2flow_cli.errors import DataError, ModelError, V2FlowError
-from v2flow_cli.recipe import AutoencoderRecipe, FinetuneRecipe, LMRecipe, TokenizerRecipe, dump_recipe
+from v2flow_cli.recipe import FinetuneRecipe, LMRecipe, Recipe, dump_recipe
 from v2flow_cli.recipe.budget import Budget, Stage
 from v2flow_cli.runtime.device import cpu_cores
 from v2flow_cli.store.files import write_bytes
@@ -131,12 +131,13 @@ def check_inputs(budget: Budget, to_do: Iterable[str]) -> None:
         recipe = recipes.get(name)
         if recipe is None:
             continue
-        for source in _sources(recipe):
+        key, sources = _sources(recipe)
+        for source in sources:
             if not any(Path(source) == output or output in Path(source).parents for output in outputs):
                 if not Path(source).exists() and not glob.glob(source, recursive=True):
                     raise DataError(
                         f"{budget.stages[name].recipe_path}: the data {source} does not exist, and no stage writes it. "
-                        f"Name yours with --set {name}.{_sources_key(recipe)}=[PATH]."
+                        f"Name yours with --set {name}.{key}=[PATH]."
                     )
         _check_output(budget, budget.stages[name])
 
@@ -161,19 +162,13 @@ def _check_output(budget: Budget, stage: Stage) -> None:
         check_same_recipe(folder, yaml.safe_dump(old), yaml.safe_dump(new))
 
 
-def _sources(recipe: Any) -> list[str]:
-    if isinstance(recipe, AutoencoderRecipe | TokenizerRecipe):
-        return list(recipe.data.sources)
+def _sources(recipe: Recipe) -> tuple[str, tuple[str, ...]]:
+    """The key of a recipe's training data, and its value."""
     if isinstance(recipe, LMRecipe):
-        return list(recipe.text)
-    assert isinstance(recipe, FinetuneRecipe)
-    return list(recipe.data.token_sets)
-
-
-def _sources_key(recipe: Any) -> str:
-    if isinstance(recipe, LMRecipe):
-        return "text"
-    return "data.token_sets" if isinstance(recipe, FinetuneRecipe) else "data.sources"
+        return "text", recipe.text
+    if isinstance(recipe, FinetuneRecipe):
+        return "data.token_sets", recipe.data.token_sets
+    return "data.sources", recipe.data.sources
 
 
 def _state(budget: Budget, stage: Stage) -> Path:

@@ -9,6 +9,7 @@ from v2flow_cli.recipe import AutoencoderRecipe, LMRecipe, TokenizerRecipe
 from v2flow_cli.recipe.schema import Recipe
 from v2flow_cli.tokenizer.v2flow import V2FlowTokenizer
 from v2flow_cli.training.objectives.autoencoder import AutoencoderObjective
+from v2flow_cli.training.objectives.objective import Objective
 from v2flow_cli.training.objectives.tokenizer import TokenizerObjective, build_config
 from v2flow_cli.training.plan import named_models
 
@@ -42,7 +43,7 @@ def training_flop(recipe: Recipe) -> float:
     if isinstance(recipe, AutoencoderRecipe):
         step = 0
         with torch.device("meta"):
-            objective: AutoencoderObjective | TokenizerObjective = AutoencoderObjective(recipe)
+            objective: Objective = AutoencoderObjective(recipe)
     else:
         step = recipe.quantizer.start_step
         spec, shape, _ = named_models(recipe)

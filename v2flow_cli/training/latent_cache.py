@@ -16,15 +16,15 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from v2flow_cli.errors import ModelError, V2FlowError
+from v2flow_cli.errors import ModelError, foreign_errors
 from v2flow_cli.recipe.schema import TokenizerRecipe
 from v2flow_cli.runtime.device import tf32
 from v2flow_cli.runtime.digest import model_digest
-from v2flow_cli.runtime.processes import raise_everywhere
+from v2flow_cli.runtime.processes import on_every_rank
 from v2flow_cli.store.failures import Failure
 from v2flow_cli.store.files import write_bytes
 from v2flow_cli.tokenizer.latents import Latents
@@ -115,12 +115,9 @@ def cached_batches(
     log: Callable[[str], None],
 ) -> Iterator[LatentBatch]:
     """This rank's batches from batch ``start`` on. Raises: SharedError, on every rank, if one has no cache."""
-    problem, rank, ranks = "", accelerator.process_index, accelerator.num_processes
-    try:
-        cache = open_cache(recipe, model, rank=rank, ranks=ranks, device=accelerator.device)
-    except V2FlowError as error:
-        problem = str(error)
-    raise_everywhere(problem, accelerator.device)
+    where: dict[str, Any] = dict(rank=accelerator.process_index, ranks=accelerator.num_processes)
+    device = accelerator.device
+    cache = on_every_rank(lambda: open_cache(recipe, model, device=device, **where), device)
     log(f"latents of {len(cache.keys):,} crops a rank are cached ({recipe.latents.cache})")
     return cache.batches(batch_size, seed=recipe.train.seed, start=start)
 
@@ -144,7 +141,7 @@ def open_cache(
         bad = [failure.as_json() for failure in cache.failures]
         content = {**facts, "photos": cache.total, "failures": bad, "keys": cache.keys}
         write_bytes(record, json.dumps(content).encode())  # last: it marks the cache as complete
-    try:
+    with foreign_errors(f"{part}: the cached latents cannot be read", "Delete them to compute them again."):
         content = json.loads(record.read_text(encoding="utf-8"))
         _check(record, content, facts)
         tensors = safe_open(file, framework="pt")
@@ -152,10 +149,6 @@ def open_cache(
         ids = [slices[name] for name in sorted(slices) if name.startswith("token_ids.")]
         failures = [Failure.from_json(failure) for failure in content["failures"]]
         return LatentCache(slices["latents"], content["keys"], failures, content["photos"], slices.get("pixels"), ids)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise ModelError(
-            f"{part}: the cached latents cannot be read ({error}). Delete them to compute them again."
-        ) from None
 
 
 def cache_facts(recipe: TokenizerRecipe, model: V2FlowTokenizer, rank: int, ranks: int) -> dict[str, Any]:

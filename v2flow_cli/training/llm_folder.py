@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, Trainer
 
-from v2flow_cli.errors import ModelError
 from v2flow_cli.llm.load import without_tied
 from v2flow_cli.runtime.digest import weights_digest
-from v2flow_cli.runtime.publishing import publishing
+from v2flow_cli.training.output import publishing_model
 
 
 def save_folder(
@@ -40,11 +39,8 @@ def save_folder(
     model.config.use_cache = True  # Trainer turns it off
     if hasattr(model.config, "v2flow"):
         model.config.v2flow["weights_digest"] = weights_digest(state_dict)
-    try:
-        with publishing(Path(output)) as partial:
-            model.save_pretrained(partial, state_dict=state_dict)
-            tokenizer.save_pretrained(partial)
-            for name, content in files.items():
-                (partial / name).write_bytes(content.encode() if isinstance(content, str) else content)
-    except Exception as error:  # safetensors and tokenizers have their own exceptions for a full disk
-        raise ModelError(f"{output}: the model cannot be written ({error}). Free some space, then --resume.") from error
+    with publishing_model(Path(output)) as partial:
+        model.save_pretrained(partial, state_dict=state_dict)
+        tokenizer.save_pretrained(partial)
+        for name, content in files.items():
+            (partial / name).write_bytes(content.encode() if isinstance(content, str) else content)

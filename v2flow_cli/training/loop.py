@@ -13,16 +13,21 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, parse_flag_from_env, set_seed
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from v2flow_cli.errors import ModelError, V2FlowError
+from v2flow_cli.errors import V2FlowError
 from v2flow_cli.recipe import AutoencoderRecipe, TokenizerRecipe, dump_recipe
 from v2flow_cli.recipe.schema import TrainLoop
 from v2flow_cli.runtime.allocator import keep_freed_memory
 from v2flow_cli.runtime.device import pick_dtype, tf32
-from v2flow_cli.runtime.processes import losing_contact, maximum, prepare_cpu_launch, raise_everywhere, sum_in_place
-from v2flow_cli.runtime.publishing import publishing
+from v2flow_cli.runtime.processes import (
+    losing_contact,
+    maximum,
+    on_every_rank,
+    prepare_cpu_launch,
+    raise_everywhere,
+    sum_in_place,
+)
 from v2flow_cli.store.files import write_bytes
 from v2flow_cli.store.stream import SampleStream
 from v2flow_cli.training.card import write_card
@@ -33,9 +38,10 @@ from v2flow_cli.training.latent_cache import LatentBatch, cached_batches
 from v2flow_cli.training.memory import check_batch_fits
 from v2flow_cli.training.meter import Meter
 from v2flow_cli.training.objectives.autoencoder import AutoencoderObjective
+from v2flow_cli.training.objectives.objective import Objective
 from v2flow_cli.training.objectives.tokenizer import TokenizerObjective
 from v2flow_cli.training.optimizer import build_optimizer, learning_rate_at, set_learning_rate
-from v2flow_cli.training.output import alone_in_output, check_output
+from v2flow_cli.training.output import alone_in_output, check_output, publishing_model
 from v2flow_cli.training.resident import resident_batches
 from v2flow_cli.training.resume import check_same_ranks, check_same_recipe
 from v2flow_cli.training.state import (
@@ -62,7 +68,7 @@ class Trained:
     metrics: dict[str, float]
 
 
-def build_objective(recipe: AutoencoderRecipe | TokenizerRecipe) -> AutoencoderObjective | TokenizerObjective:
+def build_objective(recipe: AutoencoderRecipe | TokenizerRecipe) -> Objective:
     """The module whose ``forward(images, step)`` returns the loss terms of ``recipe``."""
     if isinstance(recipe, AutoencoderRecipe):
         return AutoencoderObjective(recipe)
@@ -90,7 +96,7 @@ def train(
     """
     loop, folder = recipe.train, Path(recipe.output)
     accelerator = _accelerator(loop, folder)
-    rank, ranks = accelerator.process_index, accelerator.num_processes
+    rank, ranks, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     micro_batch = loop.batch_size // loop.accumulate // ranks
     if micro_batch * loop.accumulate * ranks != loop.batch_size:
         raise V2FlowError(
@@ -102,7 +108,7 @@ def train(
     check_batch_fits(loop, 3 * recipe.data.crop_size**2, f"crops of {recipe.data.crop_size} px")
 
     set_seed(loop.seed)  # the same initial weights on every rank
-    objective = build_objective(recipe).to(accelerator.device)
+    objective = build_objective(recipe).to(device)
     objective.train()
     optimizer, names = build_optimizer(objective, recipe.optimizer)
     average = WeightAverage.of(objective, loop.ema_decay)
@@ -113,20 +119,18 @@ def train(
         check_same_recipe(where, record["recipe"], dump_recipe(recipe))
         check_same_ranks(where, record["ranks"], ranks, parts="crops and noise", approximate=approximate, log=log)
         objective.load_state_dict(groups["model"])
-        average.weights = {k: groups["ema"][k].to(accelerator.device) for k in average.weights}
+        average.weights = {k: groups["ema"][k].to(device) for k in average.weights}
         restore_optimizer(optimizer, names, groups["optimizer"])
         state = TrainState(**record["train_state"])
         saved_step = state.step
         meter.resume(record["meter"], state.step)
         log(f"resumed {where} at step {state.step}")
     meter.rewind(state.step)
-    bad = BadSamples(
-        folder / "bad_samples.jsonl", recipe.data.error_budget, log, accelerator.is_main_process, accelerator.device
-    )
-    if loop.compile and accelerator.device.type == "cuda":
+    bad = BadSamples(folder / "bad_samples.jsonl", recipe.data.error_budget, log, accelerator.is_main_process, device)
+    if loop.compile and device.type == "cuda":
         _compile(objective)
     model = accelerator.prepare(objective)
-    unread, deferred = UnreadSteps(), _defers_reading(accelerator.device)
+    unread, deferred = UnreadSteps(), device.type == "cuda"  # the host runs ahead of a GPU, and reads only for the log
 
     def read_terms() -> bool:
         """Undo the counts of steps that were not finite, and log the terms of the others; True if all were finite."""
@@ -143,24 +147,18 @@ def train(
 
     def save() -> None:
         read_terms()
-        problem = ""
-        if accelerator.is_main_process and state.step != saved_step:
-            groups = {
-                "model": objective.state_dict(),
-                "ema": average.weights,
-                "optimizer": flatten_optimizer(optimizer, names),
-            }
-            record = {
-                "train_state": state.as_json(),
-                "meter": meter.as_json(),
-                "recipe": dump_recipe(recipe),
-                "ranks": ranks,
-            }
-            try:
-                save_checkpoint(checkpoints, state.step, groups, record, loop.keep_checkpoints)
-            except ModelError as error:
-                problem = str(error)
-        raise_everywhere(problem, accelerator.device)
+        on_every_rank(write if accelerator.is_main_process and state.step != saved_step else lambda: None, device)
+
+    def write() -> None:
+        optimizer_state = flatten_optimizer(optimizer, names)
+        groups = {"model": objective.state_dict(), "ema": average.weights, "optimizer": optimizer_state}
+        record = {
+            "train_state": state.as_json(),
+            "meter": meter.as_json(),
+            "recipe": dump_recipe(recipe),
+            "ranks": ranks,
+        }
+        save_checkpoint(checkpoints, state.step, groups, record, loop.keep_checkpoints)
 
     if accelerator.is_main_process:
         SampleStream(recipe.data.sources, seed=0, output=recipe.output).not_taken.log(log)
@@ -210,7 +208,7 @@ def train(
                 break
             this_step = f"step {state.step}, rank {rank}"
             if failed:
-                raise_everywhere(problem and f"{this_step}: {problem}", accelerator.device)
+                raise_everywhere(problem and f"{this_step}: {problem}", device)
             keys = [key for batch in micro_batches for key in batch.keys]
             for batch in micro_batches if lossy else ():
                 bad.add(batch)
@@ -264,14 +262,11 @@ def train(
     return Trained(folder, state.step, state.images_seen, state.seconds, meter.last)
 
 
-def _export(objective: AutoencoderObjective | TokenizerObjective, folder: Path, card: str) -> None:
+def _export(objective: Objective, folder: Path, card: str) -> None:
     """Write the finished model atomically.  Raises: ModelError if it cannot be written."""
-    try:
-        with publishing(folder) as partial:
-            objective.export(partial)
-            (partial / "README.md").write_text(card, encoding="utf-8")
-    except (OSError, SafetensorError) as error:
-        raise ModelError(f"{folder}: the model cannot be written ({error}). Free some space, then --resume.") from None
+    with publishing_model(folder) as partial:
+        objective.export(partial)
+        (partial / "README.md").write_text(card, encoding="utf-8")
 
 
 def _accelerator(loop: TrainLoop, folder: Path) -> Accelerator:
@@ -293,7 +288,7 @@ def _accelerator(loop: TrainLoop, folder: Path) -> Accelerator:
 
 def _forward_backward(
     accelerator: Accelerator,
-    objective: AutoencoderObjective | TokenizerObjective,
+    objective: Objective,
     model: nn.Module,
     micro_batches: Sequence[CropBatch | LatentBatch],
     step: int,
@@ -312,11 +307,6 @@ def _forward_backward(
         for name, value in terms.items():
             totals[name] = totals.get(name, 0.0) + value.detach() / count
     return totals
-
-
-def _defers_reading(device: torch.device) -> bool:
-    """True if the host runs ahead of the device, so that it should read numbers only for the log."""
-    return device.type == "cuda"
 
 
 def _finite_everywhere(terms: Mapping[str, Tensor]) -> Tensor:

@@ -16,12 +16,11 @@ from torch.utils._pytree import tree_leaves
 from v2flow_cli.errors import RecipeError
 from v2flow_cli.recipe.schema import LMTrainLoop, TrainLoop
 from v2flow_cli.training.muon import copies_kept
-from v2flow_cli.training.objectives.autoencoder import AutoencoderObjective
-from v2flow_cli.training.objectives.tokenizer import TokenizerObjective
+from v2flow_cli.training.objectives.objective import Objective
 from v2flow_cli.training.optimizer import build_optimizer
 
 
-def training_bytes(objective: AutoencoderObjective | TokenizerObjective, size: int, step: int) -> dict[str, int]:
+def training_bytes(objective: Objective, size: int, step: int) -> dict[str, int]:
     """Bytes in float32 of the state of a training, and ``one_image``: peak memory per crop, forward and backward.
 
     Args:    objective, on the meta device, which gets gradients; size, of the crop in pixels.

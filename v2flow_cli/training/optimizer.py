@@ -10,13 +10,10 @@ from torch import nn
 
 from v2flow_cli.recipe.schema import Optimizer
 from v2flow_cli.training.muon import Muon
-from v2flow_cli.training.objectives.autoencoder import AutoencoderObjective
-from v2flow_cli.training.objectives.tokenizer import TokenizerObjective
+from v2flow_cli.training.objectives.objective import Objective
 
 
-def build_optimizer(
-    objective: AutoencoderObjective | TokenizerObjective, settings: Optimizer
-) -> tuple[torch.optim.AdamW, dict[int, str]]:
+def build_optimizer(objective: Objective, settings: Optimizer) -> tuple[torch.optim.AdamW, dict[int, str]]:
     """AdamW or Muon with weight decay on matrices only, and the name of each parameter by ``id``.
 
     Muon is for weights that act as one matrix: linear layers and ungrouped convolutions, but not the flow head.

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from v2flow_cli.errors import ModelError
+from v2flow_cli.errors import ModelError, foreign_errors
+from v2flow_cli.runtime.publishing import publishing
 from v2flow_cli.store.lock import locked
 from v2flow_cli.store.paths import not_writable, user_path
 
@@ -34,6 +36,15 @@ def alone_in_output(
             return training(recipe, *args, **kwargs)
 
     return alone
+
+
+@contextlib.contextmanager
+def publishing_model(folder: Path) -> Iterator[Path]:
+    """As ``publishing``, for a finished model.  Raises: ModelError if it cannot be written."""
+    # safetensors and tokenizers have their own exceptions for a full disk
+    with foreign_errors(f"{folder}: the model cannot be written", "Free some space, then --resume."):
+        with publishing(folder) as partial:
+            yield partial
 
 
 def check_output(output: str | Path, resume: bool) -> None:

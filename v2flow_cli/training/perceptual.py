@@ -15,11 +15,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from v2flow_cli.errors import ModelError, reason_of
+from v2flow_cli.errors import ModelError, foreign_errors
 from v2flow_cli.runtime.device import without_autocast
 from v2flow_cli.runtime.extras import extra
 from v2flow_cli.store.files import sha256_of
@@ -147,11 +146,9 @@ def load_features(path: str | Path) -> FeatureNetwork:
     path = Path(path)
     if not path.is_file():
         raise ModelError(f"{path}: no such file; expected weights of a backbone's features (.safetensors).")
-    try:
+    with foreign_errors(f"{path}: cannot be read as safetensors"):
         path.open("rb").close()  # safetensors says of a file without permission that it does not exist
         weights = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ModelError(f"{path}: cannot be read as safetensors ({reason_of(error)}).") from None
     weights = {n.removeprefix("features."): w.float() for n, w in weights.items() if not n.startswith("classifier.")}
     shapes = {name: weight.shape for name, weight in weights.items()}
     for backbone in BACKBONES:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import nn
 
 from v2flow_cli.errors import ModelError, V2FlowError
 from v2flow_cli.recipe import AutoencoderRecipe, TokenizerRecipe
@@ -19,6 +18,7 @@ from v2flow_cli.tokenizer.latents import autoencoder_spec, load_autoencoder_spec
 from v2flow_cli.tokenizer.v2flow import V2FlowTokenizer
 from v2flow_cli.training.memory import check_batch_fits, training_bytes
 from v2flow_cli.training.objectives.autoencoder import AutoencoderObjective
+from v2flow_cli.training.objectives.objective import Objective
 from v2flow_cli.training.objectives.tokenizer import TokenizerObjective, build_config, load_start
 from v2flow_cli.training.output import check_output
 from v2flow_cli.training.perceptual import load_perceptual
@@ -36,9 +36,9 @@ def plan(recipe: AutoencoderRecipe | TokenizerRecipe, resume: bool = False) -> d
     missing: list[str] = []
     if isinstance(recipe, AutoencoderRecipe):
         with torch.device("meta"):
-            objective: AutoencoderObjective | TokenizerObjective = AutoencoderObjective(recipe)
-        report["parameters"] = _count(objective.model)
-        report["encoder_parameters"] = _count(cast(nn.Module, objective.model.encoder))
+            objective: Objective = (autoencoder := AutoencoderObjective(recipe))
+        report["parameters"] = _count(autoencoder.model)
+        report["encoder_parameters"] = _count(autoencoder.model.encoder)
         step = 0
     else:
         spec, shape, missing = named_models(recipe)

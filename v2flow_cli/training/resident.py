@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from v2flow_cli.errors import V2FlowError
 from v2flow_cli.recipe.schema import ImageData
 from v2flow_cli.runtime.device import cpu_cores
-from v2flow_cli.runtime.processes import raise_everywhere
+from v2flow_cli.runtime.processes import on_every_rank
 from v2flow_cli.store.failures import Failure
 from v2flow_cli.training.crops import CropBatch, first_crops, shuffled_rows
 
@@ -112,11 +113,8 @@ def resident_batches(
     output: str | None = None,
 ) -> Iterator[CropBatch]:
     """This rank's batches from batch ``start`` on.  Raises: SharedError, on every rank, if one has no photos."""
-    rank, ranks, problem = accelerator.process_index, accelerator.num_processes, ""
-    try:
-        photos = load_resident(data, seed=seed, rank=rank, ranks=ranks, device=accelerator.device, output=output)
-    except V2FlowError as error:
-        problem = str(error)
-    raise_everywhere(problem, accelerator.device)
-    log(f"{len(photos.keys):,} photos a rank stay on {accelerator.device}, {photos.pixels.numel() / 1e9:.2f} GB")
+    rank, ranks, device = accelerator.process_index, accelerator.num_processes, accelerator.device
+    where: dict[str, Any] = dict(rank=rank, ranks=ranks, device=device, output=output)
+    photos = on_every_rank(lambda: load_resident(data, seed=seed, **where), device)
+    log(f"{len(photos.keys):,} photos a rank stay on {device}, {photos.pixels.numel() / 1e9:.2f} GB")
     return photos.batches(data, batch_size, seed=seed, rank=rank, start=start)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,22 +19,15 @@ from torch import Tensor
 
 from v2flow_cli.errors import V2FlowError
 from v2flow_cli.recipe.schema import ImageData
-from v2flow_cli.runtime.processes import raise_everywhere
+from v2flow_cli.runtime.processes import on_every_rank
 from v2flow_cli.store.files import write_bytes
 from v2flow_cli.store.images import png_bytes
 from v2flow_cli.tokenizer.preprocess import to_uint8
 from v2flow_cli.training.crops import crop_loader
+from v2flow_cli.training.objectives.objective import Objective
 
 GRID_IMAGES = 8
 PROJECT = "v2flow"
-
-
-class Reconstructs(Protocol):
-    """A training objective: images (B, 3, S, S) in [-1, 1] through the model and back."""
-
-    def reconstruct(self, images: Tensor) -> Tensor: ...
-
-    def train(self, mode: bool = True) -> Any: ...
 
 
 def tracker_options(tracker: str, folder: Path) -> dict[str, Any]:
@@ -76,17 +70,12 @@ class Watch:
         values = {name: value for name, value in record.items() if name != "step"}
         self._accelerator.log(values, step=int(record["step"]))
 
-    def grid(self, objective: Reconstructs, step: int) -> None:
+    def grid(self, objective: Objective, step: int) -> None:
         """Write ``grids/step-NNNNNNNN.png``: crops above their reconstructions (not by the average)."""
-        problem = ""
-        if self._accelerator.is_main_process:
-            try:
-                self._draw(objective, step)
-            except V2FlowError as error:
-                problem = str(error)
-        raise_everywhere(problem, self._accelerator.device)
+        draw = functools.partial(self._draw, objective, step)
+        on_every_rank(draw if self._accelerator.is_main_process else lambda: None, self._accelerator.device)
 
-    def _draw(self, objective: Reconstructs, step: int) -> None:
+    def _draw(self, objective: Objective, step: int) -> None:
         images = self._crops()
         objective.train(False)
         with torch.no_grad(), self._accelerator.autocast():

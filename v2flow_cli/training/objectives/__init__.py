@@ -1,1 +1,1 @@
-"""The losses of each kind of training, one file per objective."""
+"""The losses of each kind of training, one file an objective; ``objective.py`` is the interface for the loop."""

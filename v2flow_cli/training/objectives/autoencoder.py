@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from v2flow_cli.recipe.schema import AutoencoderRecipe
 from v2flow_cli.runtime.device import DTYPES
 from v2flow_cli.tokenizer.autoencoder import V2FlowAutoencoder, V2FlowAutoencoderConfig
+from v2flow_cli.training.objectives.objective import Objective
 
 
-class AutoencoderObjective(nn.Module):
+class AutoencoderObjective(Objective):
     """Weighted pixel losses, and a running estimate of the latents' mean and standard deviation."""
 
     latent_mean: Tensor
     latent_square: Tensor
+    recipe: AutoencoderRecipe
     size_multiple = 8  # sides of images, in pixels
 
     def __init__(self, recipe: AutoencoderRecipe) -> None:
@@ -54,17 +55,7 @@ class AutoencoderObjective(nn.Module):
         }
 
     def reconstruct(self, images: Tensor) -> Tensor:
-        """Images (B, 3, S, S) through the model and back."""
         return self.model(images)[0]
-
-    def no_decay(self) -> tuple[str, ...]:
-        return ()
-
-    def statistics(self, step: int) -> dict[str, Tensor]:
-        return {}
-
-    def check(self, step: int, figures: Mapping[str, float]) -> None:
-        pass
 
     def export(self, folder: Path) -> None:
         """Save the model with the latents' statistics as its scale (applied by ``tokenizer/latents.py``)."""

@@ -11,7 +11,6 @@ import gzip
 import itertools
 import math
 import os
-import zlib
 from array import array
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -22,7 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.trainers import BpeTrainer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from v2flow_cli.errors import DataError
+from v2flow_cli.errors import DataError, foreign_errors
 from v2flow_cli.recipe.load import dump_recipe
 from v2flow_cli.recipe.schema import LMModel, LMRecipe
 from v2flow_cli.runtime.device import describe_hardware
@@ -135,11 +134,9 @@ def find_text(patterns: Iterable[str]) -> list[Path]:
 def read_documents(paths: Iterable[Path]) -> Iterator[str]:
     """Documents of text files: paragraphs (line breaks folded) in a file that has blank lines, else lines."""
     for path in paths:
-        try:
+        with foreign_errors(f"{path}: not readable as UTF-8 text", "Use .txt or .gz files.", DataError):
             with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as file:
                 text = decode_text(file.read(), path).strip()
-        except (OSError, EOFError, zlib.error) as error:
-            raise DataError(f"{path}: not readable as UTF-8 text ({error}). Use .txt or .gz files.") from None
         lines = lines_of(text)
         paragraphs = "\n".join(lines).split("\n\n")
         for document in paragraphs if len(paragraphs) > 1 else lines:

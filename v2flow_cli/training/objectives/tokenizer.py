@@ -23,6 +23,7 @@ from v2flow_cli.tokenizer.decoder import ImageLossPlan, StepPlan
 from v2flow_cli.tokenizer.latents import load_autoencoder_spec
 from v2flow_cli.tokenizer.other_decoders import DECODER, FAITHFUL
 from v2flow_cli.tokenizer.v2flow import V2FlowTokenizer
+from v2flow_cli.training.objectives.objective import Objective
 from v2flow_cli.training.perceptual import load_perceptual
 from v2flow_cli.training.ssim import ssim
 
@@ -41,8 +42,10 @@ class ImageLosses(NamedTuple):
     perceptual: Tensor
 
 
-class TokenizerObjective(nn.Module):
+class TokenizerObjective(Objective):
     """The tokenizer of a recipe, with its frozen autoencoder and vocabulary loaded, or ``model``."""
+
+    recipe: TokenizerRecipe
 
     def __init__(self, recipe: TokenizerRecipe, model: V2FlowTokenizer | None = None) -> None:
         super().__init__()
