@@ -98,7 +98,7 @@ def test_figures_of_a_feature_network_have_their_own_names_and_a_plane(
         assert row["feature_distance"] > 0 and row["feature_distance_ci95"] > 0 and row["feature_frechet"] > 0
         assert row["lpips"] is row["rfid"] is None
     assert first["feature_distance"] != second["feature_distance"]
-    page = plots(table)
+    page = "".join(drawing.svg for chart in plots(table) for drawing in chart.drawings)
     assert "Perception and distortion: feature distance over PSNR in dB" in page
     [small] = tables([run_bench({"m": tokenizer}, photos, size=16, networks=networks, **options)])
     assert small.rows[0]["feature_distance"] > 0 and small.rows[0]["feature_frechet"] > 0  # enlarged for the network
