@@ -58,7 +58,7 @@ def test_shards_are_read_by_their_index_and_give_the_same_tokens(here):
     assert np.array_equal(before, after)
 
 
-def test_a_checkpoint_of_a_tokenizer_goes_on_where_it_was(here):
+def test_a_checkpoint_of_a_tokenizer_is_resumed(here):
     published = load_file(here / "tokenizer" / "model.safetensors")
     (here / "tokenizer" / "model.safetensors").unlink()
     run("train", "tokenizer/recipe.yaml", "--resume")
@@ -68,7 +68,7 @@ def test_a_checkpoint_of_a_tokenizer_goes_on_where_it_was(here):
     assert max(far.values()) < 0.01, far  # one step of it, whose sums may round otherwise
 
 
-def test_a_checkpoint_of_a_drawing_llm_goes_on_where_it_was(here):
+def test_a_checkpoint_of_a_drawing_llm_is_resumed(here):
     published = load_file(here / "llm" / "model.safetensors")
     (here / "llm" / "model.safetensors").unlink()
     run("finetune-llm", "llm/recipe.yaml", "--resume")
@@ -90,7 +90,7 @@ def test_a_folder_whose_config_has_retired_keys_loads(here):
     assert model.encode(torch.zeros(1, 3, 32, 32)).shape == (1, 4)
 
 
-def test_recipes_with_retired_keys_are_told_what_to_write(here):
+def test_errors_of_retired_keys_name_the_replacement(here):
     with pytest.raises(RecipeError) as error:
         load_recipe(here / "knobs" / "recipe.yaml")
     text = str(error.value)

@@ -48,7 +48,7 @@ def pixels(file: str) -> np.ndarray:
     return np.asarray(Image.open(file).convert("RGB")).astype(int)
 
 
-def test_a_photo_goes_in_and_comes_back(client, sample_images, tmp_path: Path) -> None:
+def test_a_photo_is_encoded_and_decoded(client, sample_images, tmp_path: Path) -> None:
     from gradio_client import handle_file
 
     sample_images[1].save(tmp_path / "cat.png")
@@ -66,7 +66,7 @@ def test_a_photo_goes_in_and_comes_back(client, sample_images, tmp_path: Path) -
         assert not np.array_equal(pixels(other[1]), pixels(back))
 
 
-def test_a_picture_grows_with_its_tokens(flexible, sample_images, tmp_path: Path) -> None:
+def test_the_slider_shortens_a_drawing(flexible, sample_images, tmp_path: Path) -> None:
     from gradio_client import handle_file
 
     sample_images[1].save(tmp_path / "cat.png")
@@ -85,7 +85,7 @@ def test_a_picture_grows_with_its_tokens(flexible, sample_images, tmp_path: Path
     assert not np.array_equal(short[0], short[1]) and np.array_equal(short[1], pixels(drawn))
 
 
-def test_sliders_are_there_for_flexible_lengths_alone(flexible, client) -> None:
+def test_only_flexible_lengths_have_sliders(flexible, client) -> None:
     def sliders(page):
         parts = page.config["components"]
         return [p["props"]["label"] for p in parts if p["type"] == "slider" and p["props"].get("visible", True)]
@@ -97,7 +97,7 @@ def test_sliders_are_there_for_flexible_lengths_alone(flexible, client) -> None:
 DECODER = (1, 2, 1.0, 0)  # rounds, steps, guidance, seed
 
 
-def test_a_sentence_becomes_a_picture(client) -> None:
+def test_a_prompt_is_drawn(client) -> None:
     def ask(prompt: str, seed: int) -> np.ndarray:
         drawn, grid = client.predict(prompt, 0.9, 1, 2, 1.0, seed, api_name="/draw")
         assert pixels(grid).shape == (512, 512, 3)
@@ -126,7 +126,7 @@ def test_tokens_of_a_photo_are_edited_and_decoded(client, sample_images, tmp_pat
     assert not np.array_equal(pixels(grid)[:, :250], start[:, :250])
 
 
-def test_the_rectangle_is_what_is_changed(tiny_tokenizer_folder: Path, llm_folder: Path) -> None:  # noqa: F811
+def test_only_tokens_in_the_rectangle_change(tiny_tokenizer_folder: Path, llm_folder: Path) -> None:  # noqa: F811
     from v2flow_cli.demo.studio import BY_LLM, ONE_CODE, RANDOM_CODES, Studio
     from v2flow_cli.errors import V2FlowError
 
@@ -148,7 +148,7 @@ def test_the_rectangle_is_what_is_changed(tiny_tokenizer_folder: Path, llm_folde
         studio.edit([1, 2], (0, 0, 0, 0), BY_LLM)
 
 
-def test_what_is_missing_is_said(client) -> None:
+def test_missing_inputs_are_errors(client) -> None:
     with pytest.raises(Exception, match="The prompt is empty"):
         client.predict(" ", 0.9, *DECODER, api_name="/draw")
     with pytest.raises(Exception, match="No photo: drop"):
@@ -157,7 +157,7 @@ def test_what_is_missing_is_said(client) -> None:
         client.predict(None, 0, 0, 1, 1, *DECODER, api_name="/tokens")
 
 
-def test_without_gradio_it_says_what_to_install(tmp_path: Path) -> None:
+def test_without_gradio_the_error_names_the_extra(tmp_path: Path) -> None:
     code = "import sys; sys.modules['gradio'] = None; "
     code += "from v2flow_cli.demo.__main__ import main; sys.argv = ['demo']; main()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -46,7 +46,7 @@ def run(tiny_tokenizer_folder: Path, llm_folder: Path, tmp_path: Path, monkeypat
     return call
 
 
-def test_sample_photos_all_the_way(run, capsys: pytest.CaptureFixture) -> None:
+def test_a_page_of_the_sample_photos(run, capsys: pytest.CaptureFixture) -> None:
     out = run()
     manifest = TokenManifest.load(out / "tokens")
     assert manifest is not None and len(manifest.files) == 5
@@ -60,7 +60,7 @@ def test_sample_photos_all_the_way(run, capsys: pytest.CaptureFixture) -> None:
     run()  # a second time over the first one's files
 
 
-def test_own_photos_with_bad_ones_among_them(run, tmp_path: Path, sample_images, capsys) -> None:
+def test_a_page_of_own_photos_with_bad_files(run, tmp_path: Path, sample_images, capsys) -> None:
     folder = tmp_path / "mine"
     (folder / "sub").mkdir(parents=True)
     sample_images[1].save(folder / "sub" / "cat.jpg")

@@ -36,6 +36,6 @@ def test_what_it_installs_and_starts_exists() -> None:
     assert of("USER") == ["v2flow"] and LINES.index("USER v2flow") < LINES.index(f"CMD {start}")
 
 
-def test_the_ports_are_the_commands_own() -> None:
+def test_the_ports_are_the_defaults_of_the_commands() -> None:
     for port, module in zip(of("EXPOSE")[0].split(), ("serve", "demo")):
         assert f"] = {port},\n" in (ROOT / "v2flow_cli" / module / "__main__.py").read_text("utf-8")

@@ -85,7 +85,7 @@ def anchors(page: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
-def test_relative_links_lead_somewhere(page):
+def test_relative_links_resolve(page):
     text = FENCE.sub("", page.read_text(encoding="utf-8"))
     broken = []
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
@@ -139,7 +139,7 @@ def parse(name: str, arguments: list[str]) -> None:
         found.make_context(mode, rest, parent=context)
 
 
-def test_wrong_commands_would_be_noticed():
+def test_wrong_commands_are_detected():
     for arguments in (["imgs/", "-o", "x", "--resolution", "4"], ["imgs/"], ["imgs/", "-o", "x", "--res", "big"]):
         with pytest.raises(Exception) as error:
             parse("encode", arguments)

@@ -46,7 +46,7 @@ def tiny(name, root, output, *more):
     return load_recipe(RECIPES / "tiny" / f"{name}.yaml", settings)
 
 
-def test_every_stage_trains_and_what_it_made_works(root):
+def test_every_stage_trains_and_its_model_runs(root):
     """Compiled steps, photos on the device, cached latents and ids, Muon, a skipped step, fp32 beside bf16, drawing."""
     resident = "data.resident_px=80"
     done = train(tiny("autoencoder", root, "ae", resident, "optimizer.kind=muon"), resume=False, log=quiet)

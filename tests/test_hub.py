@@ -75,7 +75,7 @@ def test_a_revision_is_kept_apart(pushed, tiny_tokenizer_folder, tmp_path):
         V2FlowTokenizer.from_pretrained("me/tokenizer", revision="v9")
 
 
-def test_without_a_network_the_cache_serves(pushed, tiny_tokenizer_folder, tmp_path):
+def test_the_cache_is_used_without_a_network(pushed, tiny_tokenizer_folder, tmp_path):
     assert loads_as(tiny_tokenizer_folder)
     asked = len(pushed.requests)
     assert loads_as(tiny_tokenizer_folder, local_files_only=True) and len(pushed.requests) == asked
@@ -99,7 +99,7 @@ def silent_hub(monkeypatch, tmp_path):
         yield
 
 
-def test_a_silent_hub_is_given_up(silent_hub):
+def test_a_hub_that_does_not_answer_times_out(silent_hub):
     with pytest.raises(ModelError, match=r"^me/other: no such folder, .* cannot be reached \(.*timed out"):
         V2FlowTokenizer.from_pretrained("me/other")
 
@@ -134,7 +134,9 @@ MISTYPED = [
 
 
 @pytest.mark.parametrize(("command", "where"), MISTYPED)
-def test_case_21_a_mistyped_path_asks_no_hub(command, where, tmp_path, monkeypatch, tiny_tokenizer_folder, request):
+def test_case_21_a_mistyped_path_does_not_contact_the_hub(
+    command, where, tmp_path, monkeypatch, tiny_tokenizer_folder, request
+):
     for name in ("repo_info", "snapshot_download"):
         monkeypatch.setattr(f"huggingface_hub.HfApi.{name}", lambda *a, **k: pytest.fail("asked the hub"))
     monkeypatch.chdir(tmp_path)
@@ -245,7 +247,7 @@ def test_base_models_are_the_hub_ids_among_what_a_model_is_made_from(tmp_path, m
     assert entry["results"][0]["metrics"] == [{"type": "loss", "value": 1.2346}]
 
 
-def test_a_token_that_may_not_write_is_told_before_the_training(hub, train, tmp_path, monkeypatch):
+def test_a_read_only_token_is_an_error_before_the_training(hub, train, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     done = train("--push", "me/ae")
     assert done.exit_code == 1 and "--push me/ae: the hub does not allow writing (" in done.stderr
@@ -263,14 +265,14 @@ def test_a_push_that_fails_keeps_the_model_and_resume_pushes_it(hub, train, tmp_
     assert "model.safetensors" in next(iter(hub.repositories["me/ae"].commits.values()))
 
 
-def test_options_of_push_that_do_not_fit(train):
+def test_contradicting_push_options(train):
     done = train("--push", "not a repository")
     assert done.exit_code == 1 and "--push not a repository: not a repository id; expected OWNER/NAME" in done.stderr
     done = train("--public")
     assert done.exit_code == 2 and "add --push REPO" in done.stderr
 
 
-def test_a_hub_that_cannot_be_reached_is_one_sentence(train, monkeypatch):
+def test_an_unreachable_hub_is_an_error(train, monkeypatch):
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{closed.getsockname()[1]}")

@@ -48,7 +48,7 @@ def imported_rooms(tree: ast.AST) -> set[str]:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_imports_never_turn_back(path):
+def test_imports_follow_the_order_of_the_packages(path):
     room = room_of(path)
     if room in LAST or room == "__init__":
         return

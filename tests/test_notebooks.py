@@ -45,7 +45,7 @@ def test_a_notebook_runs_offline(path: Path, tmp_path: Path, monkeypatch) -> Non
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
-def test_its_stored_pictures_are_what_their_sizes_say(path: Path) -> None:
+def test_stored_pictures_have_their_stated_sizes(path: Path) -> None:
     nbformat = pytest.importorskip("nbformat")
     outputs = [o.data for c in nbformat.read(path, as_version=4).cells for o in c.get("outputs", ()) if "data" in o]
     for data in outputs:
@@ -54,12 +54,12 @@ def test_its_stored_pictures_are_what_their_sizes_say(path: Path) -> None:
     assert len(outputs) >= 6 and path.stat().st_size < 1_000_000
 
 
-def test_there_is_one() -> None:
+def test_there_is_a_notebook() -> None:
     assert NOTEBOOKS
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
-def test_its_links_lead_to_pages(path: Path) -> None:
+def test_links_of_notebooks_resolve(path: Path) -> None:
     import json
 
     text = "".join("".join(cell["source"]) for cell in json.loads(path.read_text("utf-8"))["cells"])

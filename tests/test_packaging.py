@@ -129,7 +129,9 @@ def test_the_first_commands_of_the_readme_work_on_a_plain_install(plain_install:
         (("bench", "imgs/", "--lpips-net", "vgg", "--no-speed"), "metrics"),
     ],
 )
-def test_a_missing_extra_is_one_sentence(plain_install: Path, tmp_path: Path, sample_images, arguments, extra) -> None:
+def test_a_missing_extra_is_an_error_that_names_it(
+    plain_install: Path, tmp_path: Path, sample_images, arguments, extra
+) -> None:
     (tmp_path / "imgs").mkdir()
     sample_images[1].resize((64, 64)).save(tmp_path / "imgs" / "cat.png")
     done = subprocess.run([plain_install / "v2flow", *arguments], cwd=tmp_path, capture_output=True, text=True)
@@ -137,7 +139,7 @@ def test_a_missing_extra_is_one_sentence(plain_install: Path, tmp_path: Path, sa
     assert f"is not installed. Install it with: pip install 'v2flow[{extra}]'" in done.stderr
 
 
-def test_the_tabulator_key_completes_commands_and_options() -> None:
+def test_shell_completion_lists_commands_and_options() -> None:
     def complete(line: str) -> str:
         env = {**os.environ, "_V2FLOW_COMPLETE": "complete_bash", "COMP_WORDS": line}
         env["COMP_CWORD"] = str(len(line.split()) - 1)

@@ -29,7 +29,7 @@ def photos(tmp_path, sample_images) -> Path:
     return folder
 
 
-def test_the_whole_road(tmp_path, photos, monkeypatch):
+def test_the_full_pipeline(tmp_path, photos, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over a photo of a lazy dog number one\n" * 60)
     v2flow("shard", photos, "-o", "shards")

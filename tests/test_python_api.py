@@ -49,7 +49,7 @@ print(type(AutoConfig.from_pretrained(folder)).__name__, type(model).__name__, m
     [("import v2flow_cli", ""), ("", "import v2flow_cli")],
     ids=["before", "after"],
 )
-def test_auto_classes_know_v2flow_once_it_is_imported(first, then, tiny_tokenizer_folder):
+def test_auto_classes_load_v2flow_after_its_import(first, then, tiny_tokenizer_folder):
     said = python(AUTO.format(first=first, then=then), tiny_tokenizer_folder)
     assert said == "V2FlowConfig V2FlowTokenizer torch.float32 V2FlowImageProcessor"
 
@@ -64,7 +64,7 @@ def photo() -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (40, 56, 3), dtype=np.uint8)
 
 
-def test_one_picture_in_every_form_gives_the_same_pixels(photo):
+def test_every_input_type_gives_the_same_pixels(photo):
     processor = V2FlowImageProcessor(size=32)
     expected = processor(Image.fromarray(photo), return_tensors="pt").pixel_values
     assert expected.shape == (1, 3, 32, 32) and expected.dtype == torch.float32
@@ -91,7 +91,7 @@ def test_one_picture_in_every_form_gives_the_same_pixels(photo):
     assert isinstance(processor(photo, return_tensors="np").pixel_values, np.ndarray)
 
 
-def test_shapes_that_both_ends_fit_follow_convention_or_the_argument():
+def test_ambiguous_shapes_follow_convention_or_the_argument():
     processor, narrow = V2FlowImageProcessor(size=8), np.zeros((3, 8, 3), dtype=np.uint8)
     narrow[0] = 255  # the first row, or the red channel
     as_rows = processor(narrow).pixel_values
@@ -100,7 +100,7 @@ def test_shapes_that_both_ends_fit_follow_convention_or_the_argument():
     assert torch.equal(processor(torch.from_numpy(narrow)).pixel_values, as_channels)
 
 
-def test_the_processor_sees_a_photo_as_the_commands_do(tmp_path, photo):
+def test_the_processor_gives_the_pixels_of_the_commands(tmp_path, photo):
     """Turned by EXIF, alpha over white, 16 bits: as ``open_image`` makes them."""
     turned, exif = Image.fromarray(photo), Image.Exif()
     exif[0x0112] = 6
@@ -133,7 +133,7 @@ def test_the_processor_sees_a_photo_as_the_commands_do(tmp_path, photo):
         (np.zeros((4, 4, 3), bool), "pixels of type bool"),
     ],
 )
-def test_what_is_no_picture_is_one_sentence(images, message):
+def test_inputs_that_are_not_pictures_are_errors(images, message):
     with pytest.raises(DataError, match=message):
         V2FlowImageProcessor(size=8)(images)
 
@@ -173,7 +173,7 @@ def test_arguments_of_generate_that_do_not_fit(llm, given, message):
 
 
 @pytest.mark.parametrize("load", [V2FlowTokenizer.from_pretrained, DrawingLM.from_pretrained])
-def test_a_mistyped_path_is_told_at_once(load, tmp_path, monkeypatch, tiny_tokenizer_folder):
+def test_a_mistyped_path_is_an_error_at_once(load, tmp_path, monkeypatch, tiny_tokenizer_folder):
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *a, **k: pytest.fail("asked the hub"))
     monkeypatch.chdir(tmp_path)
     Path("runs/tokenizer").mkdir(parents=True)

@@ -20,7 +20,7 @@ def test_energy_distance_of_equal_far_and_shifted_samples():
     assert abs(same) < 0.005 < shifted < 0.2 and far > 0.99
 
 
-def test_words_among_themselves_are_aligned_and_scaled_ones_are_not():
+def test_words_align_with_themselves_and_scaled_words_do_not():
     torch.manual_seed(0)
     words = torch.randn(600, 12) + 2
     found = align("words", True, words[:300], words, seed=0)

@@ -16,7 +16,7 @@ def picture(size: int = 96) -> np.ndarray:
 
 
 @pytest.mark.parametrize("codec", CODECS, ids=lambda codec: codec.name)
-def test_keeps_the_budget_and_uses_it(codec) -> None:
+def test_files_are_within_the_budget_and_near_it(codec) -> None:
     if not features.check(codec.feature):
         pytest.skip(f"this Pillow has no {codec.name}")
     reference = picture()
@@ -37,7 +37,7 @@ def test_is_the_best_of_all_downscales(monkeypatch: pytest.MonkeyPatch) -> None:
         assert single.bytes > 300 or single.psnr <= best.psnr
 
 
-def test_takes_the_smallest_file_where_nothing_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_smallest_file_if_none_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     jpeg = CODECS[0]
     found = best_at(jpeg, picture(), 10)
     assert found.bytes > 100  # the real size, headers and all

@@ -51,7 +51,9 @@ def module(tmp_path: Path) -> Path:
     return file
 
 
-def test_measured_beside_ours(module: Path, sample_images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_external_tokenizer_is_measured(
+    module: Path, sample_images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     photos = [("a", sample_images[0]), ("b", sample_images[1])]
     bench = run_bench({}, photos, size=32, externals=[load_external(f"{module}:Grey")], with_codecs=False)
     [row] = as_record(tables([bench]))["measured"]
@@ -76,12 +78,12 @@ def test_measured_beside_ours(module: Path, sample_images, tmp_path: Path, monke
         ("Missing", "AttributeError"),
     ],
 )
-def test_what_does_not_follow_the_protocol(module: Path, factory: str, message: str) -> None:
+def test_tokenizers_that_do_not_follow_the_protocol(module: Path, factory: str, message: str) -> None:
     with pytest.raises(ModelError, match=message):
         load_external(f"{module}:{factory}")
 
 
-def test_other_bad_places(tmp_path: Path) -> None:
+def test_invalid_factories(tmp_path: Path) -> None:
     for place in ("module", ":factory", "module:"):
         with pytest.raises(ModelError, match="expected MODULE:FACTORY"):
             load_external(place)

@@ -44,7 +44,7 @@ def test_each_kind_has_its_own_figures_and_prompts_are_the_trials():
     assert of_colour.real["all"].share == of_colour.real_tokens["all"].share == 1
 
 
-def test_pictures_that_copy_are_seen(space, references):  # noqa: F811
+def test_copied_pictures_are_detected(space, references):  # noqa: F811
     kept = [r for r in references if not r.key.endswith("-0")]
     unseen = [r.pixels() for r in references if r.key.endswith("-0")]
     training = Judge(space, kept)
@@ -56,7 +56,7 @@ def test_pictures_that_copy_are_seen(space, references):  # noqa: F811
     assert fresh.nearer.share < 0.2 and fresh.drawn == fresh.held_out_tokens
 
 
-def test_reconstructions_keep_the_whole_of_a_picture_that_is_not_square(tiny_tokenizer):
+def test_reconstructions_of_a_wide_picture_are_not_cropped(tiny_tokenizer):
     wide = np.zeros((20, 60, 3), np.uint8)
     seen = []
     encode = tiny_tokenizer.encode
@@ -107,7 +107,7 @@ def test_the_command_draws_judges_and_writes_a_sheet(world, tmp_path):
     assert again.exit_code == 1 and "exists already" in again.stderr
 
 
-def test_prompts_of_a_file_and_those_that_name_nothing(world, tmp_path):
+def test_prompts_of_a_file_and_prompts_without_a_known_thing(world, tmp_path):
     (tmp_path / "prompts.txt").write_text("a red disc\n<b>unicorn</b>\n")
     found = world("--prompts", tmp_path / "prompts.txt", "-o", tmp_path / "d", "--report", tmp_path / "sheet.html")
     assert found.exit_code == 0, found.output
@@ -130,7 +130,7 @@ def test_held_out_and_training_pictures_of_other_files(world, tmp_path):
     )
 
 
-def test_what_is_missing_is_told(world, tmp_path):
+def test_missing_inputs_are_errors(world, tmp_path):
     found = world("--held-out", tmp_path / "none.tar")
     assert found.exit_code == 1 and "no such file or folder" in found.stderr
     found = world("--tokens", 3, "-o", tmp_path / "short")

@@ -36,7 +36,7 @@ def right(judge, prompt, picture):
     return verdict.right
 
 
-def test_a_thing_is_known_wherever_and_however_large_it_is(judge):
+def test_a_thing_is_recognised_at_any_place_and_size(judge):
     for name in SHAPES:
         picture = scene((shape(name, "green", lean=1).resize((70, 70)), 0.35, 0.6), ground=(230, 230, 250))
         for other in SHAPES:
@@ -44,7 +44,7 @@ def test_a_thing_is_known_wherever_and_however_large_it_is(judge):
             assert verdict["noun"] == verdict["all"] == (other == name)
 
 
-def test_thing_and_colour_are_both_asked(judge):
+def test_thing_and_colour_must_both_be_right(judge):
     picture = scene((shape("disc", "blue"), 0.5, 0.5))
     assert right(judge, prompt_for("colour", [Thing("disc", "blue")]), picture) == {
         "noun": True,
@@ -74,7 +74,7 @@ def test_things_are_counted(judge):
         ("below", (0.5, 0.75), (0.5, 0.25)),
     ],
 )
-def test_places_are_those_of_the_things_themselves(judge, relation, here, there):
+def test_places_are_judged_by_the_objects_of_the_named_things(judge, relation, here, there):
     first, second = shape("disc", "red").resize((70, 70)), shape("cross", "green").resize((60, 60))
     prompt = prompt_for("relation", [Thing("disc"), Thing("cross")], relation=relation)
     assert right(judge, prompt, scene((first, *here), (second, *there)))["all"]
@@ -87,7 +87,7 @@ def test_places_are_those_of_the_things_themselves(judge, relation, here, there)
     assert not alone["noun"] and not alone["all"]
 
 
-def test_a_prompt_that_was_not_understood_has_no_verdict_but_a_neighbour(judge):
+def test_an_unparsed_prompt_has_a_neighbour_and_no_verdict(judge):
     prompt = dataclasses.replace(prompt_for("object", [Thing("x")]), kind="other", things=())
     [verdict] = judge.verdicts([(prompt, scene((shape("bar", "red"), 0.5, 0.5)))])
     assert verdict.right == {} and judge.references[verdict.answers[0][0]].noun == "bar"
@@ -133,7 +133,7 @@ def test_clip_by_folder(tmp_path):
     assert vectors.shape == (3, 8) and torch.allclose(vectors.norm(dim=1), torch.ones(3), atol=1e-5)
 
 
-def test_what_is_no_network_is_told(tmp_path):
+def test_other_files_than_networks_are_errors(tmp_path):
     with pytest.raises(ModelError, match="no such file"):
         load_space(str(tmp_path / "none.safetensors"))
     with pytest.raises(ModelError, match="not a loadable CLIP model"):

@@ -52,7 +52,7 @@ def test_losses_are_log_probabilities_of_the_visual_tokens(folder):
         assert float(loss) == pytest.approx(float(by_hand), abs=1e-4)
 
 
-def test_a_model_that_listens_matches_and_one_that_does_not_ties(folder, monkeypatch):
+def test_matched_share_of_an_llm_that_uses_captions_and_of_one_that_does_not(folder, monkeypatch):
     llm, made = DrawingLM.from_pretrained(folder), pairs()
     own = {pair.captions[0]: i for i, pair in enumerate(made)}
 
@@ -86,7 +86,7 @@ def test_unigrams_by_hand(folder):
         training_counts(seen)
 
 
-def test_command_reads_photos_and_their_tokens_alike(folder, tiny_tokenizer_folder, tmp_path, sample_images):
+def test_photos_and_their_tokens_give_the_same_figures(folder, tiny_tokenizer_folder, tmp_path, sample_images):
     photos, tokens = tmp_path / "photos", tmp_path / "tokens"
     photos.mkdir()
     common = ["--llm", "--llm-model", str(folder), "--model", str(tiny_tokenizer_folder), "--json"]

@@ -120,7 +120,7 @@ def test_bytes_and_bits() -> None:
     assert codebook_use.bits_per_pixel(448, 256 * 256) == pytest.approx(14 / 256)
 
 
-def test_an_entry_of_the_registry_is_one_thing_with_one_name() -> None:
+def test_each_metric_has_one_function_and_a_unique_key() -> None:
     assert len({metric.key for metric in METRICS}) == len(METRICS)
     for metric in METRICS:
         assert sum(function is not None for function in (metric.of_images, metric.of_set, metric.of_system)) == 1

@@ -10,13 +10,13 @@ from v2flow_cli.bench.objects import CANVAS, cut_out, find_objects, foreground, 
 
 
 @pytest.mark.parametrize("ground", ["white", (20, 20, 30), (180, 220, 250)])
-def test_the_foreground_is_what_is_not_the_ground(ground):
+def test_foreground_of_a_plain_background(ground):
     picture = scene((shape("disc", "red"), 0.3, 0.6), ground=ground)
     alpha = np.asarray(shape("disc", "red"))[..., 3] > 128
     assert abs(foreground(picture).sum() - alpha.sum()) < 0.03 * alpha.sum()
 
 
-def test_a_ramp_with_noise_is_a_ground_and_a_hole_belongs_to_its_object():
+def test_a_noisy_ramp_is_background_and_holes_are_filled():
     ramp = np.linspace(90, 230, 192)[:, None, None] * np.ones((1, 192, 3))
     noise = np.random.default_rng(0).normal(0, 5, ramp.shape)
     picture = (ramp + noise).clip(0, 255).astype(np.uint8)
@@ -25,13 +25,13 @@ def test_a_ramp_with_noise_is_a_ground_and_a_hole_belongs_to_its_object():
     assert foreground(picture).sum() == pytest.approx(3600, rel=0.05)
 
 
-def test_an_object_over_the_border_leaves_the_ground_as_it_is():
+def test_an_object_at_the_border_does_not_change_the_background():
     picture = np.full((100, 100, 3), 255, np.uint8)
     picture[40:, 30:70] = (30, 60, 200)
     assert foreground(picture).sum() == pytest.approx(60 * 40, rel=0.05)
 
 
-def test_without_a_ground_all_is_foreground():
+def test_without_a_background_all_pixels_are_foreground():
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     blank = np.full((64, 64, 3), 200, np.uint8)
     for picture in (noise, blank):
@@ -39,7 +39,7 @@ def test_without_a_ground_all_is_foreground():
         assert len(find_objects(picture)) == 1
 
 
-def test_objects_are_counted_the_largest_first_and_crumbs_are_none():
+def test_objects_are_sorted_by_size_and_small_fragments_are_ignored():
     small = shape("disc", "blue").resize((40, 40))
     picture = scene((shape("cross", "red"), 0.3, 0.3), (small, 0.8, 0.8), (small.resize((8, 8)), 0.9, 0.1))
     first, second = find_objects(picture)
@@ -80,7 +80,7 @@ def test_a_cut_out_does_not_depend_on_place_and_size():
         ((240, 220, 185), "beige"),
     ],
 )
-def test_pixels_have_the_names_that_people_give_them(rgb, name):
+def test_colour_names_of_pixels(rgb, name):
     assert name_pixels(np.array([rgb], np.uint8)).tolist() == [name]
 
 
@@ -92,7 +92,7 @@ def test_the_main_colour_is_that_of_most_pixels_and_outlines_count_less():
 
 
 @pytest.mark.parametrize("across", [True, False])
-def test_two_objects_that_touch_are_parted_where_they_are_thinnest(across):
+def test_touching_objects_are_split_where_they_are_thinnest(across):
     places = ((0.27, 0.5), (0.75, 0.5)) if across else ((0.5, 0.27), (0.5, 0.75))
     picture = scene((shape("disc", "red"), *places[0]), (shape("disc", "blue"), *places[1])).copy()
     picture[92:100, 60:130] = picture[60:130, 92:100] = (205, 30, 30)  # a bridge

@@ -34,7 +34,7 @@ def put(name: str, state: dict, folder: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize(("name", "file"), [("alex", "alexnet"), ("vgg", "vgg16"), ("inception", "inception")])
-def test_missing_weights_say_where_they_belong(torch_home: Path, tmp_path: Path, name: str, file: str) -> None:
+def test_missing_weights_name_the_expected_path(torch_home: Path, tmp_path: Path, name: str, file: str) -> None:
     with pytest.raises(ModelError, match=rf"not at {torch_home}.*{file}.*--download.*--weights"):
         JudgeWeights().find(name)
     with pytest.raises(ModelError, match=rf"not at {tmp_path}/mine/.*{file}.* or {torch_home}"):

@@ -26,7 +26,7 @@ def bench(folder: Path, photos, mine: Processes):
     return {"record": record, "images": images_csv([made]), "kept": kept}
 
 
-def test_two_ranks_find_what_one_finds(tiny_tokenizer_folder, sample_images, tmp_path) -> None:
+def test_two_ranks_give_the_results_of_one(tiny_tokenizer_folder, sample_images, tmp_path) -> None:
     photos = [
         (f"p{i}", image) for i, image in enumerate([*sample_images, *sample_images[:2]])
     ]  # 7: 4 batches, one short
@@ -44,7 +44,7 @@ def test_two_ranks_find_what_one_finds(tiny_tokenizer_folder, sample_images, tmp
     assert first["record"] == second["record"] == alone["record"]
 
 
-def test_ranks_hear_each_other(tmp_path) -> None:
+def test_ranks_share_all_figures(tmp_path) -> None:
     def one() -> None:
         with launch() as mine:
             heard = gather_texts("" if mine.rank == 0 else "ü" * mine.rank)

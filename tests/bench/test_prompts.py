@@ -63,11 +63,11 @@ def test_sentences_are_read(text, expected):
     assert read(text) == expected
 
 
-def test_equal_and_blank_lines_are_read_once_and_never():
+def test_equal_lines_are_read_once_and_blank_lines_are_skipped():
     assert [p.text for p in parse_prompts(["a  fox", "", "a fox", "fox"], NOUNS)] == ["a fox", "fox"]
 
 
-def test_what_is_made_is_read_as_what_was_meant():
+def test_generated_prompts_parse_to_their_content():
     names = {noun: {"red", "blue"} for noun in NOUNS}
     prompts = make_prompts(names, 6, seed=3)
     assert {prompt.kind for prompt in prompts} == set(KINDS)
@@ -77,7 +77,7 @@ def test_what_is_made_is_read_as_what_was_meant():
     assert not [p for p in prompts if p.kind == "count" and p.things[0].noun == "glasses"]  # it has no other plural
 
 
-def test_few_titles_make_few_prompts():
+def test_few_titles_give_few_prompts():
     assert [p.kind for p in make_prompts({"fox": set()}, 5, seed=0)] == ["object", "count"]
 
 
@@ -90,7 +90,7 @@ def test_few_titles_make_few_prompts():
         ("relation", [Thing("fox"), Thing("glasses")], {"relation": "below"}, "a fox below glasses"),
     ],
 )
-def test_plain_words(kind, things, more, text):
+def test_colour_words_and_noun_phrases(kind, things, more, text):
     assert prompt_for(kind, things, **more).text == text
 
 

@@ -72,7 +72,7 @@ def test_weights_in_bf16():
     assert [part.part for part in found.parts] == ["encode", "decode"]
 
 
-def test_what_cannot_be_measured_is_one_sentence():
+def test_recipes_that_cannot_be_measured_are_errors():
     with pytest.raises(DataError, match="names models whose shapes are unknown"):
         measure_recipe(load_recipe(RECIPES / "tiny" / "tokenizer.yaml"), device=CPU)
     with pytest.raises(DataError, match="--res 60: an image of 60 x 60 pixels does not fit"):
@@ -95,7 +95,7 @@ def test_the_command(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("steps,limit", [(20, 2900e9), (8, 2300e9)])
-def test_the_large_size_stays_within_its_budget(steps, limit, monkeypatch):
+def test_memory_of_the_large_recipe(steps, limit, monkeypatch):
     class Counted(Exception):
         pass
 

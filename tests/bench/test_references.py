@@ -21,7 +21,7 @@ def test_titles_of_json_and_of_captions_give_the_same_names(tmp_path):
         assert set(one.names) == set(other.names) == {one.noun, f"{one.colour} {one.noun}"}
 
 
-def test_folders_are_read_and_pictures_without_a_title_are_passed_over(tmp_path):
+def test_folders_are_read_and_untitled_pictures_are_skipped(tmp_path):
     for number, beside in enumerate(({"title": "Red Fox face", "colours": ["red", "white"]}, {"licence": "MIT"}, None)):
         shape("disc", "red").convert("RGB").save(tmp_path / f"{number}.png")
         if beside is not None:
@@ -31,13 +31,13 @@ def test_folders_are_read_and_pictures_without_a_title_are_passed_over(tmp_path)
     assert fox.names == ("red fox face", "fox face", "red fox") and fox.colour == "red" and fox.noun == "fox face"
 
 
-def test_nothing_with_a_title_is_told(tmp_path):
+def test_sources_without_any_title_are_an_error(tmp_path):
     shape("disc", "red").save(tmp_path / "a.png")
     with pytest.raises(DataError, match=r"no picture with a title; expected KEY.json"):
         read_references([str(tmp_path)])
 
 
-def test_a_cut_out_gets_a_margin_of_white_and_a_whole_picture_none(tmp_path):
+def test_cut_outs_get_a_white_margin_and_whole_pictures_none(tmp_path):
     shape("bar", "blue").save(tmp_path / "cut.png")
     Image.new("RGB", (50, 40), "blue").save(tmp_path / "whole.png")
     for key in ("cut", "whole"):
@@ -62,7 +62,7 @@ def test_nouns_and_their_colours(tmp_path):
     assert nouns_with_colours(references[:1]) == {} and len(nouns_with_colours(references[:1], least=1)) == 1
 
 
-def test_what_is_not_taken_is_counted(tmp_path):
+def test_unused_files_are_counted(tmp_path):
     """Pictures without a title, of a name that was there, and other files; a JSON file of Notepad is read."""
     for folder, names in (("first", ("fox", "plain")), ("second", ("fox",))):
         for name in names:

@@ -25,7 +25,7 @@ def write(file: Path, record: dict) -> Path:
     return file
 
 
-def test_same_protocol_one_table_a_size(record: dict, tmp_path: Path) -> None:
+def test_results_of_one_protocol_share_a_table_for_each_size(record: dict, tmp_path: Path) -> None:
     other = copy.deepcopy(record)
     for row in other["measured"]:
         row["psnr_db"] = 99.0
@@ -65,7 +65,7 @@ def test_lpips_is_compared_where_both_have_it(record: dict, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"protocols": [], "measured": [{"protocol": "x"}]}'])
-def test_what_is_no_result(tmp_path: Path, text: str) -> None:
+def test_files_that_are_not_results_are_errors(tmp_path: Path, text: str) -> None:
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(DataError, match=r"x\.json: not a result of"):
         join([tmp_path / "x.json"])
@@ -73,7 +73,7 @@ def test_what_is_no_result(tmp_path: Path, text: str) -> None:
         join([tmp_path / "y.json"])
 
 
-def test_figures_of_a_feature_network_have_their_own_names_and_a_plane(
+def test_figures_of_a_feature_network_have_their_own_keys_and_plot(
     tiny_tokenizer_folder: Path, sample_images, tmp_path: Path
 ) -> None:
     import torch

@@ -81,7 +81,7 @@ def test_protocol_key_names_what_figures_must_share(tokenizer, photos) -> None:
     assert first != key(photos, size=64)
 
 
-def test_photos_are_read_as_they_are_needed(tokenizer, photos) -> None:
+def test_photos_are_read_one_batch_at_a_time(tokenizer, photos) -> None:
     ahead: list[int] = []
     given = done = 0
 
@@ -187,7 +187,7 @@ def test_bf16_is_close_to_float32(tokenizer, photos) -> None:
 SHAPES = [(90, 90), (120, 70), (70, 120), (400, 60), (118, 71)]  # width, height
 
 
-def test_pictures_keep_their_shapes_where_asked(tokenizer, photos) -> None:
+def test_pictures_keep_their_shapes_with_keep_aspect(tokenizer, photos) -> None:
     """The same figures as for a picture alone, whatever its neighbours; pixels and tokens are averages."""
     photos = [(name, image.resize(size)) for (name, image), size in zip(photos, SHAPES)]
     together = run(tokenizer, photos, batch_size=3, size=64, keep_aspect=True).result

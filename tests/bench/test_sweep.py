@@ -51,7 +51,7 @@ def tokenizer(tiny_tokenizer_folder: Path) -> V2FlowTokenizer:
     return V2FlowTokenizer.from_pretrained(tiny_tokenizer_folder)
 
 
-def test_a_fixed_length_takes_part_at_its_own(tokenizer: V2FlowTokenizer) -> None:
+def test_a_fixed_length_tokenizer_is_measured_at_its_length(tokenizer: V2FlowTokenizer) -> None:
     settings = parse_sweeps(["tokens=4,16"])
     with pytest.raises(
         DataError, match=r"no model has 16 tokens at 32 px \(small always has 4\).*one --model for each"
@@ -63,7 +63,9 @@ def test_a_fixed_length_takes_part_at_its_own(tokenizer: V2FlowTokenizer) -> Non
         settings_of_models({"small": tokenizer}, 33, [Setting()])
 
 
-def test_a_flexible_length_takes_every_prefix(tokenizer: V2FlowTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_flexible_tokenizer_is_measured_at_every_prefix(
+    tokenizer: V2FlowTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(V2FlowTokenizer, "flexible", True)
     settings = parse_sweeps(["tokens=1,4"])
     assert settings_of_models({"flex": tokenizer}, 32, settings) == [("flex", settings[0]), ("flex", settings[1])]

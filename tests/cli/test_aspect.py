@@ -69,7 +69,7 @@ def test_every_image_has_its_size_from_file_to_png(run, photos, tmp_path, tiny_t
         assert Image.open(tmp_path / "d" / f"{name}.png").size == (size[1], size[0])
 
 
-def test_tars_and_parquet_know_the_sizes_too(run, photos, tmp_path):
+def test_tars_and_parquet_store_the_sizes(run, photos, tmp_path):
     assert CliRunner().invoke(app, ["shard", str(photos), "-o", str(tmp_path / "tars")]).exit_code == 0
     assert run("encode", photos, "-o", tmp_path / "loose", *KEEP).exit_code == 0
     done = run("encode", tmp_path / "tars", "-o", tmp_path / "t", *KEEP, "--parquet")
@@ -93,7 +93,7 @@ def test_tars_and_parquet_know_the_sizes_too(run, photos, tmp_path):
     assert sizes == {key: (width, height) for key, ((height, width), _) in packed.items()}
 
 
-def test_a_decoded_row_does_not_depend_on_its_company(run, photos, tmp_path):
+def test_a_decoded_row_does_not_depend_on_its_batch(run, photos, tmp_path):
     assert run("encode", photos, "-o", tmp_path / "t", *KEEP).exit_code == 0
     for name, more in (("all", ()), ("one", ("--batch-size", 1))):
         assert run("decode", tmp_path / "t", "-o", tmp_path / name, *more).exit_code == 0
@@ -127,7 +127,7 @@ def test_a_language_model_refuses_shapes(run, photos, tmp_path):
         ("", "missing or empty, but it holds the images' sizes"),
     ],
 )
-def test_a_lost_size_is_one_sentence(run, photos, tmp_path, line, message):
+def test_a_missing_size_is_an_error(run, photos, tmp_path, line, message):
     assert run("encode", photos, "-o", tmp_path / "t", *KEEP).exit_code == 0
     samples_path(tmp_path / "t" / "wide.npy").write_text(f"{line}\n" if line else "")
     with pytest.raises(TokenFileError, match=message):

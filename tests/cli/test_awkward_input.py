@@ -127,7 +127,7 @@ def test_failures(command, message):
     assert not Path("pwned").exists() and not Path("out").exists()
 
 
-def test_the_same_file_twice_and_another_spelling_of_its_folder_are_one():
+def test_a_file_given_twice_or_by_another_path_is_one_input():
     done = v2flow("decode", "tok", "tok/", "./tok", "tok/a.npy", "-o", "out", "--model", "model")
     assert done.exit_code in (0, 1), done.stderr
     assert len(list(Path("out").rglob("*.png"))) == (1 if done.exit_code == 0 else 0)

@@ -71,14 +71,14 @@ def test_default_images_are_the_samples(run) -> None:
     assert found["protocols"][0]["count"] == 5
 
 
-def test_guidance_scales_really_act(run, imgs: Path) -> None:
+def test_guidance_scales_change_the_figures(run, imgs: Path) -> None:
     rows = json.loads(run(imgs, "--json", "--cfg", "1,3", "--no-codecs").stdout)["measured"]
     assert [row["system"] for row in rows[:2]] == ["v2flow, cfg 1", "v2flow, cfg 3"]
     assert [row["settings"]["guidance_scale"] for row in rows[:2]] == [1, 3]
     assert rows[0]["psnr_db"] != rows[1]["psnr_db"]
 
 
-def test_sampling_options_really_act(run, imgs: Path) -> None:
+def test_sampling_options_change_the_figures(run, imgs: Path) -> None:
     def psnr(*options: object) -> float:
         done = run(imgs, "--json", "--no-codecs", *options)
         assert done.exit_code == 0, done.stderr
@@ -107,7 +107,7 @@ def test_a_product_of_sweeps_at_two_sizes(run, imgs: Path) -> None:
     assert len({row["psnr_db"] for row in rows}) == 8
 
 
-def test_several_models_and_one_that_is_not_ours(run, imgs: Path, tiny_tokenizer_folder, tmp_path: Path) -> None:
+def test_several_models_and_an_external_one(run, imgs: Path, tiny_tokenizer_folder, tmp_path: Path) -> None:
     code = """
 import torch
 class White:

@@ -59,7 +59,7 @@ def equal(a, b):
     return all(np.array_equal(a[name], b[name]) for name in a)
 
 
-def test_the_tree_is_mirrored_as_png(run, tokens, tmp_path):
+def test_the_folder_tree_is_written_as_png(run, tokens, tmp_path):
     done = run(tokens, "-o", tmp_path / "out", "--json")
     assert done.exit_code == 0, done.stderr
     figures = json.loads(done.stdout)
@@ -69,7 +69,7 @@ def test_the_tree_is_mirrored_as_png(run, tokens, tmp_path):
     assert {image.shape for image in images.values()} == {(32, 32, 3)}
 
 
-def test_what_is_decoded_is_what_the_tokenizer_decodes(run, tokens, tmp_path, model):
+def test_pictures_equal_those_of_the_tokenizer(run, tokens, tmp_path, model):
     assert run(tokens / "a.npy", "-o", tmp_path / "out", "--cfg", 2.5, "--seed", 3).exit_code == 0
     tokenizer = V2FlowTokenizer.from_pretrained(model)
     ids = torch.tensor([[0, 7, 14, 21]])
@@ -89,7 +89,7 @@ def test_an_image_does_not_depend_on_its_batch(run, tokens, tmp_path):
     "option",
     ["--cfg=3", "--rounds=3", "--steps=5", "--solver=heun", "--noise=0", "--seed=1", "--solver=dpm++"],
 )
-def test_every_option_acts(run, tokens, tmp_path, option):
+def test_every_option_changes_the_result(run, tokens, tmp_path, option):
     steps = [] if "steps" in option else ["--steps", 3]
     for out, extra in (("plain", []), ("again", []), ("changed", [option])):
         done = run(tokens, "-o", tmp_path / out, *steps, *extra)
@@ -99,7 +99,7 @@ def test_every_option_acts(run, tokens, tmp_path, option):
     assert not equal(plain, pictures(tmp_path / "changed"))
 
 
-def test_the_guidance_schedule_acts(run, tokens, tmp_path):
+def test_the_guidance_schedule_changes_the_result(run, tokens, tmp_path):
     for schedule in ("constant", "linear"):
         done = run(tokens, "-o", tmp_path / schedule, "--cfg", 4, "--schedule", schedule, "--rounds", 3)
         assert done.exit_code == 0, done.stderr
@@ -115,7 +115,7 @@ def test_shard_files_give_a_png_a_key_inside_the_output(run, tokens, tmp_path):
     assert sorted(pictures(tmp_path / "out")) == ["s/CATS/A-2.png", "s/cats/a.png", "s/up.png"]
 
 
-def test_without_keys_rows_are_numbered_and_a_missing_manifest_is_said(run, tmp_path):
+def test_rows_without_keys_are_numbered_and_a_missing_manifest_is_logged(run, tmp_path):
     np.save(tmp_path / "x.npy", np.zeros((2, 4), np.int64))
     done = run(tmp_path / "x.npy", "-o", tmp_path / "out")
     assert done.exit_code == 0, done.stderr
@@ -166,7 +166,7 @@ def test_bad_files_are_listed_and_good_ones_decoded(run, tokens, tmp_path, array
     assert len(pictures(tmp_path / "out")) == 3
 
 
-def test_a_length_that_the_manifest_denies(run, tokens, tmp_path):
+def test_a_length_that_differs_from_the_manifest(run, tokens, tmp_path):
     save_token_ids(tokens / "a.npy", np.zeros(16, int), 64)
     done = run(tokens / "a.npy", "-o", tmp_path / "out")
     assert done.exit_code == 1 and "16 tokens an image; expected 4" in done.stderr

@@ -40,7 +40,7 @@ def tars(folder, tmp_path):
     return tmp_path / "tars"
 
 
-def test_a_folder_is_mirrored(run, folder, tmp_path, tiny_tokenizer_folder):
+def test_a_folder_tree_is_kept(run, folder, tmp_path, tiny_tokenizer_folder):
     done = run(folder, "-o", tmp_path / "tokens", "--json")
     assert done.exit_code == 0, done.stderr
     figures = json.loads(done.stdout)
@@ -101,7 +101,7 @@ def test_tars_give_one_file_a_shard_with_keys_and_captions(run, folder, tars, tm
     assert {key: s.token_ids.tolist() for key, s in samples.items()} == loose
 
 
-def test_finished_shards_are_kept_and_missing_ones_made(run, tars, tmp_path):
+def test_finished_shards_are_kept_and_missing_ones_encoded(run, tars, tmp_path):
     out = tmp_path / "tokens"
     assert run(tars, "-o", out).exit_code == 0
     first, second, *_ = sorted(out.glob("*.npy"))
@@ -114,7 +114,7 @@ def test_finished_shards_are_kept_and_missing_ones_made(run, tars, tmp_path):
     assert first.stat().st_mtime_ns == stamp and second.read_bytes() == content
 
 
-def test_a_damaged_shard_and_its_neighbours(run, tars, tmp_path):
+def test_a_damaged_shard_among_intact_ones(run, tars, tmp_path):
     first, second, *_ = sorted(tars.glob("*.tar"))
     first.write_bytes(first.read_bytes()[:3000])
     done = run(tars, "-o", tmp_path / "tokens", "--json")

@@ -63,7 +63,7 @@ def invoke(*arguments):
     return CliRunner().invoke(app, ["generate", *map(str, arguments)])
 
 
-def test_draws_pictures_with_their_story_inside(artist, tmp_path):
+def test_pictures_have_their_settings_as_metadata(artist, tmp_path):
     ran = invoke("a red fox", "狐", *artist, "-o", tmp_path / "o", "-n", 2, "--temp", 0.9, "--seed", 5, "--json")
     assert ran.exit_code == 0, ran.output
     told = json.loads(ran.stdout)
@@ -78,7 +78,7 @@ def test_draws_pictures_with_their_story_inside(artist, tmp_path):
     assert "v2flow:solver" not in text  # left to the model
 
 
-def test_a_picture_is_the_same_alone_and_in_company(artist, tmp_path):
+def test_a_picture_does_not_depend_on_its_batch(artist, tmp_path):
     common = [*artist, "--temp", "1.2", "--save-tokens", "--top-k", 50, "--top-p", 0.99, "--llm-cfg", 2]
     assert invoke("a red fox", "two dogs", *common, "-o", tmp_path / "a", "-n", 3).exit_code == 0
     alone = invoke("two dogs", *common, "-o", tmp_path / "b", "--seed", 2, "--batch-size", 1)
@@ -105,7 +105,7 @@ def test_several_temperatures_give_a_labelled_grid(artist, tmp_path):
     assert np.asarray(sheet)[:56].min() < 128  # something is written above
 
 
-def test_decoder_options_act(artist, tmp_path):
+def test_decoder_options_change_the_picture(artist, tmp_path):
     pictures = []
     for number, options in enumerate([[], ["--rounds", 1], ["--steps", 5], ["--solver", "heun"], ["--cfg", 4]]):
         out = tmp_path / str(number)
@@ -128,7 +128,7 @@ def test_bad_input(artist, tmp_path, arguments, message):
     assert ran.exit_code == 1 and message in ran.stderr and not (tmp_path / "o").exists()
 
 
-def test_a_picture_of_as_many_tokens_as_asked_for(flexible_artist, artist, tmp_path):
+def test_the_number_of_tokens_is_an_option(flexible_artist, artist, tmp_path):
     ids, pictures = {}, []
     for count in (1, 3, 6):
         out = tmp_path / str(count)
@@ -153,13 +153,13 @@ def test_a_picture_of_as_many_tokens_as_asked_for(flexible_artist, artist, tmp_p
 
 
 @pytest.mark.parametrize("option", [["--temp", "hot"], ["--temp", "nan"], ["--seed", "-1"], ["--seed", "1,1"]])
-def test_numbers_that_are_none(artist, tmp_path, option):
+def test_options_that_are_not_numbers(artist, tmp_path, option):
     ran = invoke("fox", *option, *artist, "-o", tmp_path / "o")
     assert ran.exit_code == 2 and f"{option[1]}: expected different numbers from 0 on" in ran.stderr
     assert option[0] in ran.stderr and not (tmp_path / "o").exists()
 
 
-def test_an_empty_argument_is_a_wrong_call(artist, tmp_path):
+def test_an_empty_argument_is_a_usage_error(artist, tmp_path):
     ran = invoke("fox", "", *artist, "-o", tmp_path / "o")
     assert ran.exit_code == 2 and "empty argument, such as from a variable that is not set" in ran.stderr
     assert not (tmp_path / "o").exists()
@@ -184,7 +184,7 @@ def test_refuses_to_overwrite_and_foreign_models(artist, tmp_path, tiny_tokenize
     )
 
 
-def test_case_28_one_picture_under_the_name_that_was_asked_for(artist, tmp_path):
+def test_case_28_one_picture_under_the_given_file_name(artist, tmp_path):
     ran = invoke("a red fox", *artist, "-o", tmp_path / "fox.png")
     assert ran.exit_code == 0 and ran.stdout.strip() == str(tmp_path / "fox.png")
     assert Image.open(tmp_path / "fox.png").info["v2flow:prompt"] == "a red fox"
@@ -199,7 +199,7 @@ def lines_of(folder):
     return [json.loads(line) for line in (folder / "generated.jsonl").read_text().splitlines()]
 
 
-def test_a_file_of_prompts_is_drawn_once_and_gone_on_with(artist, tmp_path):
+def test_a_file_of_prompts_is_drawn_once_and_resumed(artist, tmp_path):
     prompts, out = tmp_path / "prompts.txt", tmp_path / "o"
     prompts.write_text("a red fox\n\n two  dogs \nA red fox!\n", encoding="utf-8")
     common = ["--prompts", prompts, *artist, "-o", out, "-n", 2, "--save-tokens"]
@@ -239,7 +239,7 @@ def test_file_names_differ_whatever_the_prompts():
     assert len(set(names)) == len(prompts)
 
 
-def test_says_what_a_picture_shows_where_it_was_taught_to(artist, tmp_path, sample_images):
+def test_captions_need_an_llm_trained_on_image_to_text(artist, tmp_path, sample_images):
     sample_images[0].save(tmp_path / "photo.png")
     ran = invoke("--from-image", tmp_path / "photo.png", *artist)
     assert ran.exit_code == 1 and "was not trained to caption" in ran.stderr

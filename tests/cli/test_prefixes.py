@@ -64,7 +64,7 @@ def test_tokens_writes_prefixes_that_decode(model, photos, tmp_path):
     assert len(list((tmp_path / "out").glob("*.png"))) == 5
 
 
-def test_max_error_keeps_the_shortest_prefix_that_will_do(model, photos, tmp_path):
+def test_max_error_keeps_the_shortest_sufficient_prefix(model, photos, tmp_path):
     tokenizer, keys, images, whole = encoded(model, photos)
     curves = torch.stack([psnr_at(tokenizer, images, whole, keys, k) for k in range(1, 7)])
     target = curves.median().item()
@@ -141,7 +141,7 @@ def test_the_search_finds_the_first_good_length():
     assert stub.pictures <= 16 * len(needed)
 
 
-def test_a_tar_of_different_lengths_comes_back(model, photos, tmp_path):
+def test_a_tar_with_different_lengths_round_trip(model, photos, tmp_path):
     shard = CliRunner().invoke(app, ["shard", str(photos), "-o", str(tmp_path / "tars")])
     assert shard.exit_code == 0, shard.output
     loose, packed = tmp_path / "loose", tmp_path / "packed"
@@ -156,7 +156,7 @@ def test_a_tar_of_different_lengths_comes_back(model, photos, tmp_path):
     assert len(done["images"]) == 5 and not done["failed"]
 
 
-def test_a_bare_file_of_any_length_decodes(model, tmp_path):
+def test_a_file_of_any_length_without_manifest_decodes(model, tmp_path):
     for length in (1, 3, 6):
         np.save(tmp_path / f"{length}.npy", np.arange(length))
     v2flow("decode", *tmp_path.glob("*.npy"), "-o", tmp_path / "out", model=model)
@@ -167,9 +167,7 @@ def test_a_bare_file_of_any_length_decodes(model, tmp_path):
 
 
 @pytest.mark.parametrize("option", [("--tokens", 2), ("--max-error", 99)])
-def test_a_file_of_another_length_than_its_manifest_is_one_sentence_and_the_others_come_back(
-    model, photos, tmp_path, option
-):
+def test_a_file_of_another_length_is_an_error_and_the_others_are_decoded(model, photos, tmp_path, option):
     tokens = tmp_path / "t"
     v2flow("encode", photos, "-o", tokens, *option, model=model)
     np.save(tokens / "0.npy", np.arange(7, dtype=np.uint16))
@@ -181,13 +179,13 @@ def test_a_file_of_another_length_than_its_manifest_is_one_sentence_and_the_othe
     assert len(list((tmp_path / "out").glob("*.png"))) == 3
 
 
-def test_no_tokens_at_all_is_a_wrong_call(model, photos, tmp_path):
+def test_zero_tokens_is_a_usage_error(model, photos, tmp_path):
     for command in (("encode", photos, "-o", tmp_path / "t"), ("generate", "a fox", "-o", tmp_path / "t")):
         done = v2flow(*command, "--tokens", 0, model=model, code=2)
         assert "'--tokens': Input should be greater than or equal to 1" in done.stderr and not (tmp_path / "t").exists()
 
 
-def test_what_cannot_be_is_said(model, photos, tmp_path, tiny_tokenizer_folder):
+def test_impossible_lengths_are_errors(model, photos, tmp_path, tiny_tokenizer_folder):
     out = tmp_path / "t"
     for option, named in (("--tokens", "--tokens 2"), ("--max-error", "--max-error")):
         done = v2flow("encode", photos, "-o", out, option, 2, model=tiny_tokenizer_folder, code=1)

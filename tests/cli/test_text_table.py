@@ -15,11 +15,11 @@ a         448  21.74 ± 0.40
     assert text_table(HEADS, ROWS, 27) == text_table(HEADS, ROWS, 0) == expected
 
 
-def test_several_with_the_names_where_it_does_not():
+def test_several_tables_with_the_names_if_it_does_not_fit():
     first, second = text_table(HEADS, ROWS, 26).split("\n\n")
     assert first.splitlines()[0].split() == ["system", "bytes"] and "21.74" not in first
     assert second.splitlines()[2] == "a       21.74 ± 0.40" and second.count("日本") == 1
 
 
-def test_a_figure_that_is_wider_than_the_terminal_is_still_whole():
+def test_a_figure_wider_than_the_terminal_is_not_cut():
     assert "21.74 ± 0.40" in text_table(HEADS, ROWS, 5)

@@ -25,7 +25,7 @@ def test_dry_run_reports_sizes_and_trains_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [tmp_path / "a.png"]
 
 
-def test_dry_run_says_which_earlier_stage_is_missing(tmp_path, monkeypatch):
+def test_dry_run_reports_a_missing_earlier_stage(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     done = v2flow("train", RECIPES / "tiny" / "tokenizer.yaml", "--dry-run", "--json")
     report = json.loads(done.stdout)
@@ -36,7 +36,7 @@ def test_dry_run_says_which_earlier_stage_is_missing(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("options", [[], ["--resume"]])
-def test_dry_run_looks_at_the_output(tmp_path, monkeypatch, options):
+def test_dry_run_checks_the_output(tmp_path, monkeypatch, options):
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
     (tmp_path / "run" / "checkpoints" / "step-00000002").mkdir(parents=True)
@@ -49,7 +49,7 @@ def test_dry_run_looks_at_the_output(tmp_path, monkeypatch, options):
     assert below.exit_code == 1 and "output file/run: cannot be written" in below.stderr
 
 
-def test_dry_run_looks_at_the_tokenizer_to_start_from(tmp_path, monkeypatch, tiny_tokenizer_folder):
+def test_dry_run_checks_init_from(tmp_path, monkeypatch, tiny_tokenizer_folder):
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
     dry = ["train", RECIPES / "tiny" / "tokenizer.yaml", "--set", "data.sources=[a.png]", "--dry-run"]

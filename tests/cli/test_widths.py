@@ -71,7 +71,7 @@ def test_help(name, width):
 
 
 @given(st.data())
-def test_a_table_has_every_cell_whole_and_no_line_is_wider(data):
+def test_tables_cut_no_cell_and_fit_the_width(data):
     columns = data.draw(st.integers(1, 6))
     heads, *rows = data.draw(st.lists(st.lists(cells, min_size=columns, max_size=columns), min_size=1, max_size=5))
     width = data.draw(st.integers(4, 120))
@@ -109,7 +109,7 @@ def test_the_table_of_a_budget(width, monkeypatch):
 
 
 @pytest.mark.parametrize("label", ["train", "tokens to photos, guidance 3"])
-def test_a_bar(label, width):
+def test_a_progress_bar(label, width):
     bar = console._bar()
     bar.add_task(label, total=1_000_000, completed=999_999)
     shown = io.StringIO()

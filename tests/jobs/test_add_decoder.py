@@ -59,7 +59,7 @@ def decoded(tokenizer, **options):
     return tokenizer.decode(ids, seeds=[1, 2], **options)
 
 
-def test_a_folder_without_others_offers_faithful_alone(tiny_tokenizer_folder):
+def test_a_folder_without_other_decoders_has_only_faithful(tiny_tokenizer_folder):
     tokenizer = V2FlowTokenizer.from_pretrained(tiny_tokenizer_folder)
     assert tokenizer.decoder_names == ("faithful",)
     assert tokenizer.with_decoder("faithful") is tokenizer.with_decoder() is tokenizer
@@ -86,7 +86,7 @@ def test_the_second_decoder_is_that_of_the_other_folder(both, trained, tiny_toke
     assert sharp.with_decoder("faithful").config.sampling == alone.config.sampling
 
 
-def test_ids_and_digests_stay_what_they_were(both, trained, tiny_tokenizer_folder):
+def test_ids_and_token_digest_do_not_change(both, trained, tiny_tokenizer_folder):
     alone, other = (V2FlowTokenizer.from_pretrained(place) for place in (tiny_tokenizer_folder, trained))
     tokenizer = V2FlowTokenizer.from_pretrained(both)
     sharp = tokenizer.with_decoder("sharp")
@@ -105,7 +105,7 @@ def test_loading_it_draws_no_random_number(both):
     assert torch.equal(torch.rand(1), expected)
 
 
-def test_it_keeps_its_number_format_and_saves_with_the_rest(both, trained, tmp_path):
+def test_the_decoder_keeps_its_number_format_and_is_saved_with_the_model(both, trained, tmp_path):
     weights = load_file(trained / "model.safetensors")
     added = load_file(both / "decoder-sharp.safetensors")
     assert set(added) == {key for key in weights if key.split(".")[0] in ("context", "flow")}
@@ -120,7 +120,7 @@ def test_it_keeps_its_number_format_and_saves_with_the_rest(both, trained, tmp_p
         assert V2FlowTokenizer.from_pretrained(copy).decoder_names == ("faithful", "sharp")
 
 
-def test_the_default_is_what_the_folder_says(folder, trained):
+def test_the_folder_names_the_default_decoder(folder, trained):
     add_decoder(folder, trained, "sharp", default=True)
     tokenizer = V2FlowTokenizer.from_pretrained(folder)
     assert tokenizer.decoder_name == "sharp"
@@ -143,7 +143,7 @@ def test_the_decoder_of_another_tokenizer_is_refused(folder, tmp_path):
     assert (folder / "config.json").read_bytes() == before and not list(folder.glob("decoder-*"))
 
 
-def test_a_file_that_is_missing_damaged_or_strange_is_told_when_it_is_asked_for(both, trained):
+def test_a_missing_damaged_or_foreign_file_is_an_error_when_it_is_used(both, trained):
     file = both / "decoder-sharp.safetensors"
     content = file.read_bytes()
     for change, message in (
@@ -162,7 +162,7 @@ def test_a_file_that_is_missing_damaged_or_strange_is_told_when_it_is_asked_for(
         V2FlowTokenizer.from_pretrained(both, decoder="sharp")
 
 
-def test_weights_of_other_shapes_are_told(both):
+def test_weights_of_other_shapes_are_an_error(both):
     config = json.loads((both / "config.json").read_text())
     config["decoders"]["sharp"]["flow"]["hidden_size"] *= 2
     (both / "config.json").write_text(json.dumps(config))
@@ -170,7 +170,7 @@ def test_weights_of_other_shapes_are_told(both):
         V2FlowTokenizer.from_pretrained(both, decoder="sharp")
 
 
-def test_the_commands_take_it(both, trained, tmp_path):
+def test_the_commands_accept_the_decoder(both, trained, tmp_path):
     tokenizer = V2FlowTokenizer.from_pretrained(both)
     save_token_ids(tmp_path / "tokens" / "a.npy", np.arange(4), 64)
     TokenManifest(tokenizer.token_digest, (32, 32), 64, 4, {"a": 1}).save(tmp_path / "tokens")

@@ -40,7 +40,7 @@ def test_caption_contrast_loss_by_hand():
     assert alone == pytest.approx(-means[0, 0].item(), abs=1e-6)
 
 
-def test_only_captions_that_ask_for_a_picture_have_one(vocabulary):
+def test_only_samples_drawn_from_a_caption_have_a_contrast(vocabulary):
     ids = np.array([3, 1, 4, 1])
     drawn, unsaid, told = (
         sample(vocabulary, words, ids, to_text=to_text) for words, to_text in (([5], False), ([], False), ([5], True))
@@ -53,7 +53,7 @@ def test_only_captions_that_ask_for_a_picture_have_one(vocabulary):
     assert batch["image_ids"].tolist() == [[3, 1, 4, 1]] and len(batch["image_starts"]) == 1
 
 
-def test_read_where_the_upper_half_begins(llm, text_tokenizer, vocabulary):
+def test_the_middle_layer_begins_the_upper_half(llm, text_tokenizer, vocabulary):
     """The states are those that the model itself reports, and asking for them changes no other loss."""
     llm.eval()
     extend_tables(llm, len(text_tokenizer), 64, None, seed=0)
@@ -72,7 +72,7 @@ def test_read_where_the_upper_half_begins(llm, text_tokenizer, vocabulary):
     assert torch.allclose(found.early_logits, head(F.rms_norm(picked, picked.shape[-1:])), atol=1e-5)
 
 
-def test_layers_must_be_found(llm):
+def test_a_model_without_a_list_of_layers_is_refused(llm):
     class Odd(torch.nn.Module):
         def get_decoder(self):
             return torch.nn.Linear(1, 1)
@@ -83,7 +83,7 @@ def test_layers_must_be_found(llm):
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen", "phi", "mixtral"])
-def test_is_learned_beside_the_next_token(recipe, llm_folder, family):
+def test_the_contrast_is_trained_with_the_next_token_loss(recipe, llm_folder, family):
     log = []
     train = replace(recipe.train, steps=40, log_every=10, batch_size=6, accumulate=1)
     settings = dict(caption_contrast=1.0, train=train, llm=str(llm_folder(family)))

@@ -42,7 +42,7 @@ def logits_of(folder):
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen", "phi", "mixtral"])
-def test_leaves_a_plain_folder_that_knows_its_tokens(recipe, llm_folder, family):
+def test_the_saved_folder_records_its_visual_tokens(recipe, llm_folder, family):
     log = []
     recipe = replace(recipe, llm=str(llm_folder(family)), data=replace(recipe.data, held_out_share=0.2))
     report = finetune(recipe, log=log.append)
@@ -113,7 +113,7 @@ def test_muon_moves_every_direction_of_matrices_and_of_experts(recipe, llm_folde
         )
 
 
-def test_muon_is_refused_where_matrices_lie_in_shards(recipe, monkeypatch):
+def test_muon_is_refused_with_sharded_matrices(recipe, monkeypatch):
     monkeypatch.setattr(finetuning.LMTrainer, "_sharded", True)
     with pytest.raises(ModelError, match="muon, which needs whole matrices"):
         finetune(replace(recipe, optimizer=replace(recipe.optimizer, kind="muon")), log=print)
@@ -134,7 +134,7 @@ class StopAt(finetuning.RunClock):
 StopAt.__name__ = "RunClock"  # the name that its time is saved under
 
 
-def test_time_limit_outlives_a_resume(recipe):
+def test_the_time_limit_counts_resumed_parts(recipe):
     log = []
     recipe = replace(recipe, train=replace(recipe.train, max_minutes=1e-9))
     assert finetune(recipe, log=log.append).steps == 1
@@ -238,7 +238,7 @@ def test_checkpoints_hold_no_pickle_and_damage_is_found(recipe, tmp_path):
         finetune(recipe, log=print, resume=True)
 
 
-def test_what_a_killed_save_left_is_removed(recipe):
+def test_files_of_a_killed_save_are_removed(recipe):
     left = [Path(recipe.output, ".saving-killed", "half"), Path(recipe.output, "checkpoints/.partial/checkpoint-3")]
     for resume in (False, True):  # a run that goes on, and one whose steps were all done
         for folder in left:
@@ -339,7 +339,7 @@ def test_resume_equals_not_stopping_across_skipped_steps(recipe, tmp_path, monke
     assert re.search(r"rank 0: the loss is not finite \(nan\) on samples k\d+, k\d+; skipped, 1 of 2$", skipped[0])
 
 
-def test_a_skipped_step_leaves_no_trace(recipe, monkeypatch):
+def test_a_skipped_step_changes_no_state(recipe, monkeypatch):
     # Its value is finite, its gradient is not.
     spoil_steps(monkeypatch, DrawingTrainer, {0, 3}, lambda loss: loss + (loss - loss.detach()).sqrt())
     train = replace(recipe.train, skip_bad_steps=2, save_every=1, keep_checkpoints=9)

@@ -13,7 +13,7 @@ from v2flow_cli.training.objectives.drawing import finetune, plan
 from .conftest import CODES
 
 
-def test_an_llm_that_draws_goes_on_from_its_own_rows(recipe, tmp_path):
+def test_a_drawing_llm_is_trained_further_from_its_rows(recipe, tmp_path):
     parameters = plan(recipe)["parameters"]
     finetune(recipe, log=print)
     next_stage = replace(recipe, llm=recipe.output, output=str(tmp_path / "next"))

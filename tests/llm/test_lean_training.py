@@ -53,7 +53,7 @@ def test_no_step_waits_for_the_device_between_log_lines(recipe, as_on_a_gpu, mon
     assert counts == [0] * 4, found
 
 
-def test_a_bad_step_is_counted_when_the_line_is_due(recipe, as_on_a_gpu, monkeypatch):
+def test_a_bad_step_is_counted_at_the_next_log_line(recipe, as_on_a_gpu, monkeypatch):
     plain = drawing.labelled_losses
     calls = []
 

@@ -56,7 +56,7 @@ def test_held_out_images_are_never_trained_on(text_tokenizer, vocabulary, tmp_pa
     assert pictures[0] | pictures[1] == set(map(tuple, ids.tolist()))
 
 
-def test_nothing_left_to_train_on(text_tokenizer, vocabulary, tmp_path, token_set):
+def test_data_without_a_training_image_is_an_error(text_tokenizer, vocabulary, tmp_path, token_set):
     token_set(tmp_path, images=1)
     samples = Samples(pairs(tmp_path, held_out_share=0.999999), text_tokenizer, vocabulary, seed=0)
     with pytest.raises(DataError, match="no image to train on"):
@@ -145,7 +145,7 @@ def test_prefixes_of_random_length_end_only_where_the_picture_does(text_tokenize
     assert {sum(300 <= i < 364 for i in s) for s in whole} == {4}
 
 
-def test_prefixes_need_a_tokenizer_that_has_them(tmp_path, token_set):
+def test_prefixes_need_a_tokenizer_of_flexible_length(tmp_path, token_set):
     token_set(tmp_path)
     data = pairs(tmp_path, prefix_lengths="uniform")
     assert check_data(data, ImageTokenizer(flexible=True)) == (4, 12)

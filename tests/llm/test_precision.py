@@ -66,7 +66,7 @@ def test_checkpoints_come_by_minutes(lm_recipe):
 BLOCKED = ("diffusers", "lpips", "torch_fidelity", "webdataset")
 
 
-def test_training_misses_no_package_of_other_commands(tmp_path, lm_recipe, recipe, request):
+def test_training_needs_no_package_of_other_commands(tmp_path, lm_recipe, recipe, request):
     """One step of all four kinds in a process that cannot import what only bench, shard and hub autoencoders need."""
     from v2flow_cli.assets import sample_photos
 

@@ -46,7 +46,7 @@ def test_blocks_are_packed_with_bos_and_eos():
     assert len(pack(documents, tokenizer, 7)) == len(flat) // 7
 
 
-def test_leaves_a_plain_folder_and_a_card_with_its_figures(recipe):
+def test_the_saved_folder_has_a_card_with_its_figures(recipe):
     report = pretrain(replace(recipe, train=replace(recipe.train, steps=60, save_dtype="bf16")), log=print)
     model, tokenizer = (c.from_pretrained(recipe.output) for c in (AutoModelForCausalLM, AutoTokenizer))
     assert model.dtype == torch.bfloat16 and model.config.use_cache

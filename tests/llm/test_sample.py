@@ -51,7 +51,7 @@ def test_a_row_does_not_depend_on_its_batch(artist, guidance_scale):
     assert len({tuple(row.tolist()) for row in together}) > 1
 
 
-def test_what_is_kept_stays_and_is_seen(artist):
+def test_kept_tokens_stay_and_condition_later_ones(artist):
     plain = draw(artist, [(0, 1), (1, 2)])
     kept = torch.full((2, 12), STOPPED)
     assert torch.equal(draw(artist, [(0, 1), (1, 2)], kept=kept), plain)
@@ -90,7 +90,7 @@ def test_greedy_equals_generate_with_the_logits_processor(artist, drawing):
     assert torch.equal(out[:, :12] - vocabulary.visual_token_offset, mine)
 
 
-def test_200_constrained_generations_hold_exactly_the_right_ids(artist, drawing):
+def test_200_constrained_generations_have_only_allowed_ids(artist, drawing):
     model, _, vocabulary = drawing
     prompt = torch.tensor([artist.prompt("a red fox")] * 200)
     torch.manual_seed(0)
@@ -124,7 +124,7 @@ def test_pick_draws_the_distribution_and_respects_its_cuts():
     assert shares(top_p=0.7) == pytest.approx([0, 0, 3 / 7, 4 / 7], abs=2e-3)
 
 
-def test_a_prompt_too_long_names_the_limit(artist):
+def test_a_prompt_that_is_too_long_names_the_limit(artist):
     with pytest.raises(DataError, match=r"has [\d,]+ tokens; .*llm has room for 239 beside the image"):
         artist.prompt("fox " * 2500)
 
@@ -225,7 +225,7 @@ def test_an_llm_of_one_length_draws_no_other(artist):
         draw(artist, [(0, 1)], num_tokens=5)
 
 
-def test_captions_hold_no_visual_id(artist, drawing):
+def test_captions_have_no_visual_id(artist, drawing):
     with pytest.raises(ModelError, match="was not trained to caption"):
         artist.caption(torch.zeros(12, dtype=torch.long))
     artist.vocabulary = replace(artist.vocabulary, captions=True)

@@ -20,7 +20,7 @@ def test_a_folder_keeps_its_sampling(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["{", "[1]", '{"do_sample": true, "top_k": "many"}'])
-def test_a_damaged_file_is_one_sentence(tmp_path, content):
+def test_a_damaged_file_is_an_error(tmp_path, content):
     (tmp_path / "generation_config.json").write_text(content)
     with pytest.raises(ModelError, match=r"generation_config\.json: cannot be read"):
         stored_sampling(tmp_path)

@@ -27,7 +27,7 @@ def test_a_picture_that_has_not_ended_has_no_end_mark(text_tokenizer, vocabulary
     assert cut["input_ids"].tolist() == whole["input_ids"].tolist()[:-2]
 
 
-def test_noise_is_read_and_never_learned(text_tokenizer, vocabulary):
+def test_noise_changes_inputs_and_not_labels(text_tokenizer, vocabulary):
     words, ids = caption_ids(text_tokenizer, "fox"), np.array([7, 0, 63, 7])
     plain = sample(vocabulary, words, ids)
     made = sample(

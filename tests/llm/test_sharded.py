@@ -76,7 +76,7 @@ def test_resume_equals_not_stopping(launch, recipe):
         assert all(torch.equal(weights[name], other_weights[name]) for name in weights)
 
 
-def test_no_skipping_where_deepspeed_moves_the_weights(launch):
+def test_skip_bad_steps_is_refused_with_deepspeed(launch):
     if launch.engine != "deepspeed":
         pytest.skip("FSDP can skip")
     done = launch(skip_bad_steps=1)

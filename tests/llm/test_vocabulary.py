@@ -54,7 +54,7 @@ def test_saved_folder_loads_without_this_package(llm, text_tokenizer, vocabulary
     assert VisualVocabulary.of(model.config, "here") == vocabulary
 
 
-def test_awkward_captions_hold_no_visual_or_special_id(text_tokenizer):
+def test_unusual_captions_have_no_visual_or_special_id(text_tokenizer):
     extended = add_visual_tokens(text_tokenizer, 320, 64)  # 20 spare rows, as in Qwen
     pieces = ["<|v2flow:v_7|>", "<|v2flow:boi|>", "<|v2flow:eoi|>", "<|v2flow:spare_301|>", "<|bos|>", "<|eos|>"]
     pieces += ["<|v2flow:v_", "63|>", "▁", "Ġ", "\x00", "\ud7ff", "狐", "🦊", " ", "\t", "<", "|>", "v_1", "a fox"]

@@ -22,7 +22,7 @@ def test_every_recipe_validates_and_survives_a_round_trip(path, tmp_path):
 
 
 @pytest.mark.parametrize("path", STAGES, ids=lambda p: f"{p.parent.name}/{p.stem}")
-def test_a_recipe_of_a_family_says_at_its_top_how_it_differs_from_the_base(path):
+def test_the_header_of_a_variant_lists_its_differences_from_the_base(path):
     head = " ".join(line.removeprefix("# ") for line in path.read_text().splitlines() if line.startswith("#"))
     stated = re.search(r"Differs from (recipes/\S+\.yaml) in ([a-z0-9_.]+=.+?)\.(?: |$)", head)
     family = path.parent.name == "paper" and path.stem not in ("large", "llm-llama2-7b")
@@ -34,7 +34,7 @@ def test_a_recipe_of_a_family_says_at_its_top_how_it_differs_from_the_base(path)
     assert load_recipe(RECIPES.parent / stated[1], changes) == recipe
 
 
-def test_overrides_win_and_keep_their_type():
+def test_overrides_replace_values_and_keep_their_type():
     recipe = load_recipe(TOKENIZER, ["train.steps=3", "optimizer.learning_rate=2e-4", "data.sources=[a, b]"])
     assert (recipe.train.steps, recipe.optimizer.learning_rate, recipe.data.sources) == (3, 2e-4, ("a", "b"))
 
@@ -132,10 +132,10 @@ def test_no_number_of_a_recipe_may_be_nan_or_infinite_or_huge(kind, data):
 
 
 @pytest.mark.parametrize("key", ["output", "latents.autoencoder"])
-def test_a_zero_byte_is_no_path(key):
+def test_a_path_with_a_zero_byte_is_refused(key):
     with pytest.raises(RecipeError, match=f"{key} is .*without a zero byte"):
         load_recipe(TOKENIZER, [f'{key}="a\\0b"'])
 
 
-def test_false_is_false():
+def test_false_is_parsed_as_a_boolean():
     assert load_recipe(TOKENIZER, ["data.horizontal_flip=False"]).data.horizontal_flip is False

@@ -108,7 +108,7 @@ def test_a_folder_with_other_files_and_odd_packages_are_refused(photos, tmp_path
             run(package, "--out", tmp_path / "o")
 
 
-def test_the_list_of_photos_is_whole():
+def test_the_list_of_photos_is_complete():
     found = load(RECIPES / "eval" / "public_photos.py").PHOTOS
     assert len(found) == 20 and all(len(digest) == 64 for digest in found.values())
     assert len({Path(name).name for name in found}) == 20
@@ -151,7 +151,7 @@ def test_icons_are_found_by_code_point_or_by_name(tmp_path):
     assert b'viewBox="0 0 8 32"><b/>' in found["1f98a"] and b'viewBox="0 0 32 32"><a/>' in found["1f34e"]
 
 
-def test_missing_packages_are_told(tmp_path):
+def test_missing_packages_are_errors(tmp_path):
     words = [
         sys.executable,
         RECIPES / "default" / "gather_drawings.py",

@@ -66,7 +66,7 @@ def test_a_scene_depends_on_seed_and_number_alone(scenes, monkeypatch, drawings_
     assert members(tmp_path / "c") != short
 
 
-def test_what_is_held_out_is_in_no_scene_and_not_among_the_centred(scenes, monkeypatch, drawings_tar, tmp_path):
+def test_held_out_drawings_are_in_no_scene(scenes, monkeypatch, drawings_tar, tmp_path):
     monkeypatch.setattr(scenes, "HELD_OUT_TITLES", 1.0)
     run(scenes, monkeypatch, "--drawings", drawings_tar, "--out", tmp_path / "learn", "--layout", "centred")
     run(scenes, monkeypatch, "--drawings", drawings_tar, "--out", tmp_path / "judge", "--held-out")
@@ -81,7 +81,7 @@ def test_few_drawings_of_a_title(scenes, monkeypatch, drawings_tar, tmp_path):
     assert len(members(tmp_path / "few")) == 2 * 8
 
 
-def test_common_things_are_those_that_many_hands_have_drawn(scenes, monkeypatch, drawings_tar):
+def test_common_things_are_those_of_several_sets(scenes, monkeypatch, drawings_tar):
     drawings = scenes.read_drawings(drawings_tar)
     monkeypatch.setattr(scenes, "COMMON_CATEGORIES", {"animals", "food"})
     monkeypatch.setattr(scenes, "COMMON_STYLES", 3)
@@ -100,14 +100,14 @@ def test_a_centred_drawing_is_in_the_middle_on_white(scenes, drawings_tar):
     assert {"a fox face", "a fox", "a red fox", "draw a fox", "fox"} <= set(captions)
 
 
-def test_a_colour_word_is_that_of_the_pixels(scenes, drawings_tar):
+def test_colour_words_match_the_pixels(scenes, drawings_tar):
     drawing = scenes.read_drawings(drawings_tar)[1]
     blue = scenes._recolour(drawing.open(), "blue")
     red, green, blue = blue.getpixel((blue.width // 2, blue.height // 2))[:3]
     assert blue > green > red
 
 
-def test_drawings_in_colours_that_they_do_not_have(scenes, monkeypatch, drawings_tar, tmp_path):
+def test_recoloured_drawings(scenes, monkeypatch, drawings_tar, tmp_path):
     out = tmp_path / "colours"
     run(scenes, monkeypatch, "--drawings", drawings_tar, "--out", out, "--layout", "colours", "--per-title", 1)
     pictures = members(out)

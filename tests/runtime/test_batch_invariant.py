@@ -26,7 +26,7 @@ def in_a_new_thread(function):
         return pool.submit(function).result()
 
 
-def test_calls_that_overlap_leave_every_thread_its_number():
+def test_overlapping_calls_restore_the_thread_counts():
     """Each call starts while another is inside, and ends while a third one is: what one restored, another broke."""
     steps = threading.Barrier(4)
     seen = []
@@ -48,14 +48,14 @@ def test_calls_that_overlap_leave_every_thread_its_number():
     assert torch.get_num_threads() == 3 and in_a_new_thread(torch.get_num_threads) == 3
 
 
-def test_the_caller_keeps_its_number_while_it_waits():
+def test_the_caller_keeps_its_thread_count():
     others = []
     on_single_threads(lambda image: others.append(in_a_new_thread(torch.get_num_threads)) or image, torch.ones(2, 1))
     assert others == [3, 3]
 
 
 @pytest.mark.parametrize("images", [1, 2, 5])
-def test_a_failing_image_leaves_the_number_too(images):
+def test_an_error_restores_the_thread_count(images):
     def fail(image):
         raise ValueError("too much")
 
@@ -64,7 +64,7 @@ def test_a_failing_image_leaves_the_number_too(images):
     assert torch.get_num_threads() == 3 and in_a_new_thread(torch.get_num_threads) == 3
 
 
-def test_a_failing_image_keeps_no_images_and_no_threads():
+def test_an_error_keeps_no_images_and_no_threads():
     """Also where the garbage collector does not run: a server that waits for its next request creates no garbage."""
 
     def fail(image):
@@ -90,7 +90,7 @@ def test_a_failing_image_keeps_no_images_and_no_threads():
         gc.enable()
 
 
-def test_threads_end_with_their_caller_also_where_its_error_is_kept():
+def test_threads_end_with_their_caller_even_if_its_error_is_referenced():
     def fail(image):
         raise ValueError("too much")
 
@@ -109,7 +109,7 @@ def test_threads_end_with_their_caller_also_where_its_error_is_kept():
     assert threading.active_count() == before and str(error) == "too much"
 
 
-def test_one_thread_needs_no_other():
+def test_one_thread_uses_no_pool():
     torch.set_num_threads(1)
     ran_in = []
     on_single_threads(lambda image: ran_in.append(threading.get_ident()) or image, torch.ones(3, 1))
@@ -118,7 +118,7 @@ def test_one_thread_needs_no_other():
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_row_rounds_alike_in_any_batch(bias: bool, dtype: torch.dtype) -> None:
+def test_a_row_rounds_equally_in_any_batch(bias: bool, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(256, 704, bias), torch.nn.Linear(704, 300, bias)).to(dtype)
     rows = torch.randn(9, 1, 256, dtype=dtype)

@@ -16,7 +16,7 @@ def test_each_process_of_a_launch_gets_its_own_gpu(name, monkeypatch):
     assert pick_device(name) == torch.device("cuda:1")
 
 
-def test_names_that_mean_nothing_here_are_refused():
+def test_unknown_device_names_are_refused():
     with pytest.raises(V2FlowError, match="--device no-such-thing: not available here"):
         pick_device("no-such-thing")
     with pytest.raises(V2FlowError, match="--dtype fp8: expected auto, fp32 or bf16"):

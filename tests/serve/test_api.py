@@ -61,7 +61,7 @@ def photo(sample_images):
     return file.getvalue()
 
 
-def test_a_prompt_becomes_the_pictures_that_the_command_draws(client, models):
+def test_pictures_equal_those_of_the_command(client, models):
     answer = client.images.generate(prompt="a red fox", n=3, size="32x32", extra_body={"seed": 5, "temperature": 0.9})
     assert [data.seed for data in answer.data] == [5, 6, 7] and answer.size == "32x32" and answer.model == models.name
     asked = [Picture("a red fox", seed, 0.9, "", "") for seed in (5, 6, 7)]
@@ -72,7 +72,7 @@ def test_a_prompt_becomes_the_pictures_that_the_command_draws(client, models):
     assert np.array_equal(drawn(alone)[0], by_command[1])
 
 
-def test_without_a_seed_pictures_differ_and_the_answer_has_it(client):
+def test_without_a_seed_pictures_differ_and_the_response_has_the_seed(client):
     first, second = (client.images.generate(prompt="a red fox") for _ in range(2))
     assert first.data[0].seed != second.data[0].seed
     again = client.images.generate(prompt="a red fox", extra_body={"seed": first.data[0].seed})
@@ -91,7 +91,7 @@ def test_pictures_by_url(client, kind):
     assert gone.status_code == 404 and "lifetime of URLs is 60 minutes" in gone.json()["error"]["message"]
 
 
-def test_urls_end_with_time_and_with_space():
+def test_urls_expire_by_time_and_by_size():
     now = [0.0]
     urls = PictureUrls(10, 100, clock=lambda: now[0])
     first = urls.add(b"x" * 60, "png")
@@ -102,7 +102,7 @@ def test_urls_end_with_time_and_with_space():
     assert urls.get(second) is None and urls.size == 0
 
 
-def test_images_become_tokens_and_tokens_images(url, models, photo):
+def test_images_to_tokens_and_tokens_to_images(url, models, photo):
     by_library = models.tokenizer.encode(
         models.tokenizer.image_processor.preprocess_one(Image.open(io.BytesIO(photo)))[None]
     )
@@ -188,7 +188,7 @@ FOX = {"prompt": "a red fox"}
         ("/v1/images/edits", {}, 404, None, "no such endpoint"),
     ],
 )
-def test_what_is_wrong_is_said_in_openais_form(url, path, body, status, param, says):
+def test_errors_have_openais_format(url, path, body, status, param, says):
     answer = post(url + path, content=json.dumps(body), headers={"Content-Type": "application/json"})
     error = answer.json()["error"]
     assert answer.status_code == status and error["param"] == param and says in error["message"], error
@@ -198,7 +198,7 @@ def test_what_is_wrong_is_said_in_openais_form(url, path, body, status, param, s
 
 @pytest.mark.parametrize("path", [DRAW, ENCODE, DECODE])
 @pytest.mark.parametrize("body", [b"", b"{", b"\xff\xfe", b"[" * 100_000, b'{"prompt": NaN}', b"null"])
-def test_bodies_that_are_no_json(url, path, body):
+def test_bodies_that_are_not_json(url, path, body):
     answer = post(url + path, content=body, headers={"Content-Type": "application/json"})
     assert answer.status_code == 400 and answer.json()["error"]["type"] == "invalid_request_error"
 
@@ -276,7 +276,7 @@ def ask_without_waiting(url, n):
         yield
 
 
-def test_a_full_queue_a_long_wait_and_clients_that_go_away(models, held):
+def test_a_full_queue_a_timeout_and_disconnected_clients(models, held):
     with serving(models, max_waiting=10, max_batch=4, max_seconds=600) as (url, service):
         for n, places in ((1, (1, 0)), (10, (1, 10))):  # (running, waiting): the first is being drawn, ten wait
             with ask_without_waiting(url, n):
@@ -299,7 +299,7 @@ def test_a_full_queue_a_long_wait_and_clients_that_go_away(models, held):
         eventually(lambda: service.batcher.running == 0)
 
 
-def test_what_takes_too_long_is_told_so(models, held):
+def test_a_request_over_the_time_limit_is_504(models, held):
     with serving(models, max_seconds=0.3) as (url, service):
         answer = post(f"{url}{DRAW}", json=FOX)
         assert answer.status_code == 504 and "limit of 0.3 s" in answer.json()["error"]["message"]
@@ -307,7 +307,7 @@ def test_what_takes_too_long_is_told_so(models, held):
         held.set()
 
 
-def test_while_it_closes_it_takes_nothing_new(models):
+def test_new_requests_are_refused_during_shutdown(models):
     with serving(models) as (url, service):
         service.closing = True
         answer = post(f"{url}{DRAW}", json=FOX)
@@ -315,7 +315,7 @@ def test_while_it_closes_it_takes_nothing_new(models):
         assert get(f"{url}/health").status_code == 503
 
 
-def test_a_bug_is_a_server_error_in_the_same_form(models, monkeypatch):
+def test_an_internal_error_has_the_same_format(models, monkeypatch):
     def fails(*args, **kwargs):
         raise RuntimeError("secret detail")
 

@@ -45,7 +45,7 @@ async def started(held, batches):
         await asyncio.sleep(0.001)
 
 
-def test_what_waits_is_computed_together_by_task_and_oldest_first():
+def test_rows_of_the_oldest_task_are_computed_together():
     async def scenario(batcher, held):
         first = asyncio.create_task(batcher.submit("a", [0]))
         await started(held, 1)
@@ -58,7 +58,7 @@ def test_what_waits_is_computed_together_by_task_and_oldest_first():
     run(scenario)
 
 
-def test_a_full_queue_refuses_and_says_when_to_come_back():
+def test_a_full_queue_refuses_with_retry_after():
     async def scenario(batcher, held):
         jobs = [asyncio.create_task(batcher.submit("a", [0]))]
         await started(held, 1)
@@ -74,7 +74,7 @@ def test_a_full_queue_refuses_and_says_when_to_come_back():
     run(scenario)
 
 
-def test_who_gives_up_frees_the_places_and_the_model():
+def test_cancelled_rows_leave_the_queue_and_the_batch():
     async def scenario(batcher, held):
         running = asyncio.create_task(batcher.submit("a", [0]))
         await started(held, 1)

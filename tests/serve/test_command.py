@@ -39,7 +39,7 @@ def start(tmp_path):
         process.wait(60)
 
 
-def test_sigterm_finishes_what_runs(start, tiny_tokenizer_folder, llm_folder, tmp_path):
+def test_sigterm_finishes_running_requests(start, tiny_tokenizer_folder, llm_folder, tmp_path):
     options = ("--tokenizer", str(tiny_tokenizer_folder), "--model", str(llm_folder), "--dtype", "fp32")
     process, url = start(*options, V2FLOW_API_KEY="secret")
     answers = []
@@ -59,7 +59,7 @@ def test_sigterm_finishes_what_runs(start, tiny_tokenizer_folder, llm_folder, tm
     assert "POST /v1/images/generations" in log and "Traceback" not in log
 
 
-def test_a_port_that_is_taken_and_packages_that_are_missing():
+def test_a_used_port_and_missing_packages():
     def fails(code):
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         assert done.returncode == 1 and "Traceback" not in done.stderr and done.stdout == ""

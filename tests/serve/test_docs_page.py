@@ -15,7 +15,7 @@ PAGE = (Path(__file__).resolve().parents[2] / "docs" / "serving.md").read_text("
 NEUTRAL = {"user", "quality", "background", "moderation", "stream"}  # accepted so that clients may send them
 
 
-def test_the_clients_code_runs_as_it_stands(models, tmp_path, monkeypatch) -> None:
+def test_the_client_code_of_the_page_runs(models, tmp_path, monkeypatch) -> None:
     [code] = [block for block in re.findall(r"^```python\n(.*?)^```", PAGE, re.M | re.S) if "from openai" in block]
     monkeypatch.chdir(tmp_path)
     with serving(models) as (url, _):
@@ -29,7 +29,7 @@ def table(header: str) -> set[str]:
     return {name for row in rows for name in re.findall(r"`([^`]+)`", row.split("|")[1])}
 
 
-def test_its_tables_name_what_there_is() -> None:
+def test_the_tables_of_the_page_match_the_code() -> None:
     assert table("field") == set(GenerationRequest.model_fields) - NEUTRAL
     options = {option for parameter in typer.main.get_command(_app()).params for option in parameter.opts}
     assert table("option") <= options

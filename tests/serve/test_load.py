@@ -114,7 +114,7 @@ def check(models, expected, count, at_a_time):
         asyncio.run(storm(url, len(KINDS), at_a_time, expected))  # and it goes on as before
 
 
-def test_a_small_storm(models, expected):
+def test_several_clients_at_once(models, expected):
     before = threading.active_count()
     check(models, expected, 24, 8)
     eventually(lambda: threading.active_count() <= before + 1)
@@ -128,5 +128,5 @@ def test_200_requests_16_at_a_time(models, expected):
     assert tasks == []
 
 
-def test_limits_have_room_for_one_whole_request():
+def test_limits_allow_the_largest_request():
     assert Limits().max_waiting >= 10

@@ -59,7 +59,7 @@ def test_lossless_formats_come_back_equal(format):
     ],
     ids=["zero-bytes", "text", "eps", "bomb", "huge-bomb", "no-data"],
 )
-def test_what_is_no_image_is_a_data_error(content, message):
+def test_files_that_are_not_images_are_data_errors(content, message):
     with pytest.raises(DataError, match=message):
         open_image(content, "x.jpg")
 

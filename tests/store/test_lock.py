@@ -54,7 +54,7 @@ def test_a_second_run_is_refused_until_the_first_ends_and_no_file_is_left(tmp_pa
     assert list(folder.iterdir()) == []
 
 
-def test_another_process_that_is_killed_gives_it_back(tmp_path):
+def test_a_killed_process_releases_the_lock(tmp_path):
     process, _ = holder(tmp_path, "alone")
     with pytest.raises(DataError), locked(tmp_path):
         pass
@@ -64,7 +64,7 @@ def test_another_process_that_is_killed_gives_it_back(tmp_path):
         pass
 
 
-def test_a_forked_worker_that_outlives_it_does_not_hold_it(tmp_path):
+def test_a_forked_worker_does_not_keep_the_lock(tmp_path):
     process, child = holder(tmp_path, "fork")
     process.kill()
     process.wait()
@@ -74,7 +74,7 @@ def test_a_forked_worker_that_outlives_it_does_not_hold_it(tmp_path):
         os.kill(child, signal.SIGKILL)
 
 
-def test_a_program_that_inherits_it_holds_it(tmp_path):
+def test_a_program_that_inherits_the_descriptor_keeps_the_lock(tmp_path):
     with locked(tmp_path) as descriptor:
         stage = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=(descriptor,))
     with pytest.raises(DataError), locked(tmp_path):

@@ -40,7 +40,7 @@ def stop_after(count):
 
 
 @pytest.mark.parametrize(("seen", "kept"), [(0, 0), (1, 0), (3, 1), (5, 1), (8, 3)])
-def test_a_stopped_run_goes_on_and_ends_the_same(folder, tmp_path, seen, kept):
+def test_a_stopped_run_resumes_to_the_same_result(folder, tmp_path, seen, kept):
     options = {"prefix": "s", "shard_bytes": 2100}
     whole = write_shards(sources_from_sidecars(folder), tmp_path / "whole", **options)
     with pytest.raises(KeyboardInterrupt):
@@ -61,14 +61,14 @@ def test_a_stopped_run_is_not_continued_with_other_options_or_images(folder, tmp
     write_shards(sources_from_sidecars(folder), tmp_path / "o", prefix="s", shard_bytes=9000, force=True)
 
 
-def test_a_missing_shard_is_missed_by_name(folder, tmp_path):
+def test_a_missing_shard_is_reported_by_name(folder, tmp_path):
     write_shards(sources_from_sidecars(folder), tmp_path / "o", prefix="s", shard_bytes=2100)
     (tmp_path / "o" / "s-000001.tar").unlink()
     gone = [index_shard(tar.path) for tar in find_tars([tmp_path / "o"])][1]
     assert not gone.samples and [f.key for f in gone.failures] == ["2", "3"]
 
 
-def test_without_its_index_a_damaged_shard_still_counts(folder, tmp_path):
+def test_a_damaged_shard_without_index_is_counted(folder, tmp_path):
     write_shards(sources_from_sidecars(folder), tmp_path / "o", prefix="s", shard_bytes=9000)
     path = tmp_path / "o" / "s-000000.tar"
     shard_index.index_path(path).unlink()
@@ -93,7 +93,7 @@ def test_damaged_manifests(folder, tmp_path, change):
         index_shard(tmp_path / "o" / "s-000000.tar")
 
 
-def test_tars_are_packed_anew_with_their_captions(folder, tmp_path):
+def test_tars_are_repacked_with_their_captions(folder, tmp_path):
     image = (folder / "1.png").read_bytes()
     (tmp_path / "in").mkdir()
     json_caption = json.dumps({"prompt": "a  red\nfox", "img_path": "x"}).encode()

@@ -44,7 +44,7 @@ def test_index_gives_offsets_of_every_member(tmp_path):
     assert list(iterate_shard(path)) == [("a/1", b"one", ("x", "y")), ("2", b"two" * 300, ())]
 
 
-def test_members_of_a_key_need_not_be_neighbours(tmp_path):
+def test_members_of_a_key_need_not_be_adjacent(tmp_path):
     path = write_tar(tmp_path / "t.tar", [("1.jpg", b"a"), ("2.jpg", b"b"), ("1.txt", b"c")])
     assert [sorted(s.members) for s in index_shard(path).samples] == [["jpg", "txt"], ["jpg"]]
 
@@ -75,7 +75,7 @@ def test_every_truncation_is_noticed_and_only_whole_samples_remain(tmp_path):
 @pytest.mark.parametrize(
     "damage", [lambda block: bytes([block[0], block[1] ^ 1]) + block[2:], lambda block: bytes(512)]
 )
-def test_a_damaged_or_zeroed_header_is_noticed_not_taken_for_the_end(tmp_path, damage):
+def test_a_damaged_or_zeroed_header_is_not_the_end_of_the_tar(tmp_path, damage):
     content = write_tar(tmp_path / "t.tar", [(f"{i}.jpg", b"x" * 700) for i in range(4)]).read_bytes()
     at = 2 * (512 + 1024)
     (tmp_path / "t.tar").write_bytes(content[:at] + damage(content[at : at + 512]) + content[at + 512 :])
@@ -85,7 +85,7 @@ def test_a_damaged_or_zeroed_header_is_noticed_not_taken_for_the_end(tmp_path, d
     assert "damaged or truncated at byte 3,072" in index.failures[1].reason
 
 
-def test_what_is_no_plain_tar(tmp_path):
+def test_files_that_are_not_tars(tmp_path):
     with pytest.raises(DataError, match="no such shard"):
         index_shard(tmp_path / "none.tar")
     (tmp_path / "text.tar").write_text("text" * 500)
@@ -202,7 +202,7 @@ def test_bad_images_are_listed_and_the_rest_is_kept(tmp_path):
     assert failure.source.endswith("bad.jpg") and failure.reason.startswith("not an image")
 
 
-def test_a_smaller_side_is_made_once_and_never_larger(tmp_path):
+def test_images_are_reduced_once_and_never_enlarged(tmp_path):
     save_image(tmp_path / "large.png", size=(300, 200))
     save_image(tmp_path / "small.png", size=(30, 20))
     write_shards(sources_from_sidecars(tmp_path), tmp_path / "out", prefix="s", shard_bytes=10**6, short_side=100)

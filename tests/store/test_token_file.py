@@ -45,13 +45,13 @@ def test_ids_round_trip_in_the_smallest_type(tmp_path, codebook_size, dtype, sha
         (np.zeros(5, np.uint16), "5 tokens an image; expected 4"),
     ],
 )
-def test_arrays_that_are_no_token_ids(tmp_path, array, message):
+def test_arrays_that_are_not_token_ids(tmp_path, array, message):
     np.save(tmp_path / "x.npy", array, allow_pickle=True)
     with pytest.raises(TokenFileError, match=message):
         load_token_ids(tmp_path / "x.npy", 64, 4)
 
 
-def test_files_that_are_no_arrays(tmp_path):
+def test_files_that_are_not_arrays(tmp_path):
     with pytest.raises(TokenFileError, match="no such token file"):
         load_token_ids(tmp_path / "none.npy", 64)
     (tmp_path / "empty.npy").touch()
@@ -191,7 +191,7 @@ def test_read_token_set_needs_a_manifest(tmp_path):
         list(read_token_set(tmp_path))
 
 
-def test_nothing_half_written_appears(tmp_path):
+def test_incomplete_files_are_not_visible(tmp_path):
     with pytest.raises(KeyboardInterrupt), replacing(tmp_path / "x") as file:
         file.write(b"half")
         raise KeyboardInterrupt
@@ -256,13 +256,13 @@ def test_the_end_mark_of_the_largest_codebook_needs_the_wider_type(tmp_path):
         ([[1, 2, 3, 4, 5]], "5 tokens an image; expected at most 4"),
     ],
 )
-def test_rows_that_end_wrongly(tmp_path, ids, message):
+def test_rows_with_misplaced_padding(tmp_path, ids, message):
     np.save(tmp_path / "x.npy", np.array(ids, np.uint16))
     with pytest.raises(TokenFileError, match=message):
         load_token_ids(tmp_path / "x.npy", 64, 4, variable_length=True)
 
 
-def test_a_fixed_set_is_written_as_older_readers_know_it(tmp_path):
+def test_a_set_of_fixed_length_has_format_version_1(tmp_path):
     MANIFEST.save(tmp_path)
     record = json.loads((tmp_path / "manifest.json").read_text())
     assert record["format_version"] == 1 and "variable_length" not in record

@@ -85,7 +85,7 @@ def rewrite(path, change=lambda table: table, metadata=None):
     pq.write_table(table if metadata is None else table.replace_schema_metadata(metadata), path)
 
 
-def test_what_does_not_belong_is_one_sentence(token_set):
+def test_foreign_files_are_errors(token_set):
     (path,) = write_parquet(token_set)
     content = path.read_bytes()
     rewrite(path, metadata={})

@@ -16,7 +16,7 @@ def inputs(seen=3):
     return tokens, at, patches[:, :seen], at[:, :seen], at[:, seen:], cells[:, seen:]
 
 
-def test_leaving_hidden_positions_out_changes_nothing_for_the_others():
+def test_hidden_positions_do_not_affect_each_other():
     model, (tokens, at, patches, seen_at, hidden_at, cells) = transformer(), inputs()
     whole = model(tokens, at, patches, seen_at, hidden_at, cells)
     part = model(tokens, at, patches, seen_at, hidden_at[:, 4:7], cells[:, 4:7])

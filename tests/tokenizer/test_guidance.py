@@ -31,20 +31,20 @@ def test_apg_that_limits_nothing_is_plain_guidance():
     assert ask(guided(*pair, guidance="apg")) == pytest.approx(ask(guided(*pair)))
 
 
-def test_apg_drops_what_lies_along_the_prediction():
+def test_apg_drops_the_component_parallel_to_the_prediction():
     # The push (1, 1) from D lies along the prediction (3, 0) by (1, 0); (0, 1) is left of it.
     assert ask(guided([[3.0, 0.0]], [[2.0, -1.0]], guidance="apg", apg_parallel=0.0)) == [3.0, 2.0]
     assert ask(guided([[3.0, 0.0]], [[2.0, -1.0]], guidance="apg", apg_parallel=0.5)) == [4.0, 2.0]
 
 
-def test_apg_limits_the_size_of_the_push():
+def test_apg_limits_the_size_of_the_guidance():
     # The push (0, 4) has the root mean square 4 / sqrt(2); a limit of half of it leaves (0, 2).
     limit = 2 / 2**0.5
     assert ask(guided([[0.0, 4.0]], [[0.0, 0.0]], guidance="apg", apg_threshold=limit)) == pytest.approx([0.0, 8.0])
     assert ask(guided([[0.0, 4.0]], [[0.0, 0.0]], guidance="apg", apg_threshold=99.0)) == pytest.approx([0.0, 12.0])
 
 
-def test_apg_remembers_the_push_of_earlier_steps():
+def test_apg_adds_the_guidance_of_earlier_steps():
     made = guided([[2.0, 0.0]], [[1.0, 0.0]], guidance="apg", apg_momentum=-0.5)
     # Pushes are 1, then 1 - 0.5 x 1, then 1 - 0.5 x 0.5, each twice (w - 1) on top of the prediction.
     assert [ask(made)[0] for _ in range(3)] == [4.0, 3.0, 3.5]

@@ -8,7 +8,7 @@ def lengths(kind, max_tokens, count=4000):
     return sample_lengths(kind, count, max_tokens, torch.device("cpu"))
 
 
-def test_nested_dropout_draws_the_lengths_it_says():
+def test_lengths_of_nested_dropout():
     uniform, counts = lengths("uniform", 6).unique(return_counts=True)
     assert uniform.tolist() == [1, 2, 3, 4, 5, 6] and counts.min() > 500
     assert lengths("power_of_two", 256).unique().tolist() == [1, 2, 4, 8, 16, 32, 64, 128, 256]
@@ -29,7 +29,7 @@ def test_the_first_k_tokens_are_kept_and_the_rest_become_the_mask_token():
     assert torch.equal(x[0, 2:], made.mask_token + made.order[2:])
 
 
-def test_a_short_row_is_the_long_one_cut():
+def test_a_short_row_is_a_prefix_of_the_long_one():
     made, codes = embedding(), torch.randn(2, 5, 3)
     assert torch.allclose(made(codes[:, :2]), made(codes, torch.tensor([2, 2])))  # products round by their row count
 

@@ -46,7 +46,7 @@ def test_boxes_are_the_largest_and_centred():
     assert center_crop_box(1, 1000, 4.0) == (0, 499, 1, 500)
 
 
-def test_what_fits_is_not_touched_and_a_turned_photo_is_turned_first():
+def test_an_image_that_fits_is_unchanged_and_exif_rotation_comes_first():
     pixels = np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8)
     image = Image.fromarray(pixels)
     assert torch.equal(image_to_tensor(image, (32, 48)), torch.from_numpy(pixels).permute(2, 0, 1) / 127.5 - 1)

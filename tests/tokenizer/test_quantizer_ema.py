@@ -25,7 +25,7 @@ def test_ids_by_hand():
         assert torch.allclose(out.embeddings, quantizer(distance).embed(torch.tensor([[0, 1, 2, 3]])))
 
 
-def test_euclidean_and_cosine_differ_where_they_must():
+def test_euclidean_and_cosine_distance_differ():
     book = torch.tensor([[10.0, 0], [0.5, 0.5], [0, 1], [0, -1]])
     far = torch.tensor([[[1.0, 0.1]]])
     near, angle = quantizer("euclidean"), quantizer("cosine")
@@ -96,7 +96,7 @@ def test_vectors_are_standardised_and_the_codes_map_back():
     assert made.vectors.std(0) == pytest.approx(cone[0].std(0), rel=0.3)
 
 
-def test_dead_codes_are_reborn_with_their_state():
+def test_dead_codes_are_replaced_with_their_state():
     torch.manual_seed(0)
     made = quantizer(size=64, revive_after=0.5, decay=0.5)
     made.codebook.copy_(100 + torch.randn(64, 2))  # far from every vector
@@ -131,7 +131,7 @@ def test_kmeans_finds_the_clusters_that_the_ring_only_samples():
     assert codebook_error(50) < 0.7 * codebook_error(0)
 
 
-def test_a_code_can_be_found_dead_long_before_its_count_is_forgotten():
+def test_usage_decay_finds_dead_codes_before_ema_decay():
     def steps_to_revival(**more):
         torch.manual_seed(0)
         made = quantizer(size=64, revive_after=0.1, decay=0.99, **more)
@@ -147,7 +147,7 @@ def test_a_code_can_be_found_dead_long_before_its_count_is_forgotten():
     assert steps_to_revival(usage_decay=0.9) < 30
 
 
-def test_a_code_reborn_begins_as_an_average_one_in_every_count():
+def test_a_replaced_code_starts_with_mean_counts():
     torch.manual_seed(0)
     made = quantizer(size=8, revive_after=0.5, decay=0.9, usage_decay=0.5)
     made.codebook[:] = torch.tensor([[0.0, 0.0]] + [[100.0, 100.0]] * 7)

@@ -12,7 +12,7 @@ def quantizer(levels=(5, 4), vector_size=2):
     return FSQQuantizer(FSQ("fsq", levels, 0.0), vector_size)
 
 
-def test_codes_on_paper():
+def test_codes_by_hand():
     # Five levels are -2 to 2 steps, four are -2 to 1; an id is first + 5 second, counted from the lowest.
     vectors = torch.tensor([[[0.0, 0.0], [9.0, 9.0], [-9.0, -9.0], [9.0, -9.0]]])
     out = quantizer()(vectors)
@@ -21,7 +21,7 @@ def test_codes_on_paper():
     assert out.commit_loss == 0
 
 
-def test_levels_lie_where_the_formula_says():
+def test_levels_follow_the_formula():
     # Odd L: the k-th border is where tanh(x) (L - 1) / 2 (1 + 1e-3) is k + 1/2; for L = 5 the first at 0.2548.
     out = quantizer((5,), 1)(torch.tensor([[[0.254], [0.256]]]))
     assert out.token_ids.tolist() == [[2, 3]]
@@ -46,13 +46,13 @@ def test_paper_size():
     assert FSQ("fsq", (8, 8, 8, 5, 5, 5), 0.0).codebook_size == 64_000
 
 
-def test_the_gradient_passes_as_if_nothing_were_rounded():
+def test_the_gradient_is_that_without_rounding():
     vectors = torch.zeros(1, 1, 2, requires_grad=True)
     quantizer()(vectors).embeddings[0, 0, 0].backward()
     assert vectors.grad[0, 0].tolist() == pytest.approx([2 * 1.001 / 2, 0.0])  # tanh has slope 1 at 0
 
 
-def test_a_wide_vector_is_projected_and_drawn_to_its_code():
+def test_a_wide_vector_is_projected_and_has_a_commitment_loss():
     made = quantizer((5, 4), 7)
     out = made(torch.randn(2, 3, 7), step=0)
     assert out.embeddings.shape == (2, 3, 7) and out.commit_loss > 0
@@ -60,7 +60,7 @@ def test_a_wide_vector_is_projected_and_drawn_to_its_code():
     assert made.vectors.shape == (20, 7)
 
 
-def test_usage_counts_what_was_seen():
+def test_usage_counts_recent_codes():
     made = quantizer()
     for step in range(3):
         made(torch.tensor([[[0.0, 0.0], [9.0, 9.0]]]), step=step)

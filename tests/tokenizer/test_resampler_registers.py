@@ -22,7 +22,7 @@ def test_as_many_tokens_as_registers_at_any_size():
     assert made.size_multiple == 16
 
 
-def test_causal_registers_do_not_see_those_behind_them():
+def test_causal_registers_do_not_attend_to_later_ones():
     latents = torch.randn(1, 4, 4, 4)
     for causal in (True, False):
         made = resampler(causal=causal)
@@ -32,13 +32,13 @@ def test_causal_registers_do_not_see_those_behind_them():
         assert same == ([True] * 3 + [False] * 3 if causal else [False] * 6)
 
 
-def test_patches_do_not_see_registers():
+def test_patches_do_not_attend_to_registers():
     made = resampler()
     assert not made._attention_mask(4, torch.device("cpu"))[:4, 4:].any()
     assert made._attention_mask(4, torch.device("cpu"))[:, :4].all()
 
 
-def test_every_patch_matters_to_the_first_token():
+def test_the_first_token_depends_on_every_patch():
     made, latents = resampler(), torch.randn(1, 4, 4, 4)
     first = made(latents)[:, 0]
     for y, x in ((0, 0), (3, 3)):
@@ -47,12 +47,12 @@ def test_every_patch_matters_to_the_first_token():
         assert not torch.allclose(first, made(changed)[:, 0], atol=1e-4)
 
 
-def test_where_a_patch_lies_matters():
+def test_tokens_depend_on_the_positions_of_patches():
     made, latents = resampler(), torch.randn(1, 4, 4, 4)
     assert not torch.allclose(made(latents), made(latents.flip(-1)), atol=1e-3)
 
 
-def test_places_on_paper():
+def test_spread_positions_by_hand():
     device = torch.device("cpu")
     tokens, cells, _ = resampler(places="centre").layout(32, 64, 2, 4, device)
     assert tokens.tolist() == [[0.5, 1.5]] * 6 and cells.tolist() == [0] * 8

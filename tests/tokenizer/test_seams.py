@@ -121,9 +121,7 @@ def images(count=2, side=32):
     "resampler,quantizer,decoder,words",
     list(itertools.product((GRID, REGISTERS), (EMA, FSQ), (MASKED, WHOLE), (False, True))),
 )
-def test_every_combination_trains_two_steps_and_comes_back_from_a_folder(
-    resampler, quantizer, decoder, words, tmp_path
-):
+def test_every_combination_trains_two_steps_and_is_saved_and_loaded(resampler, quantizer, decoder, words, tmp_path):
     model = build(resampler, quantizer, decoder, words).train()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     gradients = set()
@@ -164,7 +162,7 @@ def test_decoding_a_prefix_ignores_the_rest(decoder, words):
     assert not torch.equal(model.decode(ids[:1, :1]), model.decode(ids[:1, :2]))
 
 
-def test_the_length_of_an_ordered_sequence_says_nothing_of_the_size():
+def test_the_length_of_an_ordered_sequence_does_not_determine_the_size():
     model = build()
     assert model.flexible and model.max_tokens == model.num_tokens(32, 32) == model.num_tokens(64, 32) == 6
     ids = model.encode(images(side=64))
@@ -188,7 +186,7 @@ def test_lengths_that_a_tokenizer_does_not_have():
 
 
 @BOTH_DECODERS
-def test_guidance_of_one_never_looks_at_the_dummy(decoder):
+def test_guidance_of_one_does_not_compute_the_dummy(decoder):
     model = build(decoder=decoder)
     ids = model.encode(images())
     (model.flow if decoder is WHOLE else model.context).dummy_token.data.fill_(float("nan"))
@@ -211,7 +209,7 @@ def test_guidance_of_one_never_looks_at_the_dummy(decoder):
     ],
     ids=str,
 )
-def test_every_sampling_option_acts(decoder, change):
+def test_every_sampling_option_changes_the_image(decoder, change):
     model = build(decoder=decoder)
     ids = model.encode(images())
     assert not torch.equal(model.decode(ids), model.decode(ids, **change))
@@ -229,7 +227,7 @@ def test_one_step_of_the_flow_transformer_is_the_mean_whatever_the_noise():
     assert torch.equal(model.decode(ids, seeds=[1, 2], **settings), model.decode(ids, seeds=[3, 4], **settings))
 
 
-def test_the_digest_ignores_sampling_and_heeds_the_seams():
+def test_the_digest_ignores_sampling_and_covers_the_parts():
     first, second = build(), build()
     second.config.sampling = {**SAMPLING, "guidance": "apg", "guidance_scale": 4.0}
     assert first.digest == second.digest

@@ -73,7 +73,7 @@ def test_a_size_that_a_coarse_grid_does_not_divide_has_the_finer_lengths_alone()
         tokenizer.check_length(5, 64, 64)
 
 
-def test_training_steps_take_turns_and_each_length_reaches_every_weight_that_it_has():
+def test_training_alternates_lengths_and_each_one_trains_its_weights():
     tokenizer = build().train()
     latents = tokenizer.latents.encode(torch.rand(4, 3, 64, 64) * 2 - 1)
     seen = set()

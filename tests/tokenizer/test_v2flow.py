@@ -17,7 +17,7 @@ def images(count=3, side=64):
     return torch.rand(count, 3, side, side) * 2 - 1
 
 
-def test_encode_is_deterministic_and_alone_or_together_the_same(tiny_tokenizer):
+def test_encode_is_deterministic_and_independent_of_the_batch(tiny_tokenizer):
     x = images()
     ids = tiny_tokenizer.encode(x)
     assert ids.shape == (3, 16) and ids.dtype == torch.int64
@@ -54,7 +54,7 @@ def test_guidance_of_one_is_bit_for_bit_no_guidance(tiny_tokenizer):
         {"noise_temperature": 0.3},
     ],
 )
-def test_every_option_acts(tiny_tokenizer, change):
+def test_every_sampling_option_changes_the_image(tiny_tokenizer, change):
     ids = tiny_tokenizer.encode(images(1))
     assert not torch.equal(tiny_tokenizer.decode(ids, seeds=[0]), tiny_tokenizer.decode(ids, seeds=[0], **change))
 
@@ -131,7 +131,7 @@ def test_losses_in_pixels_see_what_one_step_without_noise_decodes(tiny_tokenizer
     assert model.flow.out.weight.grad.any()
 
 
-def test_without_losses_in_pixels_the_flow_is_spared_a_pass(tiny_tokenizer):
+def test_without_losses_in_pixels_the_flow_is_not_sampled(tiny_tokenizer):
     model = tiny_tokenizer
     out = model(model.latents.encode(images(2)), step=10, noise_scale=0.0, loss=LOSS)
     out.latents.square().sum().backward()
@@ -163,7 +163,7 @@ def test_ids_do_not_depend_on_the_number_of_threads(tiny_tokenizer):
         torch.set_num_threads(threads)
 
 
-def test_threads_have_the_callers_autocast_and_hand_on_its_errors(tiny_tokenizer):
+def test_threads_use_the_callers_autocast_and_raise_in_the_caller(tiny_tokenizer):
     seen = []
 
     def look(image):
@@ -217,7 +217,7 @@ def test_digests_follow_the_weights_however_they_change(tiny_tokenizer, way):
     assert tiny_tokenizer.token_digest != before
 
 
-def test_folders_that_are_no_model_are_refused(tmp_path, tiny_tokenizer_folder):
+def test_folders_without_a_model_are_refused(tmp_path, tiny_tokenizer_folder):
     with pytest.raises(ModelError, match="no model; expected a v2flow tokenizer"):
         V2FlowTokenizer.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')

@@ -102,7 +102,7 @@ def test_autocast_gives_the_same_mixtures_to_its_precision(generator, top_k):
     assert (rough - exact).abs().mean() < 0.1 * exact.abs().mean()
 
 
-def test_noise_only_when_asked_for():
+def test_noise_only_with_a_noise_scale():
     made, tokens = projection(), torch.randn(1, 4, 16)
     assert torch.equal(made(tokens).embeddings, made(tokens).embeddings)
     assert not torch.equal(made(tokens, 1.0).embeddings, made(tokens, 1.0).embeddings)

@@ -37,7 +37,7 @@ def test_more_bad_photos_than_the_budget_stop_the_run(world, tmp_path, spoiled):
         train(made, resume=False, log=quiet)
 
 
-def test_a_killed_loader_is_one_sentence():
+def test_a_killed_loader_is_an_error():
     def batches():
         raise RuntimeError("DataLoader worker (pid(s) 12) exited unexpectedly\nmore")
         yield
@@ -60,7 +60,7 @@ def test_other_ranks_are_refused_or_approximate(world, tmp_path):
     assert any("approximate resume: 2 processes before, 1 now" in line for line in lines)
 
 
-def test_a_skipped_step_leaves_no_trace_in_buffers(world, tmp_path, monkeypatch):
+def test_a_skipped_step_restores_the_buffers(world, tmp_path, monkeypatch):
     made = recipe(world, "autoencoder", tmp_path / "a", "train.steps=3", "train.skip_bad_steps=1")
     calls = []
 

@@ -55,7 +55,7 @@ def diamond(tmp_path):
     return load_budget(write(tmp_path, stages))
 
 
-def test_shares_are_of_the_longest_way(diamond):
+def test_shares_are_relative_to_the_longest_path(diamond):
     seconds = planned_windows(diamond.stages, list(diamond.stages), 1000.0)
     assert seconds == {"autoencoder": 100, "lm": 50, "tokenizer": 500, "tokens": 100, "llm": 300}
 
@@ -66,7 +66,7 @@ def test_a_stage_gets_its_share_of_what_is_left(diamond):
     assert window(diamond.stages, ["llm"], "llm", 7.0) == 7.0
 
 
-def test_what_a_later_training_starts_from_stays_as_it_is(diamond):
+def test_a_stage_that_a_later_one_starts_from_is_not_continued(diamond):
     assert {name: is_continued(diamond.stages, name) for name in diamond.stages} == {
         "autoencoder": False,
         "lm": False,
@@ -128,7 +128,7 @@ def test_a_stage_that_was_killed_keeps_its_number_of_steps():
     assert (call.steps, call.max_minutes, engine.steps) == (5_000, 0.0, 5_000)
 
 
-def test_more_minutes_go_on_from_the_first_run():
+def test_more_minutes_continue_the_first_run():
     state, engine = stage(), Engine()
     run(state, engine)
     before = state.steps_done
@@ -137,7 +137,7 @@ def test_more_minutes_go_on_from_the_first_run():
     assert before + 4_000 < state.steps_done == state.steps < before + 6_000
 
 
-def test_too_little_time_for_a_step_is_one_sentence():
+def test_too_little_time_for_a_step_is_an_error():
     state, engine = stage(seconds=2.0), Engine(second=3.0)
     with pytest.raises(V2FlowError, match=r"one step takes 3.0 s, but its share of the budget is 2.0 s. Use more"):
         run(state, engine)
@@ -157,7 +157,7 @@ def test_too_little_memory_halves_the_batch_and_keeps_the_recipes():
         run(stage(), Engine(fits=0))
 
 
-def test_other_errors_are_not_taken_for_memory():
+def test_other_errors_are_not_treated_as_out_of_memory():
     def broken(recipe, log, probe):
         raise RuntimeError("shapes differ")
 
@@ -193,7 +193,7 @@ def test_a_bad_budget_is_refused(tmp_path, change, message):
         load_budget(write(tmp_path, stages))
 
 
-def test_data_that_nobody_makes_is_told_before_anything_starts(tmp_path):
+def test_data_that_no_stage_writes_is_an_error_at_the_start(tmp_path):
     stages = {"autoencoder": training(tmp_path, "autoencoder", 1, (), f"data.sources=[{tmp_path / 'photos'}]")}
     budget = load_budget(write(tmp_path, stages))
     with pytest.raises(DataError, match=r"photos does not exist, .* --set autoencoder.data.sources=\[PATH\]"):

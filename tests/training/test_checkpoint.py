@@ -9,7 +9,7 @@ def save(root, step, keep=2):
     return save_checkpoint(root, step, {"model": {"w": torch.full((3,), float(step))}}, {"n": step}, keep)
 
 
-def test_the_newest_comes_back_and_old_ones_go(tmp_path):
+def test_the_newest_is_loaded_and_old_ones_are_removed(tmp_path):
     for step in (1, 2, 3):
         save(tmp_path / "c", step)
     assert [p.name for p in list_checkpoints(tmp_path / "c")] == ["step-00000002", "step-00000003"]
@@ -18,12 +18,12 @@ def test_the_newest_comes_back_and_old_ones_go(tmp_path):
     assert torch.equal(groups["model"]["w"], torch.full((3,), 3.0))
 
 
-def test_nothing_there_is_none(tmp_path):
+def test_an_empty_folder_has_no_checkpoint(tmp_path):
     assert load_newest(tmp_path) is None
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "state.json"])
-def test_a_flipped_bit_or_a_missing_file_is_noticed(tmp_path, file):
+def test_a_flipped_bit_or_a_missing_file_is_detected(tmp_path, file):
     save(tmp_path, 1)
     newest = save(tmp_path, 2) / file
     content = bytearray(newest.read_bytes())
@@ -47,7 +47,7 @@ def test_a_newer_format_is_refused(tmp_path):
         load_newest(tmp_path)
 
 
-def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path):
+def test_an_unwritable_folder_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ModelError, match="the checkpoint cannot be written"):
         save(tmp_path / "file", 1)

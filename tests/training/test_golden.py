@@ -16,7 +16,7 @@ GOLDEN = {
 
 
 @pytest.mark.parametrize("name", GOLDEN)
-def test_three_steps(world, tmp_path, name):
+def test_losses_of_three_steps(world, tmp_path, name):
     made = recipe(world, name, tmp_path / name, "train.steps=3", "train.log_every=1", "optimizer.warmup_steps=0")
     train(made, resume=False, log=quiet)
     lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()

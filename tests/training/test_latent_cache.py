@@ -25,7 +25,7 @@ def opened(made):
     return open_cache(made, objective.model, rank=0, ranks=1, device=torch.device("cpu")), objective
 
 
-def test_each_time_round_is_another_order_and_batches_resume():
+def test_each_epoch_has_another_order_and_batches_resume():
     cache = LatentCache(torch.arange(7.0).half()[:, None, None, None], list("abcdefg"))
     batches = list(itertools.islice(cache.batches(3, seed=5, start=0), 14))
     order = "".join(key for batch in batches for key in batch.keys)
@@ -37,7 +37,7 @@ def test_each_time_round_is_another_order_and_batches_resume():
 
 
 @pytest.mark.parametrize("place", ["memory", "folder"])
-def test_what_is_kept_are_the_latents_of_the_first_crops(world, tmp_path, place):
+def test_the_cache_has_the_latents_of_the_first_crops(world, tmp_path, place):
     made = cached(world, tmp_path / "t", tmp_path / place if place == "folder" else place, "latents.cache_crops=2")
     cache, objective = opened(made)
     photos = len(list((world / "photos").iterdir()))
@@ -68,7 +68,7 @@ def test_resuming_from_cached_latents_equals_not_stopping(world, tmp_path, place
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_the_autoencoder_rests_once_the_cache_is_there(world, tmp_path, monkeypatch):
+def test_the_autoencoder_is_not_run_with_a_cache(world, tmp_path, monkeypatch):
     made = cached(world, tmp_path / "first", tmp_path / "cache", "train.steps=2")
     train(made, resume=False, log=quiet)
 
@@ -108,6 +108,6 @@ def test_latents_of_another_autoencoder_and_damaged_ones_are_refused(world, tmp_
     assert json.loads((tmp_path / "cache" / "rank-0-of-1.json").read_text())["format"] == 2
 
 
-def test_no_crops_are_no_cache(world, tmp_path):
+def test_a_cache_without_crops_is_an_error(world, tmp_path):
     with pytest.raises(RecipeError, match=r"latents\.cache_crops is 0"):
         cached(world, tmp_path, "memory", "latents.cache_crops=0")

@@ -114,7 +114,7 @@ def test_a_bad_step_is_left_out_on_the_device(world, tmp_path, monkeypatch, kind
     assert sum("step 2, rank 0: the loss is not finite (nan) on samples" in line for line in lines) == 2
 
 
-def test_a_bad_step_that_may_not_be_skipped_is_named_when_the_line_is_due(world, tmp_path, as_on_a_gpu, monkeypatch):
+def test_a_bad_step_that_may_not_be_skipped_is_reported_at_the_log_line(world, tmp_path, as_on_a_gpu, monkeypatch):
     plain = AutoencoderObjective.forward
 
     def forward(self, *args, **named):

@@ -90,7 +90,7 @@ def test_a_trained_tokenizer_loads_and_its_recipe_lies_beside_it(world, tmp_path
     assert "256 tokens of 64 codes for a 256 px image" in card
 
 
-def test_what_a_killed_export_left_is_removed(world, tmp_path):
+def test_files_of_a_killed_export_are_removed(world, tmp_path):
     (tmp_path / "a" / ".saving-killed" / "half").mkdir(parents=True)
     train(recipe(world, "autoencoder", tmp_path / "a", "train.steps=1"), resume=False, log=quiet)
     assert not list((tmp_path / "a").glob(".*"))
@@ -129,7 +129,7 @@ def test_two_runs_in_one_folder_are_refused(world, tmp_path):
     assert seen
 
 
-def test_a_damaged_checkpoint_is_passed_over(world, tmp_path):
+def test_a_damaged_checkpoint_is_skipped(world, tmp_path):
     made = recipe(world, "autoencoder", tmp_path / "a", "train.steps=4", "train.save_every=2")
     train(made, resume=False, log=quiet)
     newest = tmp_path / "a" / "checkpoints" / "step-00000004" / "model.safetensors"
@@ -155,7 +155,7 @@ def test_a_dead_codebook_stops_the_run(world, tmp_path, monkeypatch):
         train(made, resume=False, log=quiet)
 
 
-def test_it_learns(world, tmp_path):
+def test_training_lowers_the_loss(world, tmp_path):
     made = recipe(world, "autoencoder", tmp_path / "l", "train.steps=60", "train.log_every=1", "train.save_every=60")
     train(made, resume=False, log=quiet)
     losses = [json.loads(x)["train/loss"] for x in (tmp_path / "l" / "metrics.jsonl").read_text().splitlines()]
@@ -190,7 +190,7 @@ def test_starting_from_another_tokenizer(world, tmp_path):
         )
 
 
-def test_a_deeper_decoder_starts_as_the_given_one(world, tmp_path):
+def test_a_deeper_decoder_starts_as_the_same_function(world, tmp_path):
     done = train(recipe(world, "tokenizer", tmp_path / "t", "train.steps=3"), resume=False, log=quiet)
     given = V2FlowTokenizer.from_pretrained(done.folder)
     depths = given.config.section("context")

@@ -48,7 +48,7 @@ def most_held(run) -> int:
 
 
 @pytest.mark.parametrize("top_k", [0, 16])
-def test_a_pass_takes_what_is_stated_and_no_logits_of_all_words(top_k, monkeypatch):
+def test_a_pass_uses_the_stated_memory_without_all_logits(top_k, monkeypatch):
     monkeypatch.setattr("v2flow_cli.tokenizer.vocabulary.LOGITS_AT_ONCE", 2**20)
     monkeypatch.setattr("v2flow_cli.tokenizer.vocabulary.VOCAB_CHUNK", 2048)
     _, stated_run = to_code(6_000, 128, top_k, "meta", codes=256)

@@ -72,7 +72,7 @@ def test_a_decoder_trained_further_reads_the_same_tokens(world, tmp_path):
     assert moved == {"context", "flow"}
 
 
-def test_what_ids_hang_on_is_never_rounded(world, tmp_path):
+def test_weights_that_determine_ids_are_not_rounded(world, tmp_path):
     made = objective(world, tmp_path, "train.save_dtype=bf16")
     images, _ = terms(made)
     made.eval()

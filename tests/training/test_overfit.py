@@ -20,7 +20,7 @@ def eight_squares(photos, size):
 
 
 @pytest.mark.slow
-def test_eight_photos_are_learned_by_heart(tmp_path, sample_images):
+def test_eight_photos_are_overfitted(tmp_path, sample_images):
     (tmp_path / "photos").mkdir()
     named = [
         f"data.sources=[{tmp_path / 'photos'}]",

@@ -96,7 +96,7 @@ def test_loading_draws_no_random_number(features):
     assert torch.equal(torch.rand(1), expected)
 
 
-def test_bad_files_are_told_in_a_sentence(features, tmp_path):
+def test_bad_files_are_errors(features, tmp_path):
     with pytest.raises(ModelError, match="no such file"):
         load_perceptual(str(tmp_path / "none.safetensors"))
     (tmp_path / "damaged").write_bytes(features.read_bytes()[:1000])
@@ -223,7 +223,7 @@ def test_a_flow_transformer_draws_by_sampling_too():
     assert model.flow.out.weight.grad.abs().sum() > 0
 
 
-def test_a_whole_training_with_it(world, tmp_path, features):
+def test_a_training_with_the_perceptual_loss(world, tmp_path, features):
     first = tmp_path / "first"
     train(recipe(world, "tokenizer", first, "train.steps=2", "flow.share=0.5"), resume=False, log=quiet)
     settings = (f"init_from={first}", "freeze_tokens=true", "train.steps=2", "train.log_every=1", *SHARP)
@@ -248,7 +248,7 @@ def test_settings_that_do_not_fit_are_refused(world, tmp_path, settings, message
         recipe(world, "tokenizer", tmp_path, *settings)
 
 
-def test_a_dry_run_says_that_the_network_is_missing_and_counts_its_memory(world, tmp_path, features):
+def test_a_dry_run_reports_a_missing_network_and_counts_its_memory(world, tmp_path, features):
     def planned(file):
         return plan(recipe(world, "tokenizer", tmp_path, "loss.perceptual=1.0", f"loss.features={file}"))
 

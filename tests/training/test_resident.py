@@ -17,7 +17,7 @@ from .conftest import quiet, recipe
 CPU = torch.device("cpu")
 
 
-def test_crops_lie_where_the_numbers_say(world, tmp_path):
+def test_crops_follow_their_random_numbers(world, tmp_path):
     """Each pixel holds its own row and column, so that a crop tells its place."""
     data = replace(recipe(world, "autoencoder", tmp_path).data, crop_size=32, min_scale=0.5, max_scale=1.0)
     place = torch.arange(64, dtype=torch.uint8)
@@ -34,7 +34,7 @@ def test_crops_lie_where_the_numbers_say(world, tmp_path):
     assert torch.equal(plain[3], photo[:32, :32])
 
 
-def test_every_photo_comes_once_a_round_and_batches_resume(world, tmp_path):
+def test_every_photo_comes_once_an_epoch_and_batches_resume(world, tmp_path):
     data = recipe(world, "autoencoder", tmp_path, "data.resident_px=64", "data.workers=0").data
     photos = load_resident(data, seed=0, rank=0, ranks=1, device=CPU)
     count = len(list((world / "photos").iterdir()))

@@ -31,7 +31,7 @@ def data(tmp_path: Path, sample_images) -> ImageData:
     return ImageData((str(folder),), 32, 0.5, True, workers=1)
 
 
-def test_grids_show_the_same_crops_above_what_comes_back(data: ImageData, tmp_path: Path) -> None:
+def test_grids_show_the_same_crops_above_their_reconstructions(data: ImageData, tmp_path: Path) -> None:
     def draw(folder: str, step: int) -> np.ndarray:
         objective = Darker()
         Watch(Accelerator(cpu=True), tmp_path / folder, "recipe", data, seed=3).grid(objective, step)

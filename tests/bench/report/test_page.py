@@ -61,7 +61,7 @@ class Tags(HTMLParser):
         self.text += data
 
 
-def test_nothing_comes_from_elsewhere_and_text_is_escaped(page: Page) -> None:
+def test_the_page_loads_nothing_external_and_text_is_escaped(page: Page) -> None:
     text = render(page)
     found = Tags(text)
     for tag, attributes in found.tags:
@@ -92,13 +92,13 @@ def test_published_rows_are_marked_as_such(page: Page) -> None:
     assert all(figure in found.text for figure in ("Open-MAGVIT2", "262,144", "22.37"))
 
 
-def test_unwritable_place(page: Page, tmp_path: Path) -> None:
+def test_an_unwritable_path_is_an_error(page: Page, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="cannot be written"):
         write_report(page, tmp_path / "file" / "page.html")
 
 
-def test_results_alone_make_a_page(page: Page) -> None:
+def test_a_page_without_benches_has_tables_and_plots(page: Page) -> None:
     text = render(Page("Joined", "lead", page.tables, "v2flow bench --join"))
     assert '<article class="photo">' not in text and 'class="plots"' in text and page.tables[0].protocol["key"] in text
 
