@@ -36,7 +36,7 @@ class Repository:
 
 
 class Hub:
-    """``url`` answers while the block runs; ``refuse_commits`` plays a hub that takes nothing."""
+    """``url`` answers while the block runs; with ``refuse_commits`` no commit is accepted."""
 
     def __init__(self) -> None:
         self.repositories: dict[str, Repository] = {}
@@ -59,7 +59,7 @@ class Hub:
         self.stop()
 
     def stop(self) -> None:
-        """From now on nobody answers, as without a network."""
+        """From now on requests get no answer, as without a network."""
         self._server.shutdown()
         self._server.server_close()
 
@@ -88,10 +88,10 @@ class _Handler(BaseHTTPRequestHandler):
         if not self._known():
             return self._error(401, "", "Invalid credentials in Authorization header")
         if path == "/api/repos/create":
-            asked = json.loads(content)
-            name = f"{asked.get('organization') or 'me'}/{asked['name']}"
+            fields = json.loads(content)
+            name = f"{fields.get('organization') or 'me'}/{fields['name']}"
             exists = name in self.hub.repositories
-            visible = asked.get("visibility") or ("private" if asked.get("private") else "public")
+            visible = fields.get("visibility") or ("private" if fields.get("private") else "public")
             self.hub.repositories.setdefault(name, Repository(private=visible == "private"))
             if exists:
                 return self._error(409, "", "You already created this model repo", url=f"{self.hub.url}/{name}")

@@ -1,4 +1,4 @@
-"""The live demo, asked over loopback as a browser would."""
+"""The live demo, called over loopback as by a browser."""
 
 import os
 import socket

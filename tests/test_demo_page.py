@@ -1,4 +1,4 @@
-"""The demo page: the whole road on a tiny tokenizer and a tiny LLM that draws its tokens."""
+"""The demo page: the full pipeline with a tiny tokenizer and a tiny LLM that draws its tokens."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What the pages say holds: the recipe reference is current, links lead somewhere, quoted commands exist."""
+"""The pages match the code: the recipe reference is current, links resolve, quoted commands exist."""
 
 from __future__ import annotations
 
@@ -219,13 +219,13 @@ def test_the_python_page_runs_and_prints_what_it_says(tmp_path, monkeypatch, cap
     sample_images[1].save("photo.jpg")
     (code,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/python.md").read_text("utf-8"), re.M | re.S)
     exec(compile(code, "python.md", "exec"), {})
-    said = re.findall(r"print\(.*  # (torch\.Size\(\[[\d, ]+\]\))", code)
-    assert capsys.readouterr().out.split("\n")[:-1] == said and len(said) == 4
+    printed = re.findall(r"print\(.*  # (torch\.Size\(\[[\d, ]+\]\))", code)
+    assert capsys.readouterr().out.split("\n")[:-1] == printed and len(printed) == 4
     assert {path.name for path in tmp_path.glob("*.png")} == {"decoded.png", "drawn-0.png", "drawn-1.png"}
 
 
 def test_the_serving_page_draws_with_plain_transformers(tmp_path, monkeypatch):
-    """The page's code runs as it stands on an LLM that finetune-llm could have left, and never imports v2flow."""
+    """The page's code runs unchanged on an LLM as finetune-llm saves it, without importing v2flow."""
     import numpy as np
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM

@@ -1,4 +1,4 @@
-"""Models to the hub and back, against a stand-in on loopback: push, revision, token, cache, and what goes wrong."""
+"""Models to the hub and back, against a stand-in on loopback: push, revision, token, cache, errors."""
 
 from __future__ import annotations
 
@@ -77,8 +77,8 @@ def test_a_revision_is_kept_apart(pushed, tiny_tokenizer_folder, tmp_path):
 
 def test_the_cache_is_used_without_a_network(pushed, tiny_tokenizer_folder, tmp_path):
     assert loads_as(tiny_tokenizer_folder)
-    asked = len(pushed.requests)
-    assert loads_as(tiny_tokenizer_folder, local_files_only=True) and len(pushed.requests) == asked
+    requests_before = len(pushed.requests)
+    assert loads_as(tiny_tokenizer_folder, local_files_only=True) and len(pushed.requests) == requests_before
     pushed.stop()
     assert loads_as(tiny_tokenizer_folder)
     with pytest.raises(ModelError, match="me/other: no such folder, not complete in the hub's cache, and the hub cann"):
@@ -89,7 +89,7 @@ def test_the_cache_is_used_without_a_network(pushed, tiny_tokenizer_folder, tmp_
 
 @pytest.fixture
 def silent_hub(monkeypatch, tmp_path):
-    """Accepts connections and says nothing, as some firewalls do; the client would wait for ever."""
+    """Accepts connections and sends nothing, as some firewalls do; the client would wait for ever."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("v2flow_cli.runtime.hub.ANSWER_SECONDS", 0.2)
     with socket.socket() as listening:
@@ -105,7 +105,7 @@ def test_a_hub_that_does_not_answer_times_out(silent_hub):
 
 
 def test_case_21_a_typo_in_the_first_folder_is_suggested_too(silent_hub, tmp_path, monkeypatch):
-    """OWNER/NAME with no folder OWNER may be a hub id, so the hub is asked; the answer names the likely folder."""
+    """OWNER/NAME with no folder OWNER may be a hub id, so the hub is contacted; the error names the likely folder."""
     (tmp_path / "runs" / "my-tokenizer").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ModelError, match=r"^rnus/my-tokeniser: no such folder.* Did you mean runs/my-tokenizer\?$"):
@@ -158,9 +158,9 @@ def test_case_21_a_mistyped_path_does_not_contact_the_hub(
         words += ["--set", "data.sources=[photos]"]
     done = CliRunner().invoke(app, [word.format(tiny=tiny_tokenizer_folder) for word in words])
     assert done.exit_code == 1 and isinstance(done.exception, SystemExit), done.exception
-    (said,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
-    assert where in said and ("no such folder" in said or "a file; expected" in said), said
-    assert not where.startswith("runs") or "Did you mean runs/typos?" in said
+    (error_line,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
+    assert where in error_line and ("no such folder" in error_line or "a file; expected" in error_line), error_line
+    assert not where.startswith("runs") or "Did you mean runs/typos?" in error_line
 
 
 def test_an_llm_loads_from_the_hub_too(hub, tmp_path):

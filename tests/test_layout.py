@@ -10,10 +10,10 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "v2flow_cli"
 DOCS = PACKAGE.parent / "docs"
-# Each room, and the rooms it may import from. `store` knows no model.
+# Each package, and the packages that it may import. `store` imports no model.
 MAY_IMPORT = {
     "errors": set(),
-    "auto_classes": {"tokenizer"},  # once a program has asked transformers for an Auto class
+    "auto_classes": {"tokenizer"},  # after a program has imported an Auto class of transformers
     "runtime": {"errors"},
     "recipe": {"errors"},
     "tokenizer": {"errors", "runtime", "recipe"},
@@ -31,12 +31,12 @@ UNSAFE = re.compile(
 )
 
 
-def room_of(path: Path) -> str:
+def package_of(path: Path) -> str:
     part = path.relative_to(PACKAGE).parts[0]
     return part.removesuffix(".py")
 
 
-def imported_rooms(tree: ast.AST) -> set[str]:
+def imported_packages(tree: ast.AST) -> set[str]:
     names = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("v2flow_cli"):
@@ -49,18 +49,18 @@ def imported_rooms(tree: ast.AST) -> set[str]:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_imports_follow_the_order_of_the_packages(path):
-    room = room_of(path)
-    if room in LAST or room == "__init__":
+    package = package_of(path)
+    if package in LAST or package == "__init__":
         return
-    found = imported_rooms(ast.parse(path.read_text(encoding="utf-8"))) - {room}
-    assert found <= MAY_IMPORT[room], f"{room} imports {found - MAY_IMPORT[room]}"
+    found = imported_packages(ast.parse(path.read_text(encoding="utf-8"))) - {package}
+    assert found <= MAY_IMPORT[package], f"{package} imports {found - MAY_IMPORT[package]}"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_nothing_unsafe_is_called_and_only_the_command_line_knows_typer(path):
     text = path.read_text(encoding="utf-8")
     assert not UNSAFE.search(text)
-    assert room_of(path) in LAST or "import typer" not in text
+    assert package_of(path) in LAST or "import typer" not in text
 
 
 def test_every_command_has_a_page():

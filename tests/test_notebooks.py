@@ -1,4 +1,4 @@
-"""The notebooks run as they stand, in a folder without anything else, and store what a run gives."""
+"""The notebooks run unchanged in an empty folder, and their stored outputs are those of a run."""
 
 import base64
 import io
@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
 
 
-def told(cells) -> list[str]:
+def output_texts(cells) -> list[str]:
     """What each code cell prints, without the figures, which round otherwise elsewhere; its pictures' sizes."""
     return [
         "".join(
@@ -32,7 +32,7 @@ def test_a_notebook_runs_offline(path: Path, tmp_path: Path, monkeypatch) -> Non
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
-    before = told(notebook.cells)
+    before = output_texts(notebook.cells)
     nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     assert [output for output in outputs if output.output_type == "error"] == []
@@ -41,7 +41,7 @@ def test_a_notebook_runs_offline(path: Path, tmp_path: Path, monkeypatch) -> Non
     text = "".join(output.get("text", "") for output in outputs)
     assert "-> tokens (1, " in text and text.count("PSNR") >= 2
     assert list(tmp_path.iterdir()) == []
-    assert told(notebook.cells) == before, "run docs/make_notebook_outputs.py"
+    assert output_texts(notebook.cells) == before, "run docs/make_notebook_outputs.py"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)

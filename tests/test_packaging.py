@@ -40,7 +40,7 @@ def run(*command: object, cwd: Path) -> str:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> Path:
-    """A folder with the wheel and the source archive, built from the files that git knows."""
+    """A folder with the wheel and the source archive, built from the files in git."""
     checkout, out = tmp_path_factory.mktemp("checkout"), tmp_path_factory.mktemp("dist")
     archive = checkout / "source.tar"
     run("git", "archive", "--output", archive, "HEAD", cwd=ROOT)

@@ -1,4 +1,4 @@
-"""The whole road on tiny recipes by the commands alone: train, encode, shard, finetune-llm, generate, decode, bench."""
+"""The full pipeline on tiny recipes by the commands: train, encode, shard, finetune-llm, generate, decode, bench."""
 
 import json
 from pathlib import Path

@@ -50,8 +50,8 @@ print(type(AutoConfig.from_pretrained(folder)).__name__, type(model).__name__, m
     ids=["before", "after"],
 )
 def test_auto_classes_load_v2flow_after_its_import(first, then, tiny_tokenizer_folder):
-    said = python(AUTO.format(first=first, then=then), tiny_tokenizer_folder)
-    assert said == "V2FlowConfig V2FlowTokenizer torch.float32 V2FlowImageProcessor"
+    output = python(AUTO.format(first=first, then=then), tiny_tokenizer_folder)
+    assert output == "V2FlowConfig V2FlowTokenizer torch.float32 V2FlowImageProcessor"
 
 
 def test_the_package_runs_as_a_module():

@@ -1,4 +1,4 @@
-"""The tutorial, command by command as it stands on its page."""
+"""The tutorial, each command as on its page."""
 
 import re
 import shlex

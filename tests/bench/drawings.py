@@ -12,7 +12,7 @@ SHAPES = ("disc", "bar", "cross")
 
 
 def shape(name, colour, side=96, lean=0):
-    """A cut-out (RGBA) of a shape; ``lean`` makes hands differ."""
+    """A cut-out (RGBA) of a shape; ``lean`` varies the drawing."""
     image = Image.new("RGBA", (side, side), (0, 0, 0, 0))
     pen, tone = ImageDraw.Draw(image), (*TONES[colour], 255)
     a, b, third = 4 + lean, side - 5 - lean, side // 3
@@ -35,7 +35,7 @@ def scene(*placed, ground="white", side=192):
 
 
 def write_tar(path, hands=3, first=0, captions=False):
-    """Every shape in every colour by ``hands`` hands from the ``first`` on: KEY.png with KEY.json, or with KEY.txt."""
+    """Every shape in every colour in ``hands`` variants, from ``first`` on: KEY.png with KEY.json, or KEY.txt."""
     with tarfile.open(path, "w") as tar:
         for name in SHAPES:
             for colour in TONES:

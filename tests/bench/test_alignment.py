@@ -40,10 +40,10 @@ def test_command_draws_a_panel_for_each_tokenizer(tiny_tokenizer_folder, tmp_pat
     plot = tmp_path / "plane.png"
     ran = CliRunner().invoke(app, [*arguments, "--model", str(tmp_path / "other"), "--plot", str(plot), "--json"])
     assert ran.exit_code == 0, ran.output
-    told = json.loads(ran.stdout)
-    assert [one["name"] for one in told["alignments"]] == [str(tiny_tokenizer_folder), str(tmp_path / "other")]
-    assert told["words"] == 300 and all(one["tokens"] > 0 for one in told["alignments"])
-    assert told["alignments"][1]["norm_ratio"] > 5 * told["alignments"][0]["norm_ratio"]
+    record = json.loads(ran.stdout)
+    assert [one["name"] for one in record["alignments"]] == [str(tiny_tokenizer_folder), str(tmp_path / "other")]
+    assert record["words"] == 300 and all(one["tokens"] > 0 for one in record["alignments"])
+    assert record["alignments"][1]["norm_ratio"] > 5 * record["alignments"][0]["norm_ratio"]
     assert Image.open(plot).size[0] > 2 * 480
     plain = CliRunner().invoke(app, arguments)
     assert "norm ratio" in plain.stdout and "energy distance" in plain.stdout

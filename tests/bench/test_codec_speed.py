@@ -29,5 +29,5 @@ def test_first_answer_seconds_of_new_processes() -> None:
 def test_first_answers_are_printed_as_multiples_of_the_import_of_torch(capsys) -> None:
     print_first_answers({"import torch": 2.0, "encode": 3.0, "decode": 2.8})
     print_first_answers({})
-    said = "import torch 2.00 s, encode 3.00 s (1.5x), decode 2.80 s (1.4x)"
-    assert capsys.readouterr().out == f"first answer: {said}\n"
+    expected = "import torch 2.00 s, encode 3.00 s (1.5x), decode 2.80 s (1.4x)"
+    assert capsys.readouterr().out == f"first answer: {expected}\n"

@@ -1,4 +1,4 @@
-"""The judge on drawings whose contents are known, with a network of random weights: shapes are told apart by it."""
+"""The judge on drawings whose contents are known, with a network of random weights, which distinguishes shapes."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Sentences that ask for things, colours, numbers and places: made, and read back."""
+"""Prompts of things, colours, numbers and places: written and parsed."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""FLOPs by hand, and what the command prints."""
+"""FLOPs by hand, and the output of the command."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Whole benches on a tiny tokenizer."""
+"""Complete benches of a tiny tokenizer."""
 
 import csv
 import io

@@ -68,7 +68,7 @@ def test_finetune_recipe_problems(request):
     assert ran.exit_code == 1 and "did you mean lora" in ran.stderr
     ran = invoke(path, "--set", "mode=lora", "--set", "data.caption_dropout=1.5")
     assert "data.caption_dropout is 1.5; expected a share in [0, 1)" in ran.stderr
-    ran = invoke(path, "--set", "mode=lora")  # what ties fields together is asked when each is in its range
+    ran = invoke(path, "--set", "mode=lora")  # rules between fields are checked if each is in its range
     assert "expected a lora section" in ran.stderr
 
 
@@ -84,7 +84,7 @@ def test_an_output_that_cannot_be_written_is_one_message(tmp_path, recipe):
 
 
 def test_a_signal_saves_and_exits_130(recipe, tmp_path):
-    """SIGTERM in the middle of a run: a whole checkpoint without pickles, exit code 130, and --resume goes on."""
+    """SIGTERM in the middle of a run: a complete checkpoint without pickles, exit code 130, and --resume continues."""
     command = [sys.executable, "-m", "v2flow_cli.cli.app", "finetune-llm", *recipe, "--set", "train.steps=2000"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as run:
         for line in run.stderr:

@@ -93,7 +93,7 @@ def test_ids_and_token_digest_do_not_change(both, trained, tiny_tokenizer_folder
     assert tokenizer.token_digest == sharp.token_digest == alone.token_digest == other.token_digest
     assert tokenizer.digest == alone.digest and sharp.digest == other.digest != alone.digest
     assert sharp.latents is tokenizer.latents and sharp.resampler is tokenizer.resampler
-    assert set(tokenizer.state_dict()) == set(alone.state_dict())  # a checkpoint knows nothing of it
+    assert set(tokenizer.state_dict()) == set(alone.state_dict())  # not part of a checkpoint
 
 
 def test_loading_it_draws_no_random_number(both):

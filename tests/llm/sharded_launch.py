@@ -1,7 +1,7 @@
 """``v2flow`` under FSDP 2 or DeepSpeed on CPU processes: ``-m tests.llm.sharded_launch fsdp finetune-llm ...``.
 
-accelerate turns to these engines on GPUs only. Here its state is told, after it has looked at the machine, that the
-engine was chosen all the same; engine, collectives (gloo) and everything of ours then run as they are.
+accelerate uses these engines on GPUs only. Here its state is set to the engine after it has inspected the machine; the
+engine, the collectives (gloo) and all code of v2flow then run unchanged.
 """
 
 from __future__ import annotations

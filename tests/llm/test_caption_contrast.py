@@ -36,20 +36,20 @@ def test_caption_contrast_loss_by_hand():
     of_prompt = -scores.log_softmax(0).diagonal().mean()
     expected = -means.diagonal().mean() + (of_picture + of_prompt) / 2
     assert caption_contrast_loss(logits, pictures) == pytest.approx(expected.item(), abs=1e-6)
-    alone = caption_contrast_loss(logits[:1], pictures[:1])  # nobody to be told from
+    alone = caption_contrast_loss(logits[:1], pictures[:1])  # no other image in the batch
     assert alone == pytest.approx(-means[0, 0].item(), abs=1e-6)
 
 
 def test_only_samples_drawn_from_a_caption_have_a_contrast(vocabulary):
     ids = np.array([3, 1, 4, 1])
-    drawn, unsaid, told = (
+    drawn, uncaptioned, described = (
         sample(vocabulary, words, ids, to_text=to_text) for words, to_text in (([5], False), ([], False), ([5], True))
     )
     assert drawn["image_ids"].tolist() == [3, 1, 4, 1]
-    assert not len(unsaid["image_ids"]) and not len(told["image_ids"])
+    assert not len(uncaptioned["image_ids"]) and not len(described["image_ids"])
     noisy = sample(vocabulary, [5], ids, read_ids=np.array([9, 9, 9, 9]), label_mask=ids == 3)
     assert noisy["image_ids"].tolist() == [3, 1, 4, 1]
-    batch = collate([{**made, "key": "k"} for made in (unsaid, drawn, told)], pad_id=2)
+    batch = collate([{**made, "key": "k"} for made in (uncaptioned, drawn, described)], pad_id=2)
     assert batch["image_ids"].tolist() == [[3, 1, 4, 1]] and len(batch["image_starts"]) == 1
 
 

@@ -84,7 +84,7 @@ def test_resume_equals_not_stopping(recipe, tmp_path, kind, mode):
     recipe = replace(recipe, mode=mode, lora=LORA if mode == "lora" else None, optimizer=optimizer)
     straight = finetune(recipe, log=print)
     stopped = replace(recipe, output=str(tmp_path / "stopped"))
-    # The first half stops by itself where the second goes on, under one schedule of six steps.
+    # The first run stops at the step from which the second continues, under one schedule of six steps.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(finetuning, "RunClock", lambda *given: StopAt(3, *given))
         finetune(stopped, log=print)
@@ -240,7 +240,7 @@ def test_checkpoints_hold_no_pickle_and_damage_is_found(recipe, tmp_path):
 
 def test_files_of_a_killed_save_are_removed(recipe):
     left = [Path(recipe.output, ".saving-killed", "half"), Path(recipe.output, "checkpoints/.partial/checkpoint-3")]
-    for resume in (False, True):  # a run that goes on, and one whose steps were all done
+    for resume in (False, True):  # a run that continues, and one that had ended
         for folder in left:
             folder.mkdir(parents=True)
         finetune(recipe, log=print, resume=resume)

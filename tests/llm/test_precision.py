@@ -54,7 +54,7 @@ def test_tied_tables_are_saved_once(recipe, llm_folder, save_dtype):
 
 
 def test_checkpoints_come_by_minutes(lm_recipe):
-    """Every step takes longer than the share of a minute that is asked for."""
+    """Every step takes longer than ``save_minutes``."""
     loop = replace(lm_recipe.train, steps=3, save_every=0, save_minutes=1e-9, keep_checkpoints=9)
     pretrain(replace(lm_recipe, train=loop), log=print)
     assert len(list(Path(lm_recipe.output, "checkpoints").glob("checkpoint-*"))) == 3

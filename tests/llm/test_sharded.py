@@ -1,4 +1,4 @@
-"""finetune-llm under FSDP 2 and DeepSpeed: two CPU processes, set up as ``sharded_launch`` says."""
+"""finetune-llm under FSDP 2 and DeepSpeed: two CPU processes, set up by ``sharded_launch``."""
 
 import json
 import os

@@ -32,8 +32,8 @@ def test_existing_rows_stay_and_new_ones_have_their_scale(llm, text_tokenizer):
 
 def test_codebook_of_another_width_keeps_its_angles(llm, text_tokenizer):
     codebook = torch.randn(64, 8)
-    said = extend_tables(llm, len(text_tokenizer), 64, codebook, seed=0)
-    assert "from width 8 to 16" in said
+    line = extend_tables(llm, len(text_tokenizer), 64, codebook, seed=0)
+    assert "from width 8 to 16" in line
     rows = tables(llm)[0][-66:-2].detach()
     gram = [centred @ centred.T for centred in (codebook - codebook.mean(0), rows - rows.mean(0))]
     cosine = torch.nn.functional.cosine_similarity(gram[0].flatten(), gram[1].flatten(), dim=0)

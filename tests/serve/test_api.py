@@ -1,4 +1,4 @@
-"""The endpoints, asked by the real openai client and by plain HTTP."""
+"""The endpoints, called by the openai client and by plain HTTP."""
 
 import base64
 import contextlib
@@ -64,8 +64,8 @@ def photo(sample_images):
 def test_pictures_equal_those_of_the_command(client, models):
     answer = client.images.generate(prompt="a red fox", n=3, size="32x32", extra_body={"seed": 5, "temperature": 0.9})
     assert [data.seed for data in answer.data] == [5, 6, 7] and answer.size == "32x32" and answer.model == models.name
-    asked = [Picture("a red fox", seed, 0.9, "", "") for seed in (5, 6, 7)]
-    by_command = [np.asarray(image) for _, image in draw_images(models.llm, models.tokenizer, asked, Settings())]
+    plan = [Picture("a red fox", seed, 0.9, "", "") for seed in (5, 6, 7)]
+    by_command = [np.asarray(image) for _, image in draw_images(models.llm, models.tokenizer, plan, Settings())]
     assert all(map(np.array_equal, drawn(answer), by_command))
     assert not np.array_equal(by_command[0], by_command[1])
     alone = client.images.generate(prompt="a red fox", extra_body={"seed": 6, "temperature": 0.9})
@@ -268,7 +268,7 @@ def held(models, monkeypatch):
 
 @contextlib.contextmanager
 def ask_without_waiting(url, n):
-    """A client that asks for ``n`` pictures and goes away at the end of the block."""
+    """A client that requests ``n`` pictures and disconnects at the end of the block."""
     body = json.dumps(FOX | {"n": n}).encode()
     head = f"POST {DRAW} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as connection:

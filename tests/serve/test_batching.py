@@ -9,7 +9,7 @@ from v2flow_cli.serve.batching import Batcher, QueueFull
 
 
 class Held:
-    """A compute that records its batches and goes on when it is let."""
+    """A compute that records its batches and waits until it is released."""
 
     def __init__(self):
         self.batches, self.free = [], threading.Event()

@@ -24,7 +24,7 @@ def test_the_client_code_of_the_page_runs(models, tmp_path, monkeypatch) -> None
 
 
 def table(header: str) -> set[str]:
-    """What stands in backticks in the first column of the table whose header starts so."""
+    """The text in backticks in the first column of the table whose header starts with ``header``."""
     rows = PAGE[PAGE.index(f"| {header}") :].partition("\n\n")[0].splitlines()[2:]
     return {name for row in rows for name in re.findall(r"`([^`]+)`", row.split("|")[1])}
 

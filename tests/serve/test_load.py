@@ -103,7 +103,7 @@ async def storm(url, count, at_a_time, expected):
 
 
 def check(models, expected, count, at_a_time):
-    # Places for what is asked for at a time: a refusal would be right too, but then clients that do not retry fail.
+    # Room for all requests at a time: a refusal would be correct too, but clients that do not retry would fail.
     limits = dict(max_body_bytes=2_000_000, max_waiting=200, max_seconds=300)
     with serving(models, **limits) as (url, service):
         asyncio.run(storm(url, count, at_a_time, expected))
@@ -111,7 +111,7 @@ def check(models, expected, count, at_a_time):
         assert service.batcher.waiting == []
         eventually(lambda: "v2flow_requests_in_flight 1.0" in httpx.get(f"{url}/metrics", timeout=300).text)  # that one
         assert "v2flow_body_bytes 0.0" in httpx.get(f"{url}/metrics", timeout=300).text
-        asyncio.run(storm(url, len(KINDS), at_a_time, expected))  # and it goes on as before
+        asyncio.run(storm(url, len(KINDS), at_a_time, expected))  # later requests succeed
 
 
 def test_several_clients_at_once(models, expected):

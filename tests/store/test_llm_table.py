@@ -1,4 +1,4 @@
-"""The word table of each family of LLMs: tied and untied, whole and in shards, larger than its text tokenizer."""
+"""The word table of each family of LLMs: tied and untied, in one file and in shards, larger than its text tokenizer."""
 
 import json
 

@@ -34,7 +34,7 @@ def holder(folder, kind):
 
 
 def eventually_free(folder):
-    """A new process has to come to the point where it lets go, an old one to its end."""
+    """Waits until a new process has closed its descriptors, or an old one has ended."""
     for _ in range(1000):
         try:
             with locked(folder):

@@ -1,4 +1,4 @@
-"""Sets of shards: stopped and continued, checked against their manifest, and made of other people's tars."""
+"""Sets of shards: stopped and resumed, checked against their manifest, and packed from other tars."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Tars: indexed by offset, damage noticed, keys made safe, and written the same twice."""
+"""Tars: an index of offsets, damage, safe keys, and reproducible writing."""
 
 import hashlib
 import io

@@ -57,7 +57,7 @@ def test_reading_gives_what_the_npy_files_hold(token_set, monkeypatch):
     manifest = load_parquet_manifest(files)
     assert manifest.same_tokens(TokenManifest.load(token_set)) and manifest.count == 4
     monkeypatch.setattr(token_parquet, "ROWS_PER_FILE", 100)
-    assert len(write_parquet(token_set)) == 1 and len(parquet_files(token_set)) == 1  # the second file is gone
+    assert len(write_parquet(token_set)) == 1 and len(parquet_files(token_set)) == 1  # the second file is removed
 
 
 def test_a_source_is_the_folder_or_its_parquet(token_set, tmp_path):

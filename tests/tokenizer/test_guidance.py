@@ -1,4 +1,4 @@
-"""Guidance by hand: a network whose answers are known."""
+"""Guidance by hand: a network with known predictions."""
 
 import dataclasses
 

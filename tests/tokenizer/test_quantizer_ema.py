@@ -1,4 +1,4 @@
-"""A four-entry codebook by hand, and the life of codes."""
+"""A four-entry codebook by hand, and the replacement of dead codes."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""FSQ by hand: levels 5 and 4, whose 20 codes can be worked out on paper."""
+"""FSQ by hand: levels 5 and 4, whose 20 codes can be computed by hand."""
 
 import pytest
 import torch

@@ -139,7 +139,7 @@ def test_without_losses_in_pixels_the_flow_is_not_sampled(tiny_tokenizer):
 
 
 def test_vectors_are_float32_under_autocast(tiny_tokenizer):
-    """In bf16 the words' mixtures, which hardly differ, would lose what tells them apart."""
+    """In bf16 the words' mixtures, which hardly differ, would be rounded to equal values."""
     seen = []
     tiny_tokenizer.vocabulary.register_forward_hook(lambda _, given, out: seen.extend([given[0], out.embeddings]))
     with torch.autocast("cpu", torch.bfloat16):

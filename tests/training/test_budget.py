@@ -62,7 +62,7 @@ def test_shares_are_relative_to_the_longest_path(diamond):
 
 def test_a_stage_gets_its_share_of_what_is_left(diamond):
     left = ["tokenizer", "tokens", "llm"]
-    assert window(diamond.stages, left, "tokenizer", 450.0) == 250.0  # half of it is gone: all that follows shrinks
+    assert window(diamond.stages, left, "tokenizer", 450.0) == 250.0  # half of it: all later stages get less
     assert window(diamond.stages, ["llm"], "llm", 7.0) == 7.0
 
 
@@ -80,7 +80,7 @@ def test_a_stage_that_a_later_one_starts_from_is_not_continued(diamond):
 
 
 class Engine:
-    """A training that takes ``second`` a step, and remembers how it was called."""
+    """A training that takes ``second`` a step, and records its calls."""
 
     def __init__(self, second: float = 0.01, fits: float = math.inf) -> None:
         self.second, self.fits, self.steps, self.calls = second, fits, 0, []
@@ -105,9 +105,9 @@ def stage(seconds=100.0):
 
 
 def run(state, engine):
-    said = []
-    train_stage(state, lambda: None, said.append, engine)
-    return said
+    lines = []
+    train_stage(state, lambda: None, lines.append, engine)
+    return lines
 
 
 def test_the_first_steps_set_the_schedule():
@@ -143,16 +143,16 @@ def test_too_little_time_for_a_step_is_an_error():
         run(state, engine)
     assert not state.done
     state.seconds = state.planned_seconds = 100.0
-    run(state, engine)  # nothing is lost: it goes on from that step
+    run(state, engine)  # it continues from that step
     assert state.done and engine.steps > 1
 
 
 def test_too_little_memory_halves_the_batch_and_keeps_the_recipes():
     state, engine = stage(), Engine(fits=1)
-    said = run(state, engine)
+    lines = run(state, engine)
     assert [call.accumulate for call in engine.calls] == [1, 2, 4, 4] and state.accumulate == 4
     assert {call.batch_size for call in engine.calls} == {4}
-    assert "now 2 micro-batches of 2 per step, with the recipe's batch of 4" in said[0]
+    assert "now 2 micro-batches of 2 per step, with the recipe's batch of 4" in lines[0]
     with pytest.raises(V2FlowError, match=r"too little memory even for micro-batches of 1 \(CUDA out of memory"):
         run(stage(), Engine(fits=0))
 
@@ -275,15 +275,15 @@ def test_a_rehearsal_from_autoencoder_to_llm_and_a_second_run(tmp_path):
         ),
     }
     path = write(tmp_path, stages)
-    first, said = command(path, 0.5)
-    begun = [line.split(":")[0] for line in said.splitlines() if ": starts, with" in line]
+    first, text = command(path, 0.5)
+    begun = [line.split(":")[0] for line in text.splitlines() if ": starts, with" in line]
     assert begun == ["autoencoder", "lm", "tokenizer", "tokens", "llm"]
-    assert said.index("lm: starts, with") < said.index("autoencoder: step")  # side by side
+    assert text.index("lm: starts, with") < text.index("autoencoder: step")  # side by side
     assert all(first[name]["steps"] >= 1 and first[name]["images_per_s"] > 0 for name in stages if name != "tokens")
     assert {folder.name for folder in runs.iterdir() if folder.is_dir()} >= {"autoencoder", "lm", "tokenizer", "llm"}
     assert (runs / "llm" / "model.safetensors").is_file() and first["llm"]["figure"].startswith("loss")
-    second, said = command(path, 0.1)
-    assert "tokenizer: done by an earlier run" in said and "continues from step" in said
+    second, text = command(path, 0.1)
+    assert "tokenizer: done by an earlier run" in text and "continues from step" in text
     assert second["llm"]["steps"] > first["llm"]["steps"]
     assert all(second[name]["steps"] == first[name]["steps"] for name in ("autoencoder", "lm", "tokenizer"))
     assert [row.stage for row in figures(load_budget(path))] == list(stages)

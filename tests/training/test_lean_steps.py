@@ -87,7 +87,7 @@ def test_no_step_waits_for_the_device_between_log_lines(world, tmp_path, as_on_a
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_a_bad_step_is_left_out_on_the_device(world, tmp_path, monkeypatch, kind):
-    """The same weights as where the host looks at every step before it moves them."""
+    """The same weights as if the host checked every step before it changes them."""
     plain = TokenizerObjective.forward
 
     def forward(self, *args, **named):

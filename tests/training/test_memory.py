@@ -1,4 +1,4 @@
-"""What `train --dry-run` states about memory, beside what a pass really takes."""
+"""The memory that `train --dry-run` states, compared with that of a pass."""
 
 import dataclasses
 import re
@@ -25,7 +25,7 @@ LLAMA_SIZED = (151_669, 4096)
 
 
 def to_code(words, width, top_k, device="cpu", codes=16_384):
-    """From 1,024 tokens to their codes and back: the part of a training pass that knows the vocabulary."""
+    """From 1,024 tokens to their codes and back: the part of a training pass that uses the vocabulary."""
     with torch.device(device):
         projection = VocabularyProjection(Vocabulary("x", "tied", 20.0, 1.0, 0.1, 0, top_k), 64, words, width)
         quantizer = EMAQuantizer(Quantizer(codes, 0, "cosine", 0.99, 0, 0.1, 0.0), width)
@@ -39,7 +39,7 @@ def to_code(words, width, top_k, device="cpu", codes=16_384):
 
 
 def most_held(run) -> int:
-    """Most bytes that torch's allocator held for ``run`` at a time; resident memory tells of the system's moods too."""
+    """Most bytes that torch's allocator held for ``run`` at a time; resident memory depends on the system too."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     changes = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]

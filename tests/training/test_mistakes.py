@@ -1,4 +1,4 @@
-"""Mistakes of the official code that training could share (docs/paper.md), each made impossible."""
+"""Mistakes of the official code (docs/paper.md) that this training must not have."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""What a tokenizer minimises beyond the flow: pixels, SSIM; and training the decoder alone."""
+"""The losses of a tokenizer beside the flow's (pixels, SSIM), and training of the decoder alone."""
 
 import math
 from dataclasses import replace
@@ -28,7 +28,7 @@ def terms(made, seed=0, side=64):
 
 
 def test_pixel_loss_is_the_psnr_of_what_the_decoder_regresses(world, tmp_path):
-    """Mask ratio 1 and no dummy: the regression is the whole picture, and its PSNR is counted by hand."""
+    """Mask ratio 1 and no dummy: the regression predicts all patches, and its PSNR is computed by hand."""
     settings = ("context.mask_ratio_min=1.0", "loss.guidance_dropout=0.0", "loss.pixels=0.5", "loss.pixel_share=0.5")
     settings = ("vocabulary.gumbel_noise=0", *settings)
     made = objective(world, tmp_path, *settings)

@@ -1,4 +1,4 @@
-"""Muon: which parameters it takes, how far they move, and that a run with it resumes exactly."""
+"""Muon: its parameters, the length of its steps, and an exact resume."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""bf16 wherever a recipe says `precision: auto` and the device is fast at it: it trains, and its losses are right."""
+"""bf16 if a recipe has `precision: auto` and the device is fast at it: training works, and losses are correct."""
 
 import json
 import math
@@ -67,7 +67,7 @@ def test_a_decoder_alone_trains_in_bf16_after_a_stage_in_float32(world, tmp_path
 
 
 def test_recipes_leave_the_precision_to_the_device():
-    """What is meant for any device says auto; float32 would leave a GPU's fast units idle."""
+    """Recipes for any device have auto; with float32 a GPU would not use its fast units."""
     for path in STAGES:
         if path.parent.name != "tiny":  # those are for tests that compare bit for bit
             assert load_recipe(path).train.precision in ("auto", "bf16"), path

@@ -1,4 +1,4 @@
-"""Photos that stay on the device: the same crops whenever a run resumes, and where they are asked for."""
+"""Photos that stay on the device: crops after a resume, and their positions."""
 
 import itertools
 from dataclasses import replace
@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 
 def test_crops_follow_their_random_numbers(world, tmp_path):
-    """Each pixel holds its own row and column, so that a crop tells its place."""
+    """Each pixel stores its own row and column, so that a crop shows its position."""
     data = replace(recipe(world, "autoencoder", tmp_path).data, crop_size=32, min_scale=0.5, max_scale=1.0)
     place = torch.arange(64, dtype=torch.uint8)
     photo = torch.stack([place[:, None].expand(64, 64), place.expand(64, 64), torch.zeros(64, 64).byte()], -1)

@@ -26,7 +26,7 @@ def test_statistics_of_the_vectors_lag_with_the_weights_and_codes_do_not():
     quantizer.std.fill_(3.0)
     quantizer.codebook.mul_(-1)
     average.update(step=100)
-    assert quantizer.mean.tolist() == [8.0, 8.0]  # training goes on with its own
+    assert quantizer.mean.tolist() == [8.0, 8.0]  # training continues with its own weights
     average.copy_to(module)
     assert quantizer.mean.tolist() == [4.0, 4.0] and quantizer.std.tolist() == [2.0, 2.0]
     assert torch.equal(quantizer.codebook, -codes)

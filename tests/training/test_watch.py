@@ -15,7 +15,7 @@ from v2flow_cli.training.watch import Watch, tracker_options
 
 
 class Darker(torch.nn.Module):
-    """Takes the place of an objective: half as bright."""
+    """A stand-in for an objective: half as bright."""
 
     def reconstruct(self, images: torch.Tensor) -> torch.Tensor:
         assert not self.training
