@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -33,5 +33,5 @@ def stored_sampling(name: str | Path, **hub: Any) -> DrawSampling:
         values = json.loads(path.read_text("utf-8"))
         if not values.get("do_sample"):  # the base LLM's own file, for text
             return DrawSampling()
-        kinds = {f.name: type(f.default) for f in fields(DrawSampling) if values.get(f.name) is not None}
-        return DrawSampling(**{name: kind(values[name]) for name, kind in kinds.items()})
+        defaults = asdict(DrawSampling()).items()
+        return DrawSampling(**{key: type(v)(values[key]) for key, v in defaults if values.get(key) is not None})

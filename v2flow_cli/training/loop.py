@@ -130,7 +130,7 @@ def train(
     if loop.compile and device.type == "cuda":
         _compile(objective)
     model = accelerator.prepare(objective)
-    unread, deferred = UnreadSteps(), device.type == "cuda"  # the host runs ahead of a GPU, and reads only for the log
+    unread, deferred = UnreadSteps(), _defers_reading(device)
 
     def read_terms() -> bool:
         """Undo the counts of steps that were not finite, and log the terms of the others; True if all were finite."""
@@ -307,6 +307,11 @@ def _forward_backward(
         for name, value in terms.items():
             totals[name] = totals.get(name, 0.0) + value.detach() / count
     return totals
+
+
+def _defers_reading(device: torch.device) -> bool:
+    """True if the host runs ahead of the device, so that it should read numbers only for the log."""
+    return device.type == "cuda"
 
 
 def _finite_everywhere(terms: Mapping[str, Tensor]) -> Tensor:
