@@ -51,15 +51,15 @@ def test_a_row_does_not_depend_on_its_batch(drawing_lm, guidance_scale):
     assert len({tuple(row.tolist()) for row in together}) > 1
 
 
-def test_kept_tokens_stay_and_condition_later_ones(drawing_lm):
+def test_fixed_tokens_stay_and_condition_later_ones(drawing_lm):
     plain = draw(drawing_lm, [(0, 1), (1, 2)])
-    kept = torch.full((2, 12), STOPPED)
-    assert torch.equal(draw(drawing_lm, [(0, 1), (1, 2)], kept=kept), plain)
-    kept[:, 3] = (plain[:, 3] + 1) % 64
-    changed = draw(drawing_lm, [(0, 1), (1, 2)], kept=kept)
-    assert torch.equal(changed[:, :3], plain[:, :3]) and torch.equal(changed[:, 3], kept[:, 3])
+    fixed = torch.full((2, 12), STOPPED)
+    assert torch.equal(draw(drawing_lm, [(0, 1), (1, 2)], fixed_ids=fixed), plain)
+    fixed[:, 3] = (plain[:, 3] + 1) % 64
+    changed = draw(drawing_lm, [(0, 1), (1, 2)], fixed_ids=fixed)
+    assert torch.equal(changed[:, :3], plain[:, :3]) and torch.equal(changed[:, 3], fixed[:, 3])
     assert not torch.equal(changed[:, 4:], plain[:, 4:])
-    assert torch.equal(draw(drawing_lm, [(0, 9), (1, 9)], kept=changed), changed)
+    assert torch.equal(draw(drawing_lm, [(0, 9), (1, 9)], fixed_ids=changed), changed)
 
 
 def test_guidance_is_the_formula_and_1_is_none(drawing_lm):

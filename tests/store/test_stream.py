@@ -99,7 +99,7 @@ def test_sources_that_cannot_be_streamed(tmp_path, tars):
     with pytest.raises(DataError, match="no sample with an image"):
         next(SampleStream([str(tmp_path / "text.tar")], seed=0).samples())
     save_image(tmp_path / "tars" / "x.png")
-    with pytest.raises(DataError, match="both tars and images"):
+    with pytest.raises(DataError, match="both images and tars"):
         SampleStream([tars], seed=0)
     with pytest.raises(ValueError, match="rank is 2"):
         SampleStream([tars], seed=0, rank=2, world_size=2)

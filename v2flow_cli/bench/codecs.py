@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, features
 
+from v2flow_cli.store.images import image_bytes
+
 #: The picture is stored at 1/n of its side and enlarged again (Lanczos both ways).
 DOWNSCALES = (1, 2, 3, 4, 6, 8, 12, 16)
 _RESAMPLE = Image.Resampling.LANCZOS
@@ -96,9 +98,7 @@ def _largest_within(codec: Codec, image: Image.Image, budget: int) -> bytes:
 
 
 def _encode(codec: Codec, image: Image.Image, quality: int) -> bytes:
-    file = io.BytesIO()
-    image.save(file, codec.name.upper(), quality=quality, **codec.options)
-    return file.getvalue()
+    return image_bytes(image, codec.name.upper(), quality=quality, **codec.options)
 
 
 def _decode(content: bytes, reference: np.ndarray) -> CodecResult:

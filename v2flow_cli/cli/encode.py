@@ -87,8 +87,7 @@ def encode(
         raise DataError("--tokens and --max-error: use one of them; --max-error chooses the number of tokens.")
     out, not_taken = output_folder(out), NotTaken()
     sources = find_inputs(inputs, not_taken=not_taken, exclude=out)
-    if sources.tars and sources.images:
-        raise DataError(f"{' '.join(inputs)}: holds both images and tars. Encode them one kind at a time.")
+    sources.check_one_kind(" ".join(inputs))
     tars = bool(sources.tars)
     if max_minutes and not tars:
         raise DataError("--max-minutes: only for tars; these are image files. Pack them with `v2flow shard`.")

@@ -82,8 +82,7 @@ def shard(
     check_apart(out, [source])
     report, not_taken = ShardReport(), NotTaken()
     files = find_inputs([source], exclude=out)
-    if files.tars and files.images:
-        raise DataError(f"{source}: holds both images and tars. Pack them one kind at a time.")
+    files.check_one_kind(source)
     if files.images and not user_path(source).is_dir():
         raise DataError(f"{source}: not a folder or a tar. Name a folder of images, or of tars.")
     if files.tars and captions != "sidecars":

@@ -160,7 +160,7 @@ class Studio:
             if len(ids) != length:
                 raise V2FlowError(f"{len(ids)} tokens, but the language model writes {length}; encode with {length}.")
             outside = edited.masked_fill(inside, STOPPED)[None]
-            edited = self.llm.generate(prompt, seeds=int(seed), temperature=temperature, kept=outside)[0]
+            edited = self.llm.generate(prompt, seeds=int(seed), temperature=temperature, fixed_ids=outside)[0]
         return edited.tolist()
 
 

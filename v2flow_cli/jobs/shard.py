@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from v2flow_cli.errors import DataError
 from v2flow_cli.jobs.shard_sources import Source
 from v2flow_cli.jobs.shard_staging import ShardReport, StagedSet, check_folder, check_free, shards_of_prefix
 from v2flow_cli.store.files import map_ahead, remove_partials, replacing, sha256_of, write_bytes
-from v2flow_cli.store.images import open_image, png_bytes
+from v2flow_cli.store.images import image_bytes, open_image, png_bytes
 from v2flow_cli.store.names import safe_key
 from v2flow_cli.store.paths import check_apart
 from v2flow_cli.store.shard_index import (
@@ -209,9 +208,8 @@ def _stored_form(content: bytes, name: str, short_side: int | None) -> tuple[str
     if short_side is not None and min(image.size) > short_side:
         scale = short_side / min(image.size)
         size = (max(short_side, round(image.width * scale)), max(short_side, round(image.height * scale)))
-        buffer = io.BytesIO()
-        image.resize(size, Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=95, subsampling=0)
-        return "jpg", buffer.getvalue()
+        reduced = image.resize(size, Image.Resampling.BICUBIC)
+        return "jpg", image_bytes(reduced, "JPEG", quality=95, subsampling=0)
     if content.startswith(b"\xff\xd8"):
         return "jpg", content
     if content.startswith(b"\x89PNG"):

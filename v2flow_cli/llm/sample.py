@@ -126,7 +126,7 @@ class DrawingLM:
         top_p: float | None = None,
         guidance_scale: float | None = None,
         num_tokens: int | None = None,
-        kept: Tensor | None = None,
+        fixed_ids: Tensor | None = None,
         tick: Callable[[], None] = lambda: None,
     ) -> Tensor:
         """Image tokens (B, L) int64 in [0, K), one row for each prompt, for ``V2FlowTokenizer.decode``.
@@ -137,8 +137,8 @@ class DrawingLM:
                  0 takes the most likely token; top_k 0 and top_p 1 exclude nothing; guidance is
                  uncond + scale (cond - uncond) on logits, with the empty prompt as uncond; None takes the LLM's own
                  value (``sampling``); num_tokens, L, the most tokens of a picture if the vocabulary is flexible
-                 (default: as many as it can have); kept (B, L), tokens to keep, and STOPPED where one is drawn; tick is
-                 called after every position of the first row.
+                 (default: as many as it can have); fixed_ids (B, L), tokens that are not drawn, and STOPPED where one
+                 is drawn; tick is called after every position of the first row.
 
         A row depends only on its own prompt, seed and settings; on a CPU it is bit-equal alone and in any batch.
         Raises:  DataError for no prompt, a prompt that is too long, another number of seeds or temperatures, and a
@@ -171,7 +171,7 @@ class DrawingLM:
 
         def draw_rows(rows: Tensor) -> Tensor:
             index = rows.to(device)
-            fixed = None if kept is None else kept.to(device)[index]
+            fixed = None if fixed_ids is None else fixed_ids.to(device)[index]
 
             def choose(scores: Tensor, step: int) -> Tensor:
                 token = pick(scores, uniforms[index, step], row_temperatures[index], top_k, top_p)

@@ -6,7 +6,6 @@ import asyncio
 import base64
 import binascii
 import contextlib
-import io
 import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -41,6 +40,7 @@ from v2flow_cli.serve.schemas import (
     TokensResponse,
 )
 from v2flow_cli.serve.tasks import Decode, Draw, Encode, Models
+from v2flow_cli.store.images import image_bytes
 from v2flow_cli.tokenizer.preprocess import image_to_tensor
 
 MEDIA_TYPES = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
@@ -111,7 +111,7 @@ class Service:
     ) -> PicturesResponse:
         """The response with ``images``, as base64 or as URLs."""
         suffix = body.output_format
-        files = await asyncio.to_thread(lambda: [_file(image, suffix) for image in images])
+        files = await asyncio.to_thread(lambda: [image_bytes(image, suffix.upper()) for image in images])
         data = []
         for content, seed in zip(files, seeds):
             if body.response_format == "url":
@@ -136,7 +136,7 @@ class Service:
         names = self.models.tokenizer.decoder_names
         if decoder not in (None, *names):
             message = f"decoder: expected {' or '.join(names)}; found {(decoder or '')[:100]!a}."
-            raise ApiError(400, message, param="decoder", code="invalid_value")
+            raise ApiError(400, message, param="decoder")
 
     def about(self) -> dict[str, Any]:
         """The entry of the model in /v1/models."""
@@ -201,7 +201,7 @@ def create_app(models: Models, limits: Limits | None = None, api_key: str | None
         height, width = models.picture_size
         if body.size not in (None, "auto", f"{width}x{height}"):
             message = f"size: this model draws {width}x{height}; found {body.size}. Omit it, or send auto."
-            raise ApiError(400, message, param="size", code="invalid_value")
+            raise ApiError(400, message, param="size")
         if not body.prompt.strip():
             raise ApiError(400, 'prompt: empty; expected a text such as "a red fox".', param="prompt")
         try:
@@ -230,12 +230,12 @@ def create_app(models: Models, limits: Limits | None = None, api_key: str | None
         tokenizer = models.tokenizer
         height, width = _sides(body.size, service)
         if height != width:
-            raise ApiError(400, f"size: {body.size} is not square.", param="size", code="invalid_value")
+            raise ApiError(400, f"size: {body.size} is not square.", param="size")
         try:
             tokenizer.check_length(body.num_tokens or tokenizer.num_tokens(height, width), height, width)
         except ValueError as error:
             param = "num_tokens" if body.num_tokens else "size"
-            raise ApiError(400, f"{param}: {error}.", param=param, code="invalid_value") from None
+            raise ApiError(400, f"{param}: {error}.", param=param) from None
         pixels = await service.read(files, height)
         ids = await service.compute(request, Encode(height, width, body.num_tokens), pixels)
         return TokensResponse(
@@ -289,7 +289,7 @@ async def _encode_request(request: HttpRequest) -> tuple[EncodeRequest, list[byt
         files = [_from_base64(text) for text in texts[: MAX_IMAGES + 1]]
     if not 1 <= len(files) <= MAX_IMAGES:
         message = f"image: {len(files)} images; expected 1 to {MAX_IMAGES}."
-        raise ApiError(400, message, param="image", code="invalid_value")
+        raise ApiError(400, message, param="image")
     return body, files
 
 
@@ -304,7 +304,7 @@ def _from_base64(text: str) -> bytes:
     """The bytes of base64 text or a data URI.  Raises: ApiError."""
     if text.startswith(("http://", "https://")):
         message = "image: URLs are not supported. Send the file as base64 or in a form."
-        raise ApiError(400, message, param="image", code="invalid_value")
+        raise ApiError(400, message, param="image")
     encoded = text.partition(",")[2] if text.startswith("data:") else text
     try:
         return base64.b64decode("".join(encoded.split()), validate=True)
@@ -320,7 +320,7 @@ def _sides(size: str | None, service: Service) -> tuple[int, int]:
     width, height = map(int, size.split("x"))
     if max(height, width) > service.limits.max_side:
         message = f"size: {size} exceeds the limit of {service.limits.max_side} pixels for a side."
-        raise ApiError(400, message, param="size", code="invalid_value")
+        raise ApiError(400, message, param="size")
     return height, width
 
 
@@ -344,13 +344,7 @@ def _sides_of_tokens(rows: Sequence[Sequence[int]], size: str | None, service: S
             problem = f"the image of {lengths[0]} ids exceeds the limit of {service.limits.max_side} pixels for a side"
         except ValueError as error:
             problem = str(error)
-    raise ApiError(400, f"tokens: {problem}.", param="tokens", code="invalid_value")
-
-
-def _file(image: Image.Image, kind: str) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind.upper())
-    return buffer.getvalue()
+    raise ApiError(400, f"tokens: {problem}.", param="tokens")
 
 
 async def _disconnected(request: HttpRequest) -> None:

@@ -92,4 +92,4 @@ def of_validation(error: Any) -> ApiError:
         return ApiError(400, f"The body is not a JSON object. {advice}", code="invalid_json")
     value = ascii(error.get("input"))
     value = value if len(value) <= MAX_VALUE_CHARS else f"{value[:MAX_VALUE_CHARS]}..."
-    return ApiError(400, f"{param or 'body'}: {error['msg']}; found {value}.", param=param, code="invalid_value")
+    return ApiError(400, f"{param or 'body'}: {error['msg']}; found {value}.", param=param)

@@ -44,6 +44,11 @@ class Inputs:
     images: list[InputFile]
     tars: list[InputFile]
 
+    def check_one_kind(self, source: str) -> None:
+        """Raises: DataError for both images and tars."""
+        if self.images and self.tars:
+            raise DataError(f"{source}: holds both images and tars. Name one kind at a time: the tars, or the images.")
+
 
 def find_inputs(
     inputs: Sequence[str | Path], *, not_taken: NotTaken | None = None, exclude: Path | None = None

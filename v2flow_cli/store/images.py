@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import warnings
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -53,11 +54,16 @@ def open_image(source: Path | bytes, name: str) -> Image.Image:
         raise DataError(f"{name}: a damaged or truncated {image.format} image ({error}).") from error
 
 
+def image_bytes(image: Image.Image, kind: str, **options: Any) -> bytes:
+    """A file of ``image`` in a format of Pillow's ``save``, with its options."""
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
 def png_bytes(image: Image.Image, info: PngInfo | None = None) -> bytes:
     """A PNG file of ``image``, with ``info`` as its text metadata."""
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", pnginfo=info)
-    return buffer.getvalue()
+    return image_bytes(image, "PNG", pnginfo=info)
 
 
 def read_bytes(path: Path) -> bytes:

@@ -242,8 +242,5 @@ def _shards_of(source: str, output: Path | None, not_taken: NotTaken) -> list[_T
             "which may lie inside the source."
         )
     files = find_inputs([source], not_taken=not_taken, exclude=output)
-    if not files.tars:
-        return [_Folder(user_path(source), files.images)]
-    if files.images:
-        raise DataError(f"{source}: holds both tars and images. Name the tars, or a folder with one kind.")
-    return [_Tar(tar.path) for tar in files.tars]
+    files.check_one_kind(source)
+    return [_Tar(tar.path) for tar in files.tars] or [_Folder(user_path(source), files.images)]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import base64
-import io
 import math
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+
+from v2flow_cli.store.images import image_bytes
 
 ERROR_FULL_SCALE = 64  # grey levels of mean absolute error that get the brightest colour
 _ERROR_RAMP = np.array([[8, 8, 16], [74, 22, 92], [186, 54, 85], [246, 140, 50], [252, 248, 190]], dtype=np.float64)
@@ -69,6 +70,5 @@ def token_grid_shape(num_tokens: int) -> tuple[int, int]:
 
 def data_uri(pixels: np.ndarray) -> str:
     """(H, W, 3) uint8 as a data URI, lossless."""
-    file = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(pixels)).save(file, "WEBP", lossless=True, method=4)
-    return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode("ascii")
+    content = image_bytes(Image.fromarray(np.ascontiguousarray(pixels)), "WEBP", lossless=True, method=4)
+    return "data:image/webp;base64," + base64.b64encode(content).decode("ascii")
