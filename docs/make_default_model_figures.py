@@ -1,7 +1,7 @@
-"""Write the pictures of docs/default-model.md: training curves, reconstructions, the sampling trade-off, drawings.
+"""Write the pictures of docs/default-model.md: training curves, reconstructions, drawings.
 
     python docs/make_default_model_figures.py
-    python docs/make_default_model_figures.py drawings   # one of curves, reconstructions, tradeoff, drawings
+    python docs/make_default_model_figures.py drawings   # one of curves, reconstructions, drawings
 
 The curves need the logs that `make default-model` writes to runs/default/. The photos are those of the package;
 everything else comes from the embedded model.
@@ -23,7 +23,6 @@ from v2flow_cli.jobs.generate import Settings, draw_pictures, plan_pictures
 from v2flow_cli.llm.sample import DrawingLM
 from v2flow_cli.llm.sampling import DEFAULT_LLM, stored_sampling
 from v2flow_cli.tokenizer import V2FlowTokenizer
-from v2flow_cli.tokenizer.preprocess import psnr, to_uint8
 
 DOCS = Path(__file__).resolve().parent
 IMAGES = DOCS / "images"
@@ -50,18 +49,6 @@ PROMPTS = (
     "two cats",
     "a photo of a golden retriever",
 )
-SETTINGS = {  # of decode, for one photo
-    "1 step (default)": {},
-    "2 steps": dict(num_flow_steps=2),
-    "8 steps": dict(num_flow_steps=8),
-    "4 rounds": dict(num_mask_steps=4),
-    "noise 0.5": dict(num_flow_steps=8, noise_temperature=0.5),
-    "noise 1": dict(num_flow_steps=8, noise_temperature=1.0),
-    "noise 1, 4 rounds": dict(num_mask_steps=4, num_flow_steps=8, noise_temperature=1.0),
-    "--cfg 2": dict(guidance_scale=2.0),
-    "--cfg 4": dict(guidance_scale=4.0),
-    "--cfg 2, --guidance cfg": dict(guidance_scale=2.0, guidance="cfg"),
-}
 
 
 def reconstructions() -> None:
@@ -79,26 +66,14 @@ def reconstructions() -> None:
     sheet(tiles, [""] * len(tiles), columns=10, side=160).save(IMAGES / "default-model-reconstructions.jpg", quality=88)
 
 
-def tradeoff() -> None:
-    """One photo under several settings of decode, with the PSNR of each."""
-    tokenizer = V2FlowTokenizer.from_pretrained()
-    photo = tokenizer.image_processor.preprocess_one(dict(sample_photos())["chelsea"], 256)[None]
-    ids = tokenizer.encode(photo)
-    tiles, labels = tokenizer.image_processor.to_pil(photo), ["the photo"]
-    for name, settings in SETTINGS.items():
-        image = tokenizer.decode(ids, **settings)
-        [db] = psnr(to_uint8(photo), to_uint8(image)).tolist()
-        tiles += tokenizer.image_processor.to_pil(image)
-        labels.append(f"{name}: {db:.2f} dB")
-    sheet(tiles, labels, columns=4, side=256).save(IMAGES / "default-model-tradeoff.jpg", quality=88)
-
-
 def drawings() -> None:
     """Twenty prompts, as `generate` draws them by default, seed 0."""
     tokenizer, llm = V2FlowTokenizer.from_pretrained(), DrawingLM.from_pretrained(None, torch.device("cpu"))
-    pictures = plan_pictures(PROMPTS, [0], [stored_sampling(DEFAULT_LLM).temperature])
+    sampling = stored_sampling(DEFAULT_LLM)
+    pictures = plan_pictures(PROMPTS, [0], [sampling.temperature])
+    settings = Settings(sampling.top_k, sampling.top_p, sampling.guidance_scale)
     with tempfile.TemporaryDirectory() as folder:
-        drawn = draw_pictures(llm, tokenizer, pictures, Path(folder), Settings(), batch_size=10)
+        drawn = draw_pictures(llm, tokenizer, pictures, Path(folder), settings, batch_size=10)
         tiles = [image for _, image in drawn]
     sheet(tiles, PROMPTS, columns=5, side=224).save(IMAGES / "default-model-drawings.jpg", quality=88)
 
@@ -161,7 +136,7 @@ def history(run: Path, name: str) -> list[tuple[int, float]]:
     return [(line["step"], line[name]) for line in log if name in line]
 
 
-FIGURES = {f.__name__: f for f in (curves, reconstructions, tradeoff, drawings)}
+FIGURES = {f.__name__: f for f in (curves, reconstructions, drawings)}
 
 if __name__ == "__main__":
     for wanted in sys.argv[1:] or FIGURES:

@@ -12,7 +12,6 @@ and registered with transformers' Auto classes when those are imported (``auto_c
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING, Any
 
 from v2flow_cli import auto_classes
@@ -29,10 +28,15 @@ auto_classes.install()
 
 def __getattr__(name: str) -> Any:
     """The public classes, imported at their first use (PEP 562)."""
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = "v2flow_cli.llm.sample" if name == "DrawingLM" else "v2flow_cli.tokenizer"
-    return getattr(importlib.import_module(module), name)
+    if name == "DrawingLM":
+        from v2flow_cli.llm.sample import DrawingLM
+
+        return DrawingLM
+    if name in ("V2FlowImageProcessor", "V2FlowTokenizer"):
+        from v2flow_cli import tokenizer
+
+        return getattr(tokenizer, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

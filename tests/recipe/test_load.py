@@ -100,7 +100,9 @@ NUMBERS = {
     "image_size": ["0"],
     "flow.repeats": ["0"],
     "loss.flow": [".nan", "-1"],
-    "sampling.num_flow_steps": ["0"],
+    "resampler.hidden_size": ["0", "1000000000"],  # the bytes of such weights do not fit into 64 bits
+    "sampling.num_flow_steps": ["0", "99999999999999999999"],
+    "sampling.num_mask_steps": ["100000"],
     "sampling.guidance_scale": ["-.inf"],
 }
 

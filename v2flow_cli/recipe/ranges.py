@@ -10,12 +10,18 @@ from typing import Any
 LARGEST_SEED = 2**32 - 1  # of numpy's generators
 LARGEST = 2**53  # the largest number to which a float counts exactly
 
+LARGEST_SIZE = 2**24  # of a dimension of weights; the bytes of a convolution's weights then fit into 64 bits
+MOST_SAMPLING_STEPS = 10_000  # of a decoder
+
 _AT_LEAST_1 = (
-    "accumulate batch_size block_size cache_crops code_size codebook_size crop_size decoder_width encoder_width "
-    "hidden_size image_size intermediate_size keep_checkpoints latent_channels log_every max_caption_tokens "
-    "max_positions max_tokens num_flow_steps num_heads num_kv_heads num_layers num_mask_steps patch_size rank repeats "
-    "shuffle_shards shuffle_window steps vocab_size"
+    "accumulate batch_size block_size cache_crops crop_size image_size keep_checkpoints log_every max_caption_tokens "
+    "max_positions max_tokens patch_size repeats shuffle_shards shuffle_window steps"
 )
+_SIZES = (
+    "code_size codebook_size decoder_width encoder_width hidden_size intermediate_size latent_channels num_heads "
+    "num_kv_heads num_layers rank vocab_size"
+)
+_SAMPLING_STEPS = "num_flow_steps num_mask_steps"
 _SHARES = "error_budget label_share mask_ratio_min max_scale min_scale pixel_share share token_noise top_p usage_floor"
 _SHARES_BELOW_1 = (
     "betas caption_dropout dropout ema_decay guidance_dropout held_out_share image_to_text_share usage_decay"
@@ -28,6 +34,11 @@ _Range = tuple[float, float, bool, bool, str]
 _DEFAULT: _Range = (0, LARGEST, True, True, "a number from 0 up")
 _RANGES: dict[str, _Range] = {
     **dict.fromkeys(_AT_LEAST_1.split(), (1, LARGEST, True, True, "at least 1")),
+    **dict.fromkeys(_SIZES.split(), (1, LARGEST_SIZE, True, True, f"a whole number from 1 to {LARGEST_SIZE:,}")),
+    **dict.fromkeys(
+        _SAMPLING_STEPS.split(),
+        (1, MOST_SAMPLING_STEPS, True, True, f"a whole number from 1 to {MOST_SAMPLING_STEPS:,}"),
+    ),
     **dict.fromkeys(_SHARES.split(), (0, 1, True, True, "a share in [0, 1]")),
     **dict.fromkeys(_SHARES_BELOW_1.split(), (0, 1, True, False, "a share in [0, 1)")),
     **dict.fromkeys(_ABOVE_0.split(), (0, LARGEST, False, True, "a number above 0")),

@@ -10,7 +10,6 @@ The names below are imported at their first use (PEP 562): transformers imports 
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -21,10 +20,17 @@ if TYPE_CHECKING:
 __all__ = ["V2FlowConfig", "V2FlowImageProcessor", "V2FlowTokenizer"]
 
 
-_MODULES = {"V2FlowConfig": "config", "V2FlowImageProcessor": "image_processor", "V2FlowTokenizer": "v2flow"}
-
-
 def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    if name == "V2FlowConfig":
+        from v2flow_cli.tokenizer.config import V2FlowConfig
+
+        return V2FlowConfig
+    if name == "V2FlowImageProcessor":
+        from v2flow_cli.tokenizer.image_processor import V2FlowImageProcessor
+
+        return V2FlowImageProcessor
+    if name == "V2FlowTokenizer":
+        from v2flow_cli.tokenizer.v2flow import V2FlowTokenizer
+
+        return V2FlowTokenizer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
