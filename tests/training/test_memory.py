@@ -15,7 +15,7 @@ from v2flow_cli.recipe.schema import Quantizer, Vocabulary
 from v2flow_cli.tokenizer.quantizer_ema import EMAQuantizer
 from v2flow_cli.tokenizer.vocabulary import VocabularyProjection
 from v2flow_cli.training.loop import train
-from v2flow_cli.training.memory import LiveBytes, check_batch_fits
+from v2flow_cli.training.memory import LiveBytes, building_model, check_batch_fits
 from v2flow_cli.training.plan import plan
 
 from ..conftest import RECIPES
@@ -111,3 +111,11 @@ def test_a_batch_that_cannot_be_read_into_memory_is_refused_before_and_by_the_ru
     assert not (tmp_path / "out" / "model.safetensors").exists()
     loop = dataclasses.replace(tree.train, accumulate=250_000_000)  # 4 at a time
     check_batch_fits(loop, 3 * 64**2, "crops of 64 px")
+
+
+def test_a_model_that_does_not_fit_into_the_memory_is_one_sentence(world, tmp_path):
+    tree = recipe(world, "autoencoder", tmp_path / "out", "model.encoder_width=4194304")  # 288 TiB
+    with pytest.raises(RecipeError, match=r"the model does not fit into the memory \(.*allocate.*\)\. Make its widths"):
+        train(tree, resume=False, log=quiet)
+    with pytest.raises(RuntimeError, match="of another kind"), building_model():
+        raise RuntimeError("of another kind")

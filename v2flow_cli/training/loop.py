@@ -35,7 +35,7 @@ from v2flow_cli.training.checkpoint import Interrupted, load_newest, save_checkp
 from v2flow_cli.training.crops import CropBatch, crop_loader
 from v2flow_cli.training.guard import BadSamples, UnreadSteps, on_samples, skip_or_stop
 from v2flow_cli.training.latent_cache import LatentBatch, cached_batches
-from v2flow_cli.training.memory import check_batch_fits
+from v2flow_cli.training.memory import building_model, check_batch_fits
 from v2flow_cli.training.meter import Meter
 from v2flow_cli.training.objectives.autoencoder import AutoencoderObjective
 from v2flow_cli.training.objectives.objective import Objective
@@ -108,7 +108,8 @@ def train(
     check_batch_fits(loop, 3 * recipe.data.crop_size**2, f"crops of {recipe.data.crop_size} px")
 
     set_seed(loop.seed)  # the same initial weights on every rank
-    objective = build_objective(recipe).to(device)
+    with building_model():
+        objective = build_objective(recipe).to(device)
     objective.train()
     optimizer, names = build_optimizer(objective, recipe.optimizer)
     average = WeightAverage.of(objective, loop.ema_decay)

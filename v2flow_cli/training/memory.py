@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from v2flow_cli.errors import RecipeError
+from v2flow_cli.errors import RecipeError, reason_of
 from v2flow_cli.recipe.schema import LMTrainLoop, TrainLoop
 from v2flow_cli.training.muon import copies_kept
 from v2flow_cli.training.objectives.objective import Objective
@@ -58,6 +60,19 @@ def check_batch_fits(loop: TrainLoop | LMTrainLoop, sample_bytes: int, what: str
             f"{samples * sample_bytes / 2**30:,.0f} GiB, and this machine has {memory / 2**30:,.0f} GiB of memory. "
             "Make train.batch_size smaller, or train.accumulate larger."
         )
+
+
+@contextlib.contextmanager
+def building_model() -> Iterator[None]:
+    """Raises: RecipeError for a model of the block that does not fit into the memory of the machine or device."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # of torch's allocators, which have no class in common
+        if not isinstance(error, MemoryError) and "allocate" not in str(error):
+            raise
+        raise RecipeError(
+            f"the model does not fit into the memory ({reason_of(error)}). Make its widths or depths smaller."
+        ) from error
 
 
 class LiveBytes(TorchDispatchMode):

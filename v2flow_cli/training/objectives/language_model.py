@@ -39,6 +39,7 @@ from v2flow_cli.training.llm_trainer import (
     run,
     training_arguments,
 )
+from v2flow_cli.training.memory import building_model
 from v2flow_cli.training.output import alone_in_output, check_output
 
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
@@ -82,7 +83,8 @@ def pretrain(recipe: LMRecipe, *, log: Log, resume: bool = False, approximate: b
             f"blocks of {recipe.block_size} beside the held-out ones. Use more text, or a smaller train.batch_size."
         )
     order = np.random.default_rng(recipe.train.seed).permutation(len(table))
-    model = build_model(recipe.model, tokenizer, recipe.train.seed)
+    with building_model():
+        model = build_model(recipe.model, tokenizer, recipe.train.seed)
     log(
         f"{len(paths)} text file(s), {table.size:,} tokens, {len(table):,} blocks of {recipe.block_size} "
         f"({held_out} held out); LM of {model.num_parameters():,} parameters over {len(tokenizer):,} words"
