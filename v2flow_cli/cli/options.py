@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import typer
 
+from v2flow_cli.recipe.ranges import MOST_SAMPLING_STEPS
 from v2flow_cli.recipe.schema import SAMPLING_OPTIONS, DrawSampling, Guidance, GuidanceSchedule, Solver
 
 N = TypeVar("N", int, float)
@@ -79,8 +80,12 @@ Decoder = Annotated[
     typer.Option(help="faithful (PSNR, SSIM) or sharp (texture), if the model has both. Default: the model's."),
 ]
 Cfg = Annotated[float | None, typer.Option(min=0.0, help="Guidance scale; 1 means none. Default: the model's.")]
-Rounds = Annotated[int | None, typer.Option(min=1, max=10_000, help="Unmasking rounds. Default: the model's.")]
-Steps = Annotated[int | None, typer.Option(min=1, max=10_000, help="ODE steps in each round. Default: the model's.")]
+Rounds = Annotated[
+    int | None, typer.Option(min=1, max=MOST_SAMPLING_STEPS, help="Unmasking rounds. Default: the model's.")
+]
+Steps = Annotated[
+    int | None, typer.Option(min=1, max=MOST_SAMPLING_STEPS, help="ODE steps in each round. Default: the model's.")
+]
 SolverName = Annotated[Solver | None, typer.Option("--solver", help="ODE solver. Default: the model's.")]
 Schedule = Annotated[
     GuidanceSchedule | None,

@@ -63,8 +63,8 @@ def check_published(folder: Path, prefix: str = MODEL, error: type[V2FlowError] 
     """
     closed = [folder] if folder.is_dir() and not os.access(folder, os.R_OK | os.X_OK) else []
     closed += [file for file in folder.glob("*.safetensors") if file.is_file() and not os.access(file, os.R_OK)]
-    for path in closed:
-        raise error(f"{path}: cannot be read (Permission denied).")
+    if closed:
+        raise error(f"{closed[0]}: cannot be read (Permission denied).")
     if (folder / f"{prefix}{_COMPLETE}").is_dir():
         raise error(
             f"{folder}: its files are being replaced, or that was interrupted. Repeat the command that wrote them (of "
