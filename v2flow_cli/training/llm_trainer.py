@@ -261,9 +261,8 @@ def optimizer_class(settings: Optimizer) -> tuple[type[Muon], dict[str, Any]] | 
     return Muon, {"lr": settings.learning_rate, "betas": settings.betas, "fused": fuses(pick_device())}
 
 
-EAGER_LONGEST = (
-    512  # positions; plain attention was faster on a CPU at 84, 150 and 300, and its memory grows with the square
-)
+# Positions. On a CPU plain attention was faster at 84, 150 and 300; its memory grows with their square.
+EAGER_LONGEST = 512
 
 
 def choose_attention(model: PreTrainedModel, longest: int, device: torch.device) -> None:
