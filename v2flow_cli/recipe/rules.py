@@ -110,8 +110,9 @@ def _image_loss_problems(recipe: TokenizerRecipe) -> Iterator[str]:
     loss = recipe.loss
     if not 0 < loss.pixel_share <= 1:
         yield f"loss.pixel_share is {loss.pixel_share}; expected a share above 0, at most 1"
-    if loss.perceptual and not loss.features:
-        yield 'loss.features is empty; loss.perceptual needs a file of network weights there, or "lpips"'
+    if loss.needs_features and not loss.features:
+        key = "perceptual" if loss.perceptual else "adversarial"
+        yield f'loss.features is empty; loss.{key} needs a file of network weights there, or "lpips"'
     if loss.pictures == "sampling" and not recipe.flow.share:
         yield "loss.pictures is sampling, but flow.share is 0, which does not train the velocity network"
     if loss.pictures == "sampling" and recipe.sampling.guidance_scale != 1:

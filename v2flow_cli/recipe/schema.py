@@ -292,15 +292,22 @@ class TokenizerLoss:
     pixels: float = 0.0  # natural log of each image's mean squared pixel error; a difference of 1 is 4.34 dB of PSNR
     ssim: float = 0.0  # 1 - SSIM
     perceptual: float = 0.0  # distance to the photo in the features of a network, set by ``features``
-    pixel_share: float = 1.0  # share of each batch's images that are decoded for pixels, ssim and perceptual
+    adversarial: float = 0.0  # minus the score by a critic on the same features, which is trained beside the decoder
+    pixel_share: float = 1.0  # share of each batch's images that are decoded for the losses above
     # How pictures are decoded for these losses: in one step without noise, or as the sampling section says.
     pictures: Literal["one_step", "sampling"] = "one_step"
-    features: str = ""  # for perceptual: a safetensors file (SqueezeNet 1.1, VGG16 or AlexNet), or "lpips" (VGG)
+    # For perceptual and adversarial: a safetensors file (SqueezeNet 1.1, VGG16 or AlexNet), or "lpips" (VGG).
+    features: str = ""
 
     @property
     def draws(self) -> bool:
         """Whether any loss needs decoded pictures."""
-        return bool(self.pixels or self.ssim or self.perceptual)
+        return bool(self.pixels or self.ssim or self.needs_features)
+
+    @property
+    def needs_features(self) -> bool:
+        """Whether any loss needs the network of ``features``."""
+        return bool(self.perceptual or self.adversarial)
 
 
 @dataclass(frozen=True)

@@ -88,9 +88,13 @@ class FeatureNetwork(nn.Module):
         """One vector (B, C) an image: the last block, averaged over positions."""
         return self.blocks(images)[-1].mean((2, 3))
 
+    def distance(self, a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+        """Distances (B,) of two images' ``blocks``."""
+        return block_distances(a, b)
+
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """Distances (B,) of images in [-1, 1]."""
-        return block_distances(self.blocks(a), self.blocks(b))
+        return self.distance(self.blocks(a), self.blocks(b))
 
 
 def block_distances(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
@@ -130,10 +134,20 @@ class Lpips(nn.Module):
         self.definition = f"lpips package v0.1, {net} backbone {file.name}"
         self.eval().requires_grad_(False)
 
+    def blocks(self, images: Tensor) -> list[Tensor]:
+        """The outputs (B, C, h, w), float32, of the layers that LPIPS compares, for images (B, 3, H, W) in [-1, 1]."""
+        with without_autocast(images):
+            return list(self.model.net(self.model.scaling_layer(images.float())))
+
+    def distance(self, a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+        """Distances (B,) of two images' ``blocks``."""
+        with without_autocast(a[0]):
+            parts = [head((_unit(x) - _unit(y)).square()).mean((1, 2, 3)) for head, x, y in zip(self.model.lins, a, b)]
+        return torch.stack(parts).sum(0)
+
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """Distances (B,) of images in [-1, 1]."""
-        with without_autocast(a):
-            return self.model(a.float(), b.float()).reshape(len(a))
+        return self.distance(self.blocks(a), self.blocks(b))
 
 
 def load_features(path: str | Path) -> FeatureNetwork:

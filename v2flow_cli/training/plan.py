@@ -89,13 +89,13 @@ def named_models(recipe: TokenizerRecipe) -> tuple[dict[str, Any], tuple[int, in
 
 
 def _without_missing_features(recipe: TokenizerRecipe, missing: list[str]) -> TokenizerRecipe:
-    """``recipe`` without the perceptual loss if its network is missing, which is added to ``missing``."""
-    if recipe.loss.perceptual:
+    """``recipe`` without the losses in features if their network is missing, which is added to ``missing``."""
+    if recipe.loss.needs_features:
         try:
             load_perceptual(recipe.loss.features)
         except ModelError as error:
             missing.append(str(error))
-            return dataclasses.replace(recipe, loss=dataclasses.replace(recipe.loss, perceptual=0.0))
+            return dataclasses.replace(recipe, loss=dataclasses.replace(recipe.loss, perceptual=0.0, adversarial=0.0))
     return recipe
 
 

@@ -23,6 +23,7 @@ from v2flow_cli.tokenizer.decoder import ImageLossPlan, StepPlan
 from v2flow_cli.tokenizer.latents import load_autoencoder_spec
 from v2flow_cli.tokenizer.other_decoders import DECODER, FAITHFUL
 from v2flow_cli.tokenizer.v2flow import V2FlowTokenizer
+from v2flow_cli.training.critic import AdversarialLosses, Critic
 from v2flow_cli.training.objectives.objective import Objective
 from v2flow_cli.training.perceptual import load_perceptual
 from v2flow_cli.training.ssim import ssim
@@ -40,6 +41,7 @@ class ImageLosses(NamedTuple):
     log_mse: Tensor  # natural log of the squared error
     ssim: Tensor
     perceptual: Tensor
+    adversarial: AdversarialLosses
 
 
 class TokenizerObjective(Objective):
@@ -58,7 +60,9 @@ class TokenizerObjective(Objective):
                 if name not in DECODER:
                     part.requires_grad_(False)
         # In a tuple, so that it is no submodule: checkpoints, averages and optimizers must not contain it.
-        self._perceptual = (load_perceptual(recipe.loss.features),) if recipe.loss.perceptual else ()
+        self._features = (load_perceptual(recipe.loss.features),) if recipe.loss.needs_features else ()
+        # Beside the model, so that it is trained and resumed with it, and not exported.
+        self.critic = Critic(self._features[0]) if recipe.loss.adversarial else None
 
     @property
     def size_multiple(self) -> int:
@@ -118,6 +122,8 @@ class TokenizerObjective(Objective):
             + weights.pixels * in_pixels.log_mse
             + weights.ssim * (1 - in_pixels.ssim)
             + weights.perceptual * in_pixels.perceptual
+            + weights.adversarial * in_pixels.adversarial.decoder
+            + in_pixels.adversarial.critic
             - weights.batch_entropy * out.batch_entropy
         )
         figures = {}
@@ -127,6 +133,9 @@ class TokenizerObjective(Objective):
             figures["ssim"] = in_pixels.ssim.detach()
         if weights.perceptual:
             figures["perceptual_loss"] = in_pixels.perceptual.detach()
+        if weights.adversarial:
+            figures["adversarial_loss"] = in_pixels.adversarial.decoder.detach()
+            figures["critic_loss"] = in_pixels.adversarial.critic.detach()
         return {
             "loss": loss,
             **figures,
@@ -141,17 +150,22 @@ class TokenizerObjective(Objective):
         """Losses of the last images of a batch, with predicted ``latents``. Pixels span 1 in the first two."""
         weights = self.recipe.loss
         zero = latents.new_zeros(())
+        perceptual, adversarial = zero, AdversarialLosses(zero, zero)
         if images is None or not weights.draws:
-            return ImageLosses(zero, zero, zero)
+            return ImageLosses(zero, zero, perceptual, adversarial)
         count = ImageLossPlan.of(weights, self.recipe.sampling, len(images)).count
         photos = images[-count:].float()
         drawn = self.model.latents.draw(latents[-count:].to(images.dtype)).float()
         log_mse = (drawn / 2 - photos / 2).square().mean((1, 2, 3)).log().mean()
         similarity = ssim(drawn / 2 + 0.5, photos / 2 + 0.5) if weights.ssim else zero
-        perceptual = zero
-        for network in self._perceptual:
-            perceptual = network.to(drawn.device)(drawn, photos).mean()
-        return ImageLosses(log_mse, similarity, perceptual)
+        for network in self._features:
+            network.to(drawn.device)
+            ours, theirs = network.blocks(drawn), network.blocks(photos)
+            if weights.perceptual:
+                perceptual = network.distance(ours, theirs).mean()
+            if self.critic is not None:
+                adversarial = self.critic.losses(ours, theirs)
+        return ImageLosses(log_mse, similarity, perceptual, adversarial)
 
     def reconstruct(self, images: Tensor) -> Tensor:
         """Images (B, 3, S, S) to tokens and back, with the recipe's sampling; image i has seed i."""
