@@ -62,7 +62,7 @@ def test_every_sampling_option_changes_the_image(tiny_tokenizer, change):
 def test_guidance_is_equation_7(tiny_tokenizer):
     ids = tiny_tokenizer.encode(images(1))
     latents = []
-    tiny_tokenizer.latents.decode = lambda x: latents.append(x) or x
+    tiny_tokenizer.latents.decode = lambda x, pixel_decoder: latents.append(x) or x
     settings = {"num_mask_steps": 1, "num_flow_steps": 1, "guidance_schedule": "constant", "seeds": [0]}
     for scale in (1.0, 0.0, 2.5):
         tiny_tokenizer.decode(ids, guidance_scale=scale, **settings)
@@ -123,7 +123,7 @@ def test_losses_in_pixels_see_what_one_step_without_noise_decodes(tiny_tokenizer
     loss = TokenizerLoss(1.0, 1.0, commit=0.0, batch_entropy=0.0, guidance_dropout=0.0, ssim=1.0)
     trained = model(model.latents.encode(x), step=10, noise_scale=0.0, loss=loss).latents
     decoded = []
-    model.latents.decode = lambda latents: decoded.append(latents) or latents
+    model.latents.decode = lambda latents, pixel_decoder: decoded.append(latents) or latents
     one_step = {"num_mask_steps": 1, "num_flow_steps": 1, "guidance_scale": 1.0, "noise_temperature": 0.0}
     model.decode(model.encode(x), **one_step)
     assert torch.allclose(trained, decoded[0], atol=1e-5)

@@ -181,7 +181,7 @@ def test_pictures_of_sampling_are_what_decode_draws(world, tmp_path, features, s
     noise = next(n for n in noises if len(n) == 2)  # of the two images that are drawn
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(model, "_seeded_noise", lambda seeds, positions: noise[list(seeds)])
-        patch.setattr(model.latents, "decode", lambda latents: latents)
+        patch.setattr(model.latents, "decode", lambda latents, pixel_decoder: latents)
         decoded = model.decode(out.token_ids[2:], height=64, width=64, seeds=[0, 1])
     assert torch.allclose(out.latents[2:], decoded, atol=1e-4)
     torch.manual_seed(0)

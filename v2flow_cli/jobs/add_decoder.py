@@ -13,7 +13,14 @@ from safetensors.torch import save
 from v2flow_cli.errors import ModelError, foreign_errors
 from v2flow_cli.store.files import write_bytes
 from v2flow_cli.tokenizer import V2FlowTokenizer
-from v2flow_cli.tokenizer.other_decoders import DECODER, DECODER_SECTIONS, FAITHFUL, SHA256, decoder_file
+from v2flow_cli.tokenizer.other_decoders import (
+    DECODER,
+    DECODER_SECTIONS,
+    FAITHFUL,
+    PIXEL_DECODER,
+    SHA256,
+    decoder_file,
+)
 
 NAME = re.compile(r"[a-z][a-z0-9-]*")
 
@@ -42,7 +49,7 @@ def add_decoder(folder: str | Path, trained: str | Path, name: str = "sharp", *,
     with foreign_errors(f"{weights}: the decoder cannot be read"), safe_open(weights, framework="pt") as file:
         names = [key for key in file.keys() if key.split(".")[0] in DECODER]
         content = save({key: file.get_tensor(key) for key in names})
-    settings = {section: getattr(other.config, section) for section in DECODER_SECTIONS}
+    settings = {key: getattr(other.config, key) for key in (*DECODER_SECTIONS, PIXEL_DECODER)}
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config["decoders"] = {
         **(config.get("decoders") or {}),

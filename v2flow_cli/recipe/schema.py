@@ -331,6 +331,7 @@ class TokenizerRecipe:
     # A tokenizer to start from, with the same shapes. The context may be deeper; registers may start from a grid.
     init_from: str = ""
     freeze_tokens: bool = False  # train only the decoder; ids stay the same
+    pixel_decoder: bool = False  # latents to pixels by a copy of the autoencoder's decoder, which is trained too
     card: Card = Card()  # licence and data sets, for the model card
 
 

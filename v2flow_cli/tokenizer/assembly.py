@@ -32,6 +32,7 @@ from v2flow_cli.tokenizer.other_decoders import (
     DECODER,
     DECODER_SECTIONS,
     FAITHFUL,
+    PIXEL_DECODER,
     SHA256,
     copy_decoders,
     decoder_file,
@@ -114,6 +115,7 @@ class TokenizerAssembly(PretrainedModule):
             decoder = MaskedDecoder(self.context, self.flow, context, flow)
         # In a tuple, so that its parameters have one name each: those of ``context`` and ``flow``.
         self._decoder = (decoder,)
+        self.pixel_decoder = self.latents.copy_decoder() if self.config.pixel_decoder else None
 
     @property
     def decoder(self) -> Decoder:
@@ -150,6 +152,7 @@ class TokenizerAssembly(PretrainedModule):
         other.config, other.decoder_name = copy.deepcopy(self.config), name
         for section in DECODER_SECTIONS:
             setattr(other.config, section, settings[section])
+        other.config.pixel_decoder = settings.get(PIXEL_DECODER, False)
         with torch.random.fork_rng(devices=[]):  # for the initial values, which the file's replace
             other._build_decoder()
         parts = {part: getattr(other, part).to(self.dtype) for part in DECODER if part in other._modules}

@@ -33,6 +33,7 @@ class V2FlowConfig(PretrainedConfig):
         context: dict[str, Any] | None = None,
         flow: dict[str, Any] | None = None,
         sampling: dict[str, Any] | None = None,
+        pixel_decoder: bool = False,
         decoders: dict[str, dict[str, Any]] | None = None,
         default_decoder: str = FAITHFUL,
         **kwargs: Any,
@@ -47,6 +48,7 @@ class V2FlowConfig(PretrainedConfig):
         self.context = context
         self.flow = flow
         self.sampling = sampling
+        self.pixel_decoder = pixel_decoder
         self.decoders = decoders
         self.default_decoder = default_decoder
         super().__init__(**kwargs)

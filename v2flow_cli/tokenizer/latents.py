@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -48,16 +49,31 @@ class Latents(nn.Module):
         return (raw - self.shift) * self.scale
 
     @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
+    def decode(self, latents: Tensor, pixel_decoder: nn.Module | None = None) -> Tensor:
         """Images (B, 3, H, W), clamped to [-1, 1], of scaled latents."""
-        return self.draw(latents).clamp(-1, 1)
+        return self.draw(latents, pixel_decoder).clamp(-1, 1)
 
-    def draw(self, latents: Tensor) -> Tensor:
-        """Images (B, 3, H, W), not clamped, of scaled latents, with gradients."""
+    def draw(self, latents: Tensor, pixel_decoder: nn.Module | None = None) -> Tensor:
+        """Images (B, 3, H, W), not clamped, of scaled latents, with gradients.
+
+        ``pixel_decoder``, of ``copy_decoder``, is used in place of the autoencoder's.
+        """
         if self.kind == PIXELS:
             return latents
-        images = self.autoencoder.decode(latents / self.scale + self.shift)
+        raw = latents / self.scale + self.shift
+        if pixel_decoder is not None:
+            return pixel_decoder(raw.contiguous(memory_format=torch.channels_last))
+        images = self.autoencoder.decode(raw)
         return images if self.kind == "V2FlowAutoencoder" else images.sample
+
+    def copy_decoder(self) -> nn.Module:
+        """A trainable copy of the autoencoder's decoder.  Raises: ModelError for an autoencoder of another class."""
+        if self.kind != "V2FlowAutoencoder":
+            raise ModelError(
+                f"pixel_decoder is a copy of the decoder of a V2FlowAutoencoder, and the autoencoder is {self.kind}. "
+                "Use pixel_decoder: false."
+            )
+        return copy.deepcopy(self.autoencoder.decoder).requires_grad_(True)
 
 
 def autoencoder_spec(config: V2FlowAutoencoderConfig) -> dict[str, Any]:

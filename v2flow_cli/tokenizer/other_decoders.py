@@ -18,8 +18,9 @@ from torch import nn
 from v2flow_cli.errors import ModelError, reason_of
 
 FAITHFUL = "faithful"  # the decoder in model.safetensors, and the only one of most models
-DECODER = ("context", "flow")  # sections and parts of the model that only decoding uses
-DECODER_SECTIONS = (*DECODER, "sampling")  # that each decoder has of its own
+DECODER = ("context", "flow", "pixel_decoder")  # parts of the model that only decoding uses; some models lack some
+DECODER_SECTIONS = ("context", "flow", "sampling")  # of the config, that each decoder has of its own
+PIXEL_DECODER = "pixel_decoder"  # in the config, that decoders of older folders lack
 SHA256 = "sha256"
 
 

@@ -152,7 +152,7 @@ class V2FlowTokenizer(TokenizerAssembly):
             )
             noise = settings.noise_temperature * self._seeded_noise(row_seeds, patch_rows * patch_columns)
             patches = self.decoder.sample(inputs, noise, row_seeds, settings)
-            return self.latents.decode(self._unpatchify(patches, patch_rows, patch_columns))
+            return self.latents.decode(self._unpatchify(patches, patch_rows, patch_columns), self.pixel_decoder)
 
         patch_rows, patch_columns = self._patch_grid(height, width)
         rate = self.resampler.rate_of(token_ids.shape[1], height, width)

@@ -25,7 +25,7 @@ from v2flow_cli.tokenizer.other_decoders import DECODER, FAITHFUL
 from v2flow_cli.tokenizer.v2flow import V2FlowTokenizer
 from v2flow_cli.training.critic import AdversarialLosses, Critic
 from v2flow_cli.training.objectives.objective import Objective
-from v2flow_cli.training.perceptual import load_perceptual
+from v2flow_cli.training.perceptual import FeatureNetwork, Lpips, load_perceptual
 from v2flow_cli.training.ssim import ssim
 
 # Weights that ``save_dtype`` may round. The others determine ids: vectors are mixtures of thousands of words and differ
@@ -60,9 +60,10 @@ class TokenizerObjective(Objective):
                 if name not in DECODER:
                     part.requires_grad_(False)
         # In a tuple, so that it is no submodule: checkpoints, averages and optimizers must not contain it.
-        self._features = (load_perceptual(recipe.loss.features),) if recipe.loss.needs_features else ()
+        networks = [load_perceptual(recipe.loss.features)] if recipe.loss.needs_features else []
+        self._features: tuple[FeatureNetwork | Lpips, ...] = tuple(networks)
         # Beside the model, so that it is trained and resumed with it, and not exported.
-        self.critic = Critic(self._features[0]) if recipe.loss.adversarial else None
+        self.critic = Critic(networks[0]) if recipe.loss.adversarial else None
 
     @property
     def size_multiple(self) -> int:
@@ -155,7 +156,7 @@ class TokenizerObjective(Objective):
             return ImageLosses(zero, zero, perceptual, adversarial)
         count = ImageLossPlan.of(weights, self.recipe.sampling, len(images)).count
         photos = images[-count:].float()
-        drawn = self.model.latents.draw(latents[-count:].to(images.dtype)).float()
+        drawn = self.model.latents.draw(latents[-count:].to(images.dtype), self.model.pixel_decoder).float()
         log_mse = (drawn / 2 - photos / 2).square().mean((1, 2, 3)).log().mean()
         similarity = ssim(drawn / 2 + 0.5, photos / 2 + 0.5) if weights.ssim else zero
         for network in self._features:
@@ -215,6 +216,7 @@ def build_config(recipe: TokenizerRecipe, autoencoder: dict, vocab_shape: tuple[
         patch_size=recipe.latents.patch_size,
         autoencoder=autoencoder,
         vocab_shape=vocab_shape,
+        pixel_decoder=recipe.pixel_decoder,
         **sections,
     )
 
@@ -226,6 +228,8 @@ def _build(recipe: TokenizerRecipe) -> V2FlowTokenizer:
     model = V2FlowTokenizer(build_config(recipe, spec, shape))
     if weights:
         model.latents.autoencoder.load_state_dict(weights)
+        if model.pixel_decoder is not None:
+            model.pixel_decoder.load_state_dict(model.latents.autoencoder.decoder.state_dict())
     if table is not None and model.vocabulary is not None:
         model.vocabulary.set_table(table)
     return model
@@ -254,6 +258,9 @@ def _continue(recipe: TokenizerRecipe) -> V2FlowTokenizer:
     if start.config.section("resampler").kind != recipe.resampler.kind:
         weights = _as_registers(weights, model)
     weights |= _new_blocks(model, start.config)
+    if model.pixel_decoder is not None and start.pixel_decoder is None:
+        first = start.latents.copy_decoder().state_dict()
+        weights |= {f"pixel_decoder.{name}": value for name, value in first.items()}
     other = sorted(set(weights) ^ set(model.state_dict()))
     if other:
         raise ModelError(f"{recipe.init_from}: its weights do not fit the recipe; only one of them has {other[0]}.")
