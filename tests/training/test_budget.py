@@ -20,8 +20,10 @@ from v2flow_cli.recipe.budget import load_budget
 from v2flow_cli.recipe.schema import Recipe
 from v2flow_cli.training import budget_stage
 from v2flow_cli.training.budget import check_inputs, figures, stages_to_do
-from v2flow_cli.training.budget_stage import StageResult, StageRun, train_stage
+from v2flow_cli.training.budget_stage import StageResult, StageRun, saved_position, train_stage
+from v2flow_cli.training.checkpoint import save_checkpoint
 from v2flow_cli.training.flops import training_flop
+from v2flow_cli.training.objectives.language_model import pretrain
 from v2flow_cli.training.schedule import is_continued, planned_windows, window
 
 TINY = RECIPES / "tiny"
@@ -125,7 +127,55 @@ def test_a_stage_that_was_killed_keeps_its_number_of_steps():
     state.steps, engine.steps = 5_000, 700
     run(state, engine)
     [call] = engine.calls
-    assert (call.steps, call.max_minutes, engine.steps) == (5_000, 0.0, 5_000)
+    assert (call.steps, engine.steps) == (5_000, 5_000)
+
+
+def stopped(tmp_path, seconds, steps=5_000):
+    """A stage of ``steps`` steps that was stopped at step 700, after 7 s, and its training."""
+    state, engine = stage(seconds), Engine()
+    state.overrides = [f"output={tmp_path}"]
+    state.steps, state.seconds_per_step, engine.steps = steps, 0.01, 700
+    save_checkpoint(tmp_path / "checkpoints", 700, {}, {"train_state": {"step": 700, "seconds": 7.0}}, keep=1)
+    return state, engine
+
+
+@pytest.mark.parametrize(("seconds", "steps"), [(43.5, 5_000), (1e4, 5_000), (42.0, 700 + 3_990), (10.0, 700 + 950)])
+def test_a_stopped_stage_that_has_less_time_takes_the_steps_that_fit(tmp_path, seconds, steps):
+    state, engine = stopped(tmp_path, seconds)
+    lines = run(state, engine)
+    [call] = engine.calls
+    assert call.steps == state.steps == engine.steps == steps and state.done
+    assert call.max_minutes * 60 == pytest.approx(7.0 + seconds, abs=5.0)  # the time before counts
+    expected = (
+        f"of the 4,300 steps left fit into {seconds / 60:.1f} minutes at 0.01 s a step: its schedule ends at step"
+    )
+    assert [expected in line for line in lines] == ([] if steps == 5_000 else [True])
+
+
+def test_a_stopped_stage_without_time_for_a_step_keeps_its_number_of_steps(tmp_path):
+    state, engine = stopped(tmp_path, seconds=0.005)
+    with pytest.raises(V2FlowError, match=r"one step takes 0\.0 s, but its share"):
+        run(state, engine)
+    assert state.steps == 5_000 and not engine.calls
+    state.seconds = state.planned_seconds = 100.0
+    run(state, engine)
+    assert engine.steps == 5_000
+
+
+def test_a_shortened_language_model_reaches_the_end_of_its_schedule(tmp_path):
+    (tmp_path / "text.txt").write_text("\n".join(f"picture number {i} shows noise of some kind" for i in range(200)))
+    settings = [f"output={tmp_path / 'lm'}", f"text=[{tmp_path / 'text.txt'}]"]
+    recipe = load_recipe(TINY / "lm.yaml", settings)
+    loop = dataclasses.replace(recipe.train, budgeted=True, log_every=1, steps=100, max_minutes=1e-6)
+    pretrain(dataclasses.replace(recipe, train=loop), log=lambda line: None)  # the time limit stops it
+    (tmp_path / "lm" / "config.json").unlink()
+    assert saved_position(recipe)[0] == 1
+    state = StageRun(str(TINY / "lm.yaml"), [*settings, "train.log_every=1"], 300.0, 300.0, 100, seconds_per_step=80.0)
+    train_stage(state, lambda: None, lambda line: None)
+    assert state.done and state.steps == state.steps_done == 4
+    history = json.loads((tmp_path / "lm/checkpoints/checkpoint-4/trainer_state.json").read_text())["log_history"]
+    rates = {line["step"]: line["learning_rate"] for line in history if "loss" in line}
+    assert rates[4] == pytest.approx(rates[3] / 2)  # the cosine of 4 steps after 2 of warm-up, not of 100
 
 
 def test_more_minutes_continue_the_first_run():

@@ -2,7 +2,8 @@
 
 The first steps of a stage are a measurement, with an endless schedule: the learning rate warms up and stays constant.
 Their time determines the stage's number of steps, and the same run continues with it. The number is then stored in the
-request's file, so that a killed stage resumes with it exactly.
+request's file, so that a killed stage resumes with it exactly. With less time than it had, a stage resumes with as many
+steps as fit, and its schedule ends with them.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from v2flow_cli.errors import V2FlowError
 from v2flow_cli.recipe import AutoencoderRecipe, FinetuneRecipe, LMRecipe, TokenizerRecipe, load_recipe
 from v2flow_cli.recipe.schema import Recipe
 from v2flow_cli.store.files import write_bytes
-from v2flow_cli.training.checkpoint import Interrupted
+from v2flow_cli.training.checkpoint import Interrupted, newest_record
 
 ENDLESS = 10**9  # steps of a schedule whose end is not yet known
 PROBE_STEPS = 3  # after the first one
@@ -85,7 +86,7 @@ def train_stage(run: StageRun, save: Callable[[], None], log: Log, engine: Engin
     started = time.monotonic()
     recipe = load_recipe(run.recipe, run.overrides)
     engine = engine or run_recipe
-    steps_before, was_killed = run.steps_done, run.steps > 0 and not run.done
+    step, seconds = run.steps_done, run.trained_seconds
     if not run.steps:
         probe = min(PROBE_SECONDS, PROBE_SHARE * run.seconds), PROBE_MOST * run.seconds
         result = _with_memory(run, save, recipe, ENDLESS, 0.0, probe, log, engine)
@@ -95,25 +96,75 @@ def train_stage(run: StageRun, save: Callable[[], None], log: Log, engine: Engin
         left = run.seconds - elapsed - setup  # the run is set up again to continue
         run.steps = result.steps + max(0, int(MARGIN * left / run.seconds_per_step))
         _record(run, recipe, result)
+        seconds = run.trained_seconds
         if run.planned_seconds < run.seconds_per_step:
             run.steps = 0  # so that more minutes measure it again
             save()
-            raise V2FlowError(
-                f"one step takes {run.seconds_per_step:.1f} s, but its share of the budget is "
-                f"{run.planned_seconds:.1f} s. Use more --minutes."
-            )
+            raise _no_step_fits(run)
         log(f"{run.seconds_per_step:.3g} s a step: {run.steps:,} steps in {run.seconds / 60:.1f} minutes")
     elif run.done:  # a second run with more minutes: the first one measured the speed
-        run.steps = steps_before + max(1, int(MARGIN * run.seconds / max(run.seconds_per_step, 1e-9)))
-        log(f"continues from step {steps_before:,} to step {run.steps:,}")
+        run.steps = step + max(1, int(MARGIN * run.seconds / max(run.seconds_per_step, 1e-9)))
+        log(f"continues from step {step:,} to step {run.steps:,}")
+    else:  # it was stopped
+        step, seconds = saved_position(recipe)
+        _shorten(run, step, log)
     run.done = False
     save()
-    # Steps that are slower than the first must not use other stages' time. A killed stage takes its remaining steps.
-    limit = 0.0 if was_killed else max(1e-3, run.trained_seconds + run.seconds - (time.monotonic() - started))
+    # Steps that are slower than the first must not use other stages' time.
+    limit = max(1e-3, seconds + run.seconds - (time.monotonic() - started))
     result = _with_memory(run, save, recipe, run.steps, limit, None, log, engine)
     run.done = True
     _record(run, recipe, result)
     save()
+
+
+def _shorten(run: StageRun, step: int, log: Log) -> None:
+    """Plan fewer steps for a stage that was stopped at ``step`` if those left do not fit into its new time.
+
+    In the time that it had before they fit, so that its schedule stays the same.
+
+    Raises:  V2FlowError if not a single step fits; its number of steps is then kept for a run with more time.
+    """
+    left, second = run.steps - step, run.seconds_per_step
+    if left * second <= run.seconds:
+        return
+    if run.planned_seconds < second:
+        raise _no_step_fits(run)
+    fits = max(1, int(MARGIN * run.seconds / second))
+    if fits < left:
+        log(
+            f"{fits:,} of the {left:,} steps left fit into {run.seconds / 60:.1f} minutes at {second:.3g} s a step: "
+            f"its schedule ends at step {step + fits:,} instead of {run.steps:,}"
+        )
+        run.steps = step + fits
+
+
+def _no_step_fits(run: StageRun) -> V2FlowError:
+    return V2FlowError(
+        f"one step takes {run.seconds_per_step:.1f} s, but its share of the budget is {run.planned_seconds:.1f} s. "
+        "Use more --minutes."
+    )
+
+
+def saved_position(recipe: Recipe) -> tuple[int, float]:
+    """Step and seconds of the checkpoint from which a run of ``recipe`` resumes; (0, 0.0) without one.
+
+    Raises:  ModelError if all checkpoints are damaged.
+    """
+    root = Path(recipe.output, "checkpoints")
+    if isinstance(recipe, AutoencoderRecipe | TokenizerRecipe):
+        newest = newest_record(root)
+        return (0, 0.0) if newest is None else (newest[1]["step"], newest[1]["state"]["train_state"]["seconds"])
+    from transformers import TrainerState
+
+    from v2flow_cli.training.llm_checkpoints import newest_checkpoint
+    from v2flow_cli.training.llm_trainer import RunClock
+
+    checkpoint = newest_checkpoint(root, lambda message: None)  # the resumed run logs the damaged ones
+    if checkpoint is None:
+        return 0, 0.0
+    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    return state.global_step, RunClock.saved_in(state)["seconds_before"]
 
 
 def _record(run: StageRun, recipe: Recipe, result: StageResult) -> None:

@@ -97,7 +97,16 @@ def list_checkpoints(root: Path) -> list[Path]:
 def load_newest(
     root: Path, log: Callable[[str], None] = lambda message: None
 ) -> tuple[Path, dict[str, dict[str, Tensor]], dict[str, Any]] | None:
-    """(folder, groups, state) of the newest checkpoint whose files match their hashes; None if there is none.
+    """(folder, groups, state) of the newest intact checkpoint; None if there is none.  Raises: as ``newest_record``."""
+    if (newest := newest_record(root, log)) is None:
+        return None
+    folder, record = newest
+    groups = {Path(name).stem: load_file(folder / name) for name in record["sha256"]}
+    return folder, groups, record["state"]
+
+
+def newest_record(root: Path, log: Callable[[str], None] = lambda message: None) -> tuple[Path, dict[str, Any]] | None:
+    """Folder and ``state.json`` of the newest checkpoint whose files match their hashes; None if there is none.
 
     Damaged ones are skipped and logged.
 
@@ -106,11 +115,9 @@ def load_newest(
     folders = list_checkpoints(root)
     for folder in reversed(folders):
         record = _read_state(folder)
-        if record is None or not _is_intact(folder):
-            log(f"{folder}: damaged, skipped for an older checkpoint")
-            continue
-        groups = {Path(name).stem: load_file(folder / name) for name in record["sha256"]}
-        return folder, groups, record["state"]
+        if record is not None and _is_intact(folder):
+            return folder, record
+        log(f"{folder}: damaged, skipped for an older checkpoint")
     if folders:
         raise ModelError(f"{root}: all {len(folders)} checkpoints are damaged; remove the folder to start again.")
     return None

@@ -206,12 +206,17 @@ class RunClock(TrainerCallback, ExportableState):
     def sequences_per_second(self, step: int) -> float:
         return step * self.sequences_per_step / max(self.seconds, 1e-9)
 
+    @classmethod
+    def saved_in(cls, state: TrainerState) -> dict[str, Any]:
+        """The attributes of ``state`` that a clock stored in a checkpoint."""
+        return state.stateful_callbacks[cls.__name__]["attributes"]
+
     def restore(self, checkpoint: Path, state: TrainerState, approximate: bool, log: Log) -> None:
         """Restore time and loss of a checkpoint's run from its ``state``.
 
         Raises:  ModelError for another recipe, or, unless ``approximate``, of another number of processes.
         """
-        saved = state.stateful_callbacks[type(self).__name__]["attributes"]
+        saved = self.saved_in(state)
         check_same_recipe(checkpoint, saved["recipe"], self.recipe)
         random_parts = "dropout and the rounding of sums"
         check_same_ranks(checkpoint, saved["ranks"], world_size(), parts=random_parts, approximate=approximate, log=log)
