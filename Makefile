@@ -50,6 +50,7 @@ else
 	$(V2FLOW) finetune-llm recipes/default/llm_common.yaml --resume
 	$(V2FLOW) finetune-llm recipes/default/llm_colours.yaml --resume
 	$(V2FLOW) finetune-llm recipes/default/llm_last.yaml --resume
+	$(V2FLOW) finetune-llm recipes/default/llm_captions.yaml --resume
 endif
 	mkdir -p v2flow_cli/assets/default/tokenizer v2flow_cli/assets/default/llm
 	cp runs/default/tokenizer/README.md runs/default/tokenizer/recipe.yaml runs/default/tokenizer/*.json runs/default/tokenizer/*.safetensors v2flow_cli/assets/default/tokenizer/

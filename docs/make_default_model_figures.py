@@ -52,7 +52,7 @@ PROMPTS = (
 
 
 def reconstructions() -> None:
-    """Five whole photos and their centres: above the photo, below its reconstruction from 256 tokens."""
+    """Five whole photos and their centres, and below each its reconstructions from 256 tokens, a row for each decoder."""
     tokenizer = V2FlowTokenizer.from_pretrained()
     photos = []
     for _, photo in sample_photos():
@@ -61,8 +61,9 @@ def reconstructions() -> None:
         left, top = (width - side) // 2, (height - side) // 2
         photos += [photo, photo.crop((left, top, left + side, top + side))]
     pixels = torch.stack([tokenizer.image_processor.preprocess_one(photo, 256) for photo in photos])
-    back = tokenizer.decode(tokenizer.encode(pixels))
-    tiles = tokenizer.image_processor.to_pil(torch.cat([pixels, back]))
+    ids = tokenizer.encode(pixels)
+    back = [tokenizer.decode(ids, decoder=name) for name in tokenizer.decoder_names]
+    tiles = tokenizer.image_processor.to_pil(torch.cat([pixels, *back]))
     sheet(tiles, [""] * len(tiles), columns=10, side=160).save(IMAGES / "default-model-reconstructions.jpg", quality=88)
 
 
