@@ -52,7 +52,7 @@ PROMPTS = (
 
 
 def reconstructions() -> None:
-    """Five whole photos and their centres, and below each its reconstructions from 256 tokens, a row for each decoder."""
+    """Five photos and their centres, and below them their reconstructions from 256 tokens by each decoder."""
     tokenizer = V2FlowTokenizer.from_pretrained()
     photos = []
     for _, photo in sample_photos():
