@@ -19,9 +19,13 @@ def main() -> None:
     from v2flow_cli.cli import endings
 
     endings.install()
-    from v2flow_cli.cli import app
+    from v2flow_cli.cli import app, first_answer
 
-    app.main()
+    try:
+        app.main()
+    except SystemExit as end:
+        first_answer.leave(end)
+        raise
 
 
 if __name__ == "__main__":

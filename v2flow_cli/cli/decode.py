@@ -10,6 +10,7 @@ import typer
 
 from v2flow_cli.cli import options
 from v2flow_cli.cli.console import fail, log, log_left_out, progress, result, result_json
+from v2flow_cli.cli.first_answer import without_collection
 
 
 def decode(
@@ -56,7 +57,8 @@ def decode(
     out = user_path(out) if out.suffix.lower() == ".png" else output_folder(out)
     files = find_files([_folder_of(path) for path in tokens], {".npy"}, "token files", not_taken=not_taken)
 
-    from v2flow_cli.jobs.decode import decode_files, open_token_files
+    with without_collection():
+        from v2flow_cli.jobs.decode import decode_files, open_token_files
     from v2flow_cli.runtime.device import pick_device, pick_dtype
     from v2flow_cli.tokenizer import V2FlowTokenizer
 

@@ -11,6 +11,7 @@ import typer
 
 from v2flow_cli.cli import options
 from v2flow_cli.cli.console import ERROR_BUDGET, fail, failures_json, log, log_left_out, progress, result, result_json
+from v2flow_cli.cli.first_answer import without_collection
 
 
 def encode(
@@ -92,7 +93,8 @@ def encode(
     if max_minutes and not tars:
         raise DataError("--max-minutes: only for tars; these are image files. Pack them with `v2flow shard`.")
 
-    from v2flow_cli.jobs.encode import SetEncoder, encode_files, encode_shards
+    with without_collection():
+        from v2flow_cli.jobs.encode import SetEncoder, encode_files, encode_shards
     from v2flow_cli.jobs.prefixes import Prefixes
     from v2flow_cli.runtime.device import pick_device, pick_dtype
     from v2flow_cli.runtime.processes import launch

@@ -13,6 +13,7 @@ import typer
 
 from v2flow_cli.cli import options
 from v2flow_cli.cli.console import log, progress, result, result_json
+from v2flow_cli.cli.first_answer import without_collection
 from v2flow_cli.errors import DataError
 
 
@@ -86,20 +87,21 @@ def generate(
     if len(seeds) == 1:
         seeds = list(range(seeds[0], seeds[0] + count))
 
-    from v2flow_cli.jobs.generate import (
-        PictureList,
-        Settings,
-        about,
-        about_grid,
-        check_tokens_folder,
-        draw_pictures,
-        figure,
-        is_drawn_as,
-        load_models,
-        model_digests,
-        plan_pictures,
-        write_png,
-    )
+    with without_collection():
+        from v2flow_cli.jobs.generate import (
+            PictureList,
+            Settings,
+            about,
+            about_grid,
+            check_tokens_folder,
+            draw_pictures,
+            figure,
+            is_drawn_as,
+            load_models,
+            model_digests,
+            plan_pictures,
+            write_png,
+        )
     from v2flow_cli.store.files import check_absent
     from v2flow_cli.store.paths import names_a_picture, output_folder, user_path
 
@@ -191,7 +193,8 @@ def _caption(
     json_: bool,
 ) -> None:
     """Print the LLM's caption of each picture, at each seed and temperature."""
-    from v2flow_cli.jobs.generate import load_models
+    with without_collection():
+        from v2flow_cli.jobs.generate import load_models
     from v2flow_cli.store.images import open_image
     from v2flow_cli.tokenizer.preprocess import image_to_tensor
 
