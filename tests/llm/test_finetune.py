@@ -25,7 +25,7 @@ from v2flow_cli.recipe.load import dump_recipe
 from v2flow_cli.recipe.schema import Lora
 from v2flow_cli.runtime.digest import weights_digest
 from v2flow_cli.store.token_parquet import write_parquet
-from v2flow_cli.training.llm_checkpoints import list_checkpoints
+from v2flow_cli.training.checkpoint import list_checkpoints
 from v2flow_cli.training.llm_folder import save_folder
 from v2flow_cli.training.llm_setup import choose_trained
 from v2flow_cli.training.llm_trainer import training_arguments

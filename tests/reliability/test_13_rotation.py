@@ -4,7 +4,6 @@ import dataclasses
 import shutil
 import signal
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -43,10 +42,8 @@ def intact(root):
     found = set()
     for folder in root.iterdir():
         if folder.name.startswith(("step-", "checkpoint-")):
-            good = (
-                checkpoint._is_intact if folder.name.startswith("step-") else lambda f: not llm_checkpoints._damage(f)
-            )
-            found |= {int(folder.name.split("-")[1])} if good(folder) else set()
+            problem = checkpoint._damage if folder.name.startswith("step-") else llm_checkpoints.damage
+            found |= set() if problem(folder) else {int(folder.name.split("-")[1])}
     return found
 
 
@@ -123,4 +120,4 @@ def test_checkpoints_of_an_llm(tmp_path):
     for step, left in ((4, {1, 4}), (5, {4, 5})):
         seal(step, 2)
         assert intact(tmp_path / "c") == left
-    assert Path(llm_checkpoints.newest_checkpoint(tmp_path / "c", quiet)).name == "checkpoint-5"
+    assert checkpoint.newest_checkpoint(tmp_path / "c", llm_checkpoints.damage, quiet).name == "checkpoint-5"

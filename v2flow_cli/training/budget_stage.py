@@ -25,7 +25,7 @@ from v2flow_cli.errors import V2FlowError
 from v2flow_cli.recipe import AutoencoderRecipe, FinetuneRecipe, LMRecipe, TokenizerRecipe, load_recipe
 from v2flow_cli.recipe.schema import Recipe
 from v2flow_cli.store.files import write_bytes
-from v2flow_cli.training.checkpoint import Interrupted, newest_record
+from v2flow_cli.training.checkpoint import Interrupted, newest_checkpoint, newest_record
 
 ENDLESS = 10**9  # steps of a schedule whose end is not yet known
 PROBE_STEPS = 3  # after the first one
@@ -157,10 +157,10 @@ def saved_position(recipe: Recipe) -> tuple[int, float]:
         return (0, 0.0) if newest is None else (newest[1]["step"], newest[1]["state"]["train_state"]["seconds"])
     from transformers import TrainerState
 
-    from v2flow_cli.training.llm_checkpoints import newest_checkpoint
+    from v2flow_cli.training.llm_checkpoints import damage
     from v2flow_cli.training.llm_trainer import RunClock
 
-    checkpoint = newest_checkpoint(root, lambda message: None)  # the resumed run logs the damaged ones
+    checkpoint = newest_checkpoint(root, damage, lambda message: None)  # the resumed run logs the damaged ones
     if checkpoint is None:
         return 0, 0.0
     state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))

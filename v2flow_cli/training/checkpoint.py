@@ -11,9 +11,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from v2flow_cli.runtime.publishing import flush
 from v2flow_cli.store.files import sha256_of
 
 FORMAT_VERSION = 1
+STATE = "state.json"
+_NAME = re.compile(r"(?:step|checkpoint)-(\d+)")
 _KNOWN_INTACT: set[Path] = set()  # checkpoints that this process wrote or has verified
 
 
@@ -59,7 +62,7 @@ def save_checkpoint(
             set_default_mode(file)
             hashes[file.name] = sha256_of(file)
         record = {"format_version": FORMAT_VERSION, "step": step, "sha256": hashes, "state": dict(state)}
-        (partial / "state.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+        (partial / STATE).write_text(json.dumps(record, indent=1), encoding="utf-8")
         for path in (*partial.iterdir(), partial):
             flush(path)
         if final.exists():  # a damaged one, from which the run did not resume
@@ -69,29 +72,57 @@ def save_checkpoint(
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise ModelError(f"{final}: the checkpoint cannot be written ({error}). Earlier ones are untouched.") from None
-    rotate([path for path in list_checkpoints(root) if path <= final], keep, _is_intact)  # later ones are damaged
+    rotate(root, final, keep, _damage)
     return final
 
 
-def rotate(folders: Sequence[Path], keep: int, is_intact: Callable[[Path], bool]) -> None:
-    """Remove all of ``folders`` (oldest first, the last one just written) but the newest ``keep`` intact ones.
+def rotate(root: Path, newest: Path, keep: int, damage: Callable[[Path], str]) -> None:
+    """Remove all checkpoints in ``root`` up to ``newest``, just written, but the newest ``keep`` without ``damage``.
 
     A damaged one does not count: a good one is not removed in its favour. Those of this process are not read again.
+    Later ones, from which the run did not resume, stay.
     """
     intact = 0
-    _KNOWN_INTACT.add(folders[-1])
-    for folder in reversed(folders):
+    _KNOWN_INTACT.add(newest)
+    folders = list_checkpoints(root)
+    for folder in reversed(folders[: folders.index(newest) + 1]):
         if intact == keep:
             shutil.rmtree(folder)
-        elif folder in _KNOWN_INTACT or is_intact(folder):
+        elif folder in _KNOWN_INTACT or not damage(folder):
             _KNOWN_INTACT.add(folder)
             intact += 1
 
 
 def list_checkpoints(root: Path) -> list[Path]:
-    """Checkpoint folders under ``root``, oldest first."""
+    """Checkpoint folders under ``root``, of ``loop`` or of Trainer, oldest first."""
     # A user's copy, such as step-00000500-best, is ignored.
-    return sorted(path for path in root.glob("step-*") if path.name[5:].isdigit() and path.is_dir())
+    matches = [(_NAME.fullmatch(path.name), path) for path in root.glob("*-*") if path.is_dir()]
+    return [path for _, path in sorted((int(match[1]), path) for match, path in matches if match)]
+
+
+def newest_checkpoint(root: Path, damage: Callable[[Path], str], log: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint without ``damage``; None if there is none.  Damaged ones are skipped and logged.
+
+    Raises:  ModelError if all checkpoints are damaged.
+    """
+    folders = list_checkpoints(root)
+    for folder in reversed(folders):
+        if not (problem := damage(folder)):
+            return folder
+        log(f"{folder} is damaged ({problem}); trying the one before it")
+    if folders:
+        raise ModelError(f"{root}: all {len(folders)} checkpoints are damaged; remove the folder to start again.")
+    return None
+
+
+def changed_file(folder: Path, hashes: Mapping[str, str]) -> str:
+    """The first of the files in ``folder`` that is missing or does not match its SHA-256; empty if there is none."""
+    for name, digest in hashes.items():
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if sha256_of(folder / name) != digest:
+            return f"{name} has changed"
+    return ""
 
 
 def load_newest(
@@ -106,34 +137,21 @@ def load_newest(
 
 
 def newest_record(root: Path, log: Callable[[str], None] = lambda message: None) -> tuple[Path, dict[str, Any]] | None:
-    """Folder and ``state.json`` of the newest checkpoint whose files match their hashes; None if there is none.
-
-    Damaged ones are skipped and logged.
-
-    Raises:  ModelError if all checkpoints are damaged.
-    """
-    folders = list_checkpoints(root)
-    for folder in reversed(folders):
-        record = _read_state(folder)
-        if record is not None and _is_intact(folder):
-            return folder, record
-        log(f"{folder}: damaged, skipped for an older checkpoint")
-    if folders:
-        raise ModelError(f"{root}: all {len(folders)} checkpoints are damaged; remove the folder to start again.")
-    return None
+    """Folder and ``state.json`` of the newest intact checkpoint, or None.  Raises: as ``newest_checkpoint``."""
+    folder = newest_checkpoint(root, _damage, log)
+    record = _read_state(folder) if folder else None
+    return (folder, record) if folder and record else None
 
 
-def _is_intact(folder: Path) -> bool:
+def _damage(folder: Path) -> str:
     record = _read_state(folder)
-    return record is not None and all(
-        (folder / name).is_file() and sha256_of(folder / name) == digest for name, digest in record["sha256"].items()
-    )
+    return f"no readable {STATE}" if record is None else changed_file(folder, record["sha256"])
 
 
 def _read_state(folder: Path) -> dict[str, Any] | None:
     """The checked ``state.json`` of a checkpoint; None if it is missing or damaged."""
     try:
-        record = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        record = json.loads((folder / STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     if not isinstance(record, dict) or not isinstance(record.get("sha256"), dict):

@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from v2flow_cli.errors import ModelError
 from v2flow_cli.runtime.permissions import set_default_mode
 from v2flow_cli.runtime.publishing import flush
 from v2flow_cli.store.files import sha256_of
-from v2flow_cli.training.checkpoint import rotate
+from v2flow_cli.training.checkpoint import changed_file, rotate
 
 HASHES = "sha256.json"
 STAGING = ".partial"
@@ -146,13 +145,12 @@ def seal(folder: Path, root: Path, keep: int) -> None:
     for path in (*folder.rglob("*"), folder):
         flush(path)
     final = root / folder.name
-    if not final.exists() or _damage(final):  # of the same step of the same run, it may be the only good one
+    if not final.exists() or damage(final):  # of the same step of the same run, it may be the only good one
         shutil.rmtree(final, ignore_errors=True)
         os.replace(folder, final)
         flush(root)
     shutil.rmtree(folder.parent)
-    found = list_checkpoints(root)
-    rotate(found[: found.index(final) + 1], keep, lambda path: not _damage(path))  # later ones are damaged
+    rotate(root, final, keep, damage)
 
 
 def remove_unsealed(root: Path) -> None:
@@ -160,36 +158,10 @@ def remove_unsealed(root: Path) -> None:
     shutil.rmtree(root / STAGING, ignore_errors=True)
 
 
-def list_checkpoints(root: Path) -> list[Path]:
-    """Checkpoint folders under ``root``, oldest first."""
-    folders = (path for path in root.glob("checkpoint-*") if path.is_dir() and path.name[11:].isdigit())
-    return sorted(folders, key=lambda path: int(path.name[11:]))
-
-
-def newest_checkpoint(root: Path, log: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint whose files match their hashes; None if there is none.
-
-    Raises:  ModelError if all checkpoints are damaged.
-    """
-    folders = list_checkpoints(root)
-    for folder in reversed(folders):
-        if damage := _damage(folder):
-            log(f"{folder} is damaged ({damage}); trying the one before it")
-        else:
-            return folder
-    if folders:
-        raise ModelError(f"{root}: all {len(folders)} checkpoints are damaged; remove the folder to start again.")
-    return None
-
-
-def _damage(folder: Path) -> str:
+def damage(folder: Path) -> str:
+    """What is wrong with a checkpoint; empty if its files match their hashes."""
     try:
         hashes = json.loads((folder / HASHES).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         return f"{HASHES}: {error}"
-    for name, digest in hashes.items():
-        if not (folder / name).is_file():
-            return f"{name} is missing"
-        if sha256_of(folder / name) != digest:
-            return f"{name} has changed"
-    return ""
+    return changed_file(folder, hashes)

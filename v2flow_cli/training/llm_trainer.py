@@ -21,9 +21,9 @@ from v2flow_cli.recipe.schema import LMTrainLoop, Optimizer
 from v2flow_cli.runtime.allocator import keep_freed_memory
 from v2flow_cli.runtime.device import pick_device, pick_dtype, tf32
 from v2flow_cli.runtime.processes import losing_contact, maximum, prepare_cpu_launch, sum_in_place, world_size
-from v2flow_cli.training.checkpoint import Interrupted, stop_requested
+from v2flow_cli.training.checkpoint import Interrupted, newest_checkpoint, stop_requested
 from v2flow_cli.training.guard import UnreadSteps, on_samples, skip_or_stop, what_is_wrong
-from v2flow_cli.training.llm_checkpoints import SafeCheckpoints, newest_checkpoint, remove_unsealed
+from v2flow_cli.training.llm_checkpoints import SafeCheckpoints, damage, remove_unsealed
 from v2flow_cli.training.muon import Muon
 from v2flow_cli.training.optimizer import fuses
 from v2flow_cli.training.resume import check_same_ranks, check_same_recipe
@@ -348,7 +348,7 @@ def run(
     trainer.add_callback(clock)
     trainer.clock = clock
     disable_progress_bar()
-    checkpoint = newest_checkpoint(Path(output, "checkpoints"), log) if resume else None
+    checkpoint = newest_checkpoint(Path(output, "checkpoints"), damage, log) if resume else None
     if trainer.args.should_save:
         remove_unsealed(Path(output, "checkpoints"))
     if checkpoint:
