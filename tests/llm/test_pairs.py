@@ -1,4 +1,5 @@
 import itertools
+import tracemalloc
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -197,3 +198,22 @@ def test_photos_are_encoded_on_the_fly(text_tokenizer, vocabulary, tmp_path, tin
     (tmp_path / "0.png").write_bytes(b"no picture")
     with pytest.raises(DataError, match=r"0\.png.*not an image"):
         first(samples, 10)
+
+
+def test_a_picture_in_memory_takes_little_more_than_its_ids(text_tokenizer, vocabulary, tmp_path, token_set):
+    def traced(images):
+        """Bytes that stay after a pass over so many pictures of 256 ids of one byte, all in the window."""
+        token_set(tmp_path / str(images), images=images, length=256, captions=1)
+        data = pairs(tmp_path / str(images), shuffle_window=1000)
+        samples = Samples(data, text_tokenizer, vocabulary, seed=0)
+        tracemalloc.start()
+        try:
+            stream = iter(samples)
+            for _ in itertools.islice(stream, images + 1):
+                pass
+            return tracemalloc.get_traced_memory()[0]
+        finally:
+            tracemalloc.stop()
+
+    traced(20)  # what Python stores on a first use
+    assert (traced(420) - traced(20)) / 400 < 256 + 600

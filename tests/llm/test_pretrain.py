@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from v2flow_cli.errors import DataError, ModelError
 from v2flow_cli.recipe.load import load_recipe
+from v2flow_cli.training import llm_trainer
 from v2flow_cli.training.llm_trainer import LMTrainer
 from v2flow_cli.training.objectives.language_model import (
     find_text,
@@ -92,6 +93,15 @@ def test_resume_equals_not_stopping(recipe, tmp_path):
     assert any("checkpoint-4" in line for line in log)
     weights.append(AutoModelForCausalLM.from_pretrained(folder).state_dict())
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_a_checkpoint_keeps_the_last_log_lines(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(llm_trainer, "LOG_LINES", 3)
+    lines = []
+    pretrain(replace(recipe, train=replace(recipe.train, steps=6, save_every=6, log_every=1)), log=lines.append)
+    assert sum(line.startswith("step ") for line in lines) == 7  # the log has all of them, and the held-out loss
+    state = json.loads((tmp_path / "lm/checkpoints/checkpoint-6/trainer_state.json").read_text())
+    assert [line["step"] for line in state["log_history"]] == [4, 5, 6]
 
 
 def test_plan_counts_parameters(recipe):

@@ -49,6 +49,33 @@ class Pair(NamedTuple):
 CAPTION_CACHE = 2**18  # tokenised captions in memory, about 300 bytes each
 
 
+class _Window:
+    """Samples of token sets in memory, without order; their ids are rows of one array.
+
+    Separate arrays would be placed in the memory of a step's freed tensors, which then could not be used again.
+    """
+
+    def __init__(self, token_sets: Sequence[str], size: int) -> None:
+        """Of at most ``size`` samples."""
+        manifests = [token_set_manifest(folder) for folder in token_sets]
+        shape = min(size, sum(m.count for m in manifests)), max(m.tokens_per_image for m in manifests)
+        self._ids = np.empty(shape, dtype=np.min_scalar_type(max(m.codebook_size for m in manifests)))
+        self._others: list[tuple[str, tuple[str, ...], int]] = []  # key, captions, and number of ids, of each row
+
+    def __len__(self) -> int:
+        return len(self._others)
+
+    def __getitem__(self, row: int) -> TokenSample:
+        key, captions, length = self._others[row]
+        return TokenSample(key, captions, self._ids[row, :length].copy())
+
+    def __setitem__(self, row: int, sample: TokenSample) -> None:
+        """Replace the sample in ``row``, or add one in row ``len(self)``."""
+        others = sample.key, sample.captions, len(sample.token_ids)
+        self._others[row : row + 1] = [others]
+        self._ids[row, : len(sample.token_ids)] = sample.token_ids
+
+
 class Samples(torch.utils.data.IterableDataset):
     """A stream of samples (see ``sequences.sample``): input_ids and labels, each (T,) int64, and the image's key.
 
@@ -72,7 +99,7 @@ class Samples(torch.utils.data.IterableDataset):
         self.data, self.text_tokenizer, self.vocabulary = data, text_tokenizer, vocabulary
         self.seed, self.held_out, self.image_tokenizer = seed, held_out, image_tokenizer
         self.part = Part()
-        self._tokenised: dict[str, list[int]] = {}
+        self._tokenised: dict[str, bytes] = {}  # uint32 ids by caption: a list of ints takes three times the memory
         self.photos = SampleStream(data.photos, seed=seed, output=output) if data.photos else None
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -91,11 +118,12 @@ class Samples(torch.utils.data.IterableDataset):
 
     def _words(self, caption: str) -> list[int]:
         """Ids of a caption, cut to the recipe's limit; the first CAPTION_CACHE captions are tokenised once."""
-        words = self._tokenised.get(caption)
-        if words is None:
-            words = caption_ids(self.text_tokenizer, caption)[: self.data.max_caption_tokens]
-            if len(self._tokenised) < CAPTION_CACHE:
-                self._tokenised[caption] = words
+        known = self._tokenised.get(caption)
+        if known is not None:
+            return np.frombuffer(known, np.uint32).tolist()
+        words = caption_ids(self.text_tokenizer, caption)[: self.data.max_caption_tokens]
+        if len(self._tokenised) < CAPTION_CACHE:
+            self._tokenised[caption] = np.array(words, np.uint32).tobytes()
         return words
 
     def _noise(self, token_ids: np.ndarray, seed: int | None) -> dict[str, Any]:
@@ -155,16 +183,15 @@ class Samples(torch.utils.data.IterableDataset):
             count = len(self.photos)
             yield from self._images(itertools.islice(self.photos.samples(number * count), count))
             return
-        window: list[TokenSample] = []
+        window = _Window(self.data.token_sets, self.data.shuffle_window)
         for image in self._images():
             assert isinstance(image, TokenSample)
-            image = image._replace(token_ids=image.token_ids.astype(np.uint32))  # half the memory
             if len(window) < self.data.shuffle_window:
-                window.append(image)
+                window[len(window)] = image
                 continue
             i = int(rng.integers(len(window)))
-            window[i], image = image, window[i]
-            yield image
+            drawn, window[i] = window[i], image
+            yield drawn
         for i in rng.permutation(len(window)):
             yield window[i]
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -305,8 +305,8 @@ def load_samples(path: Path) -> list[tuple[str, tuple[str, ...]]] | None:
 
     Raises: TokenFileError for a line that is not {"key": string, "captions": [strings]}.
     """
-    records = _sample_records(path)
-    return None if records is None else [(record["key"], tuple(record["captions"])) for record in records]
+    lines = _sample_lines(path)
+    return None if lines is None else [(record["key"], tuple(record["captions"])) for record in _records(path, lines)]
 
 
 def load_sizes(path: Path) -> list[tuple[int, int]]:
@@ -314,26 +314,34 @@ def load_sizes(path: Path) -> list[tuple[int, int]]:
 
     Raises: TokenFileError as ``load_samples``, and for a missing size.
     """
-    sizes = []
-    for number, record in enumerate(_sample_records(path) or (), 1):
-        size = record.get("size")
-        if not isinstance(size, list) or len(size) != 2 or not all(map(_is_count, size)):
-            raise TokenFileError(f"{samples_path(path)}: line {number}: size is {size!r}; expected [height, width].")
-        sizes.append((size[0], size[1]))
+    records = enumerate(_records(path, _sample_lines(path) or ()), 1)
+    sizes = [_size(record, number, path) for number, record in records]
     if not sizes:
         raise TokenFileError(f"{samples_path(path)}: missing or empty, but it holds the images' sizes.")
     return sizes
 
 
-def _sample_records(path: Path) -> list[dict[str, Any]] | None:
+def _size(record: dict[str, Any], number: int, path: Path) -> tuple[int, int]:
+    """The size in line ``number`` of the samples of ``path``."""
+    size = record.get("size")
+    if not isinstance(size, list) or len(size) != 2 or not all(map(_is_count, size)):
+        raise TokenFileError(f"{samples_path(path)}: line {number}: size is {size!r}; expected [height, width].")
+    return size[0], size[1]
+
+
+def _sample_lines(path: Path) -> list[str] | None:
     file = samples_path(path)
     try:
-        lines = lines_of(decode_text(file.read_bytes(), file))
+        return lines_of(decode_text(file.read_bytes(), file))
     except FileNotFoundError:
         return None
     except (OSError, DataError) as error:
         raise TokenFileError(f"{file}: cannot be read ({error}).") from error
-    samples = []
+
+
+def _records(path: Path, lines: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """The checked records of ``lines``, one at a time: parsed ones take five times the memory of their text."""
+    file = samples_path(path)
     for number, line in enumerate(lines, 1):
         try:
             record = load_json(line)
@@ -343,8 +351,7 @@ def _sample_records(path: Path) -> list[dict[str, Any]] | None:
         key, captions = record.get("key"), record.get("captions")
         if not isinstance(key, str) or not isinstance(captions, list) or set(map(type, captions)) - {str}:
             raise TokenFileError(f'{file}: line {number}: expected {{"key": string, "captions": strings}}.')
-        samples.append(record)
-    return samples
+        yield record
 
 
 class TokenSample(NamedTuple):
@@ -370,11 +377,14 @@ def read_sized_token_set(folder: Path) -> Iterator[tuple[TokenSample, tuple[int,
     for name, count in sorted(manifest.files.items()):
         path = folder / f"{name}.npy"
         ids = np.atleast_2d(load_token_ids(path, manifest.codebook_size, *manifest.lengths))
-        samples = load_samples(path) or [(name, ())]
-        if not len(ids) == len(samples) == count:
+        lines = _sample_lines(path)
+        if not len(ids) == len(lines or (name,)) == count:
             raise TokenFileError(
-                f"{path}: {len(ids)} rows, {len(samples)} keys, and {count} in the manifest. Encode it again."
+                f"{path}: {len(ids)} rows, {len(lines or (name,))} keys, and {count} in the manifest. Encode it again."
             )
-        sizes = load_sizes(path) if manifest.keep_aspect else [manifest.image_size] * count
-        for (key, captions), row, size in zip(samples, ids, sizes):
-            yield TokenSample(key, captions, row_of(row, manifest.codebook_size)), size
+        if not lines and manifest.keep_aspect:
+            raise TokenFileError(f"{samples_path(path)}: missing or empty, but it holds the images' sizes.")
+        records: Iterable[dict[str, Any]] = _records(path, lines) if lines else [{"key": name, "captions": ()}]
+        for number, (record, row) in enumerate(zip(records, ids), 1):
+            size = _size(record, number, path) if manifest.keep_aspect else manifest.image_size
+            yield TokenSample(record["key"], tuple(record["captions"]), row_of(row, manifest.codebook_size)), size

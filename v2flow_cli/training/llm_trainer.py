@@ -29,6 +29,7 @@ from v2flow_cli.training.optimizer import fuses
 from v2flow_cli.training.resume import check_same_ranks, check_same_recipe
 
 Log = Callable[[str], None]
+LOG_LINES = 1000  # the last ones, which are kept in memory and in each checkpoint
 
 
 @dataclass(frozen=True)
@@ -246,6 +247,7 @@ class RunClock(TrainerCallback, ExportableState):
             control.should_save = control.should_training_stop = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        del state.log_history[:-LOG_LINES]
         if "eval_loss" in logs:
             self.log(f"step {state.global_step}/{state.max_steps}  held-out loss {logs['eval_loss']:.4f}")
         if "loss" not in logs:
