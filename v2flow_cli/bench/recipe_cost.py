@@ -178,7 +178,7 @@ class _NoiseLatents(nn.Module):
             images
         )  # on the same device, with the same type
 
-    def decode(self, latents: Tensor) -> Tensor:
+    def decode(self, latents: Tensor, pixel_decoder: nn.Module | None = None) -> Tensor:
         return latents
 
 
