@@ -1,6 +1,7 @@
 """Decoders of the same token ids beside the one in ``model.safetensors``: ``decoder-NAME.safetensors`` in the folder.
 
-``config.json`` lists them under ``decoders``: for each name the ``DECODER_SECTIONS`` and the SHA-256 of its file.
+``config.json`` lists them under ``decoders``: for each name the ``DECODER_SECTIONS``, ``pixel_decoder`` and the SHA-256
+of its file.
 """
 
 from __future__ import annotations
