@@ -8,6 +8,9 @@ import torch
 from v2flow_cli.errors import ModelError
 from v2flow_cli.recipe.schema import TokenizerLoss
 from v2flow_cli.tokenizer import V2FlowConfig, V2FlowTokenizer
+from v2flow_cli.tokenizer.quantizer import TokenQuantizer
+from v2flow_cli.tokenizer.resampler import TokenResampler
+from v2flow_cli.training.objectives.objective import Objective
 
 LOSS = TokenizerLoss(flow=1.0, regression=1.0, commit=0.1, batch_entropy=0.0, guidance_dropout=0.3)
 GRID = {"kind": "grid", "hidden_size": 16, "depth": [1, 1], "tokens_per_256px": 64}
@@ -232,3 +235,10 @@ def test_the_digest_ignores_sampling_and_covers_the_parts():
     second.config.sampling = {**SAMPLING, "guidance": "apg", "guidance_scale": 4.0}
     assert first.digest == second.digest
     assert build({**REGISTERS, "causal": False}).digest != first.digest
+
+
+@pytest.mark.parametrize("interface", [TokenQuantizer, TokenResampler, Objective])
+def test_an_implementation_that_lacks_a_method_is_refused_when_it_is_built(interface):
+    incomplete = type("Incomplete", (interface,), {})
+    with pytest.raises(TypeError, match="abstract"):
+        incomplete()

@@ -69,8 +69,8 @@ class Latents(nn.Module):
     def copy_decoder(self) -> nn.Module:
         """A trainable copy of the autoencoder's decoder.  Raises: ModelError for an autoencoder of another class.
 
-        Departs (D16): the paper has one decoder and the autoencoder's pixels. A decoder with its own copy can be trained to
-        pixels while the token ids, and what other decoders make of them, stay the same.
+        Departs (D16): the paper has one decoder and the autoencoder's pixels. A decoder with its own copy can be
+        trained to pixels while the token ids, and what other decoders make of them, stay the same.
         """
         if self.kind != "V2FlowAutoencoder":
             raise ModelError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -16,29 +17,29 @@ class QuantizerOutput:
     commit_loss: Tensor
 
 
-class TokenQuantizer(nn.Module):
+class TokenQuantizer(nn.Module, ABC):
     """K codes for vectors of width D; built from (its section of the recipe, D)."""
 
+    @abstractmethod
     def forward(self, vectors: Tensor, step: int | None = None) -> QuantizerOutput:
         """Quantise vectors (B, N, D); ``step`` is the training step, None outside training."""
-        raise NotImplementedError
 
+    @abstractmethod
     def embed(self, token_ids: Tensor) -> Tensor:
         """Codes (B, N, D) of token ids (B, N), as ``QuantizerOutput.embeddings``."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def vectors(self) -> Tensor:
         """All codes (K, D) in the space of the input vectors."""
-        raise NotImplementedError
 
     def first_like(self, step: int) -> int:
         """The first training step with the same computation as ``step``, so that one compiled graph serves both."""
         return 0
 
+    @abstractmethod
     def statistics(self) -> dict[str, Tensor]:
         """``codebook_usage`` in [0, 1] and ``perplexity`` in [1, K] for the log, and others; each a tensor ()."""
-        raise NotImplementedError
 
 
 def perplexity(counts: Tensor) -> Tensor:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor, nn
 
 
-class TokenResampler(nn.Module):
+class TokenResampler(nn.Module, ABC):
     """Scaled latents (B, C, h, w) to tokens (B, n, d_v).
 
     A resampler may have several rates, each with its own number of tokens for the same image; rate 0 is the default.
@@ -17,9 +19,9 @@ class TokenResampler(nn.Module):
     ordered: int = 0  # longest ordered sequence; 0 where tokens lie on a grid
     flexible: bool = False  # True if every prefix of an image's tokens decodes
 
+    @abstractmethod
     def num_tokens(self, height: int, width: int, rate: int = 0) -> int:
         """Tokens of an image of ``height`` x ``width`` pixels."""
-        raise NotImplementedError
 
     def rates(self, height: int, width: int) -> list[int]:
         """The rates at which such an image divides into whole tokens, 0 first."""
@@ -46,6 +48,7 @@ class TokenResampler(nn.Module):
         """How many tokens (B,) each image of a training batch keeps; None if it keeps all."""
         return None
 
+    @abstractmethod
     def layout(
         self, height: int, width: int, rows: int, columns: int, device: torch.device, rate: int = 0
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -54,4 +57,3 @@ class TokenResampler(nn.Module):
         Returns: coordinates of the tokens (n, 2) in patches, the index of each patch's token (N,), and the index of
                  each patch among the patches of its token (N,).
         """
-        raise NotImplementedError
