@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from v2flow_cli.recipe.schema import FSQ
-from v2flow_cli.tokenizer.quantizer_fsq import FSQQuantizer, inverse_square_root
+from v2flow_cli.tokenizer.quantizer_fsq import FSQQuantizer
 
 
 def quantizer(levels=(5, 4), vector_size=2):
@@ -67,39 +67,3 @@ def test_usage_counts_recent_codes():
     figures = made.statistics()
     assert figures["codebook_usage"] == pytest.approx(2 / 20)
     assert figures["perplexity"] == pytest.approx(2.0, abs=1e-3)
-
-
-def correlated(seed, count=4096):
-    torch.manual_seed(seed)
-    return 3.0 + torch.randn(1, count, 3) @ torch.tensor([[0.3, 0.31, 0.3], [0.0, 0.02, 0.0], [0.0, 0.0, 0.04]])
-
-
-def test_whitened_numbers_are_uncorrelated_and_use_the_lattice():
-    plain = FSQQuantizer(FSQ("fsq", (8, 8, 8), 0.0), 3)
-    white = FSQQuantizer(FSQ("fsq", (8, 8, 8), 0.0, whiten=True), 3)
-    for step in range(200):
-        white(correlated(step), step=step)
-    vectors = correlated(1000)
-    used = [len(made(vectors).token_ids.unique()) for made in (plain, white)]
-    assert used[1] > 450 > 10 * used[0]
-    codes = white(vectors).embeddings[0]
-    assert (torch.corrcoef(codes.T) - torch.eye(3)).abs().max() < 0.1
-
-
-def test_the_whitener_is_part_of_the_weights_and_fixed_outside_training():
-    made = FSQQuantizer(FSQ("fsq", (8, 5), 0.0, whiten=True), 2)
-    made(torch.randn(2, 50, 2) * torch.tensor([0.01, 20.0]), step=0)
-    other = FSQQuantizer(FSQ("fsq", (8, 5), 0.0, whiten=True), 2)
-    other.load_state_dict(made.state_dict())
-    vectors = torch.randn(2, 50, 2)
-    ids = made(vectors).token_ids
-    assert torch.equal(made(vectors).token_ids, ids) and torch.equal(other(vectors).token_ids, ids)
-
-
-def test_inverse_square_root_of_a_nearly_singular_matrix():
-    torch.manual_seed(0)
-    basis = torch.linalg.qr(torch.randn(6, 6)).Q
-    for smallest in (1.0, 1e-2, 1e-4):
-        matrix = basis @ torch.diag(torch.linspace(smallest, 4.0, 6)) @ basis.T
-        root = inverse_square_root(matrix)
-        assert torch.allclose(root @ matrix @ root, torch.eye(6), atol=5e-3)

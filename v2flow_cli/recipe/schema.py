@@ -187,7 +187,6 @@ class FSQ:
     kind: Literal["fsq"]
     levels: tuple[int, ...]  # number of values of each number; their product is K
     usage_floor: float  # training stops when codebook usage stays under this share
-    whiten: bool = False  # decorrelates the numbers before rounding, by running statistics
 
     start_step = 0  # quantises from the first step
 

@@ -13,8 +13,6 @@ from v2flow_cli.runtime.processes import sum_in_place
 from v2flow_cli.tokenizer.quantizer import QuantizerOutput, TokenQuantizer, perplexity
 
 USAGE_DECAY = 0.99  # of the running counts, per step
-MOMENT_DECAY = 0.99  # of the running moments, per step
-LOGISTIC_STD = math.pi / math.sqrt(12)  # tanh of a logistic variable of this standard deviation is uniform
 
 
 class FSQQuantizer(TokenQuantizer):
@@ -23,17 +21,11 @@ class FSQQuantizer(TokenQuantizer):
     A vector with as many components as there are levels is rounded directly. A wider one (a mixture of LLM words) is
     projected down before and up after rounding, so its codes lie in an affine subspace of ``len(levels)`` dimensions
     of the vocabulary space, and the commitment loss pulls the vectors towards it. Without projections that loss is 0.
-
-    With ``whiten`` the components are decorrelated before rounding. A resampler after a short training gives
-    components that nearly depend on each other, and most of the lattice then stays empty (docs/flextok.md).
     """
 
     levels: Tensor
     basis: Tensor
     counts: Tensor
-    moments: Tensor
-    mean: Tensor
-    whitener: Tensor
 
     def __init__(self, settings: FSQ, vector_size: int) -> None:
         super().__init__()
@@ -43,10 +35,6 @@ class FSQQuantizer(TokenQuantizer):
         self.register_buffer("levels", levels)
         self.register_buffer("basis", torch.cumprod(levels, 0) // levels)  # 1, L1, L1 L2, ...
         self.register_buffer("counts", torch.zeros(settings.codebook_size))  # running vectors per step
-        if settings.whiten:
-            self.register_buffer("moments", torch.zeros(width + 1, width + 1))  # running mean of [1, x]^T [1, x]
-            self.register_buffer("mean", torch.zeros(width))
-            self.register_buffer("whitener", torch.eye(width))
         self.projected = vector_size != width
         self.down = nn.Linear(vector_size, width) if self.projected else nn.Identity()
         self.up = nn.Linear(width, vector_size) if self.projected else nn.Identity()
@@ -55,30 +43,13 @@ class FSQQuantizer(TokenQuantizer):
         """Quantise (B, N, D) with straight-through gradients; a training ``step`` also counts the codes."""
         with without_autocast(vectors):
             vectors = vectors.float()
-            steps = self._round(self._whitened(self.down(vectors), step))
+            steps = self._round(self.down(vectors))
             ids = ((steps + self.levels // 2).round().long() * self.basis).sum(-1)
             codes = self.up(steps / (self.levels // 2))
             if step is not None:
                 self._count(ids)
             commit_loss = (vectors - codes).square().mean() if self.projected else vectors.new_zeros(())
         return QuantizerOutput(codes, ids, commit_loss)
-
-    def _whitened(self, x: Tensor, step: int | None) -> Tensor:
-        """``x`` (B, N, D) with components that are uncorrelated, and about uniform after the bound of ``_round``."""
-        if not self.settings.whiten:
-            return x
-        if step is not None:
-            self._update_whitener(x)
-        return (x - self.mean) @ self.whitener * LOGISTIC_STD
-
-    @torch.no_grad()
-    def _update_whitener(self, x: Tensor) -> None:
-        x = torch.cat([torch.ones_like(x[..., :1]), x], dim=-1).flatten(0, -2)
-        total = sum_in_place(x.T @ x)
-        self.moments.lerp_(total / total[0, 0], 1 - MOMENT_DECAY)
-        moments = self.moments / self.moments[0, 0]  # moments[0, 0] corrects for the start at 0
-        self.mean.copy_(moments[0, 1:])
-        self.whitener.copy_(inverse_square_root(moments[1:, 1:] - moments[0, 1:].outer(moments[0, 1:])))
 
     def _round(self, x: Tensor) -> Tensor:
         """Whole numbers of steps from the middle: -L/2 to L/2 - 1 for even L, -(L - 1)/2 to (L - 1)/2 for odd."""
@@ -106,18 +77,3 @@ class FSQQuantizer(TokenQuantizer):
         """Usage (codes chosen in recent steps) and perplexity of the running counts."""
         alive = self.counts > (1 - USAGE_DECAY) * math.exp(-1)  # used once in the last 1 / (1 - decay) steps
         return {"codebook_usage": alive.float().mean(), "perplexity": perplexity(self.counts)}
-
-
-def inverse_square_root(matrix: Tensor, iterations: int = 20) -> Tensor:
-    """Of a symmetric positive matrix (D, D), by the coupled Newton-Schulz iteration (Higham 2008, Eq. 6.35).
-
-    Products alone, so that a step on a GPU does not wait for the host, as it does for eigenvalues. Eigenvalues below
-    some 1e-6 of the trace are not inverted in full.
-    """
-    identity = torch.eye(len(matrix), device=matrix.device, dtype=matrix.dtype)
-    trace = matrix.trace().clamp_min(torch.finfo(matrix.dtype).tiny)
-    root, inverse = matrix / trace, identity
-    for _ in range(iterations):
-        middle = (3 * identity - inverse @ root) / 2
-        root, inverse = root @ middle, middle @ inverse
-    return inverse / trace.sqrt()
