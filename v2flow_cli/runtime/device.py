@@ -72,8 +72,14 @@ def pick_batch_size(device: torch.device, image_size: int) -> int:
 
 def without_autocast(tensor: torch.Tensor) -> torch.autocast:
     """A context without autocast on the device of ``tensor``."""
-    kind = tensor.device.type  # "meta" in a dry run
-    return torch.autocast(kind if torch.amp.is_autocast_available(kind) else "cpu", enabled=False)
+    kind = tensor.device.type
+    # "meta" (a dry run) has no autocast. torch.amp.is_autocast_available would tell, but torch 2.11 cannot trace it.
+    return torch.autocast("cpu" if kind == "meta" else kind, enabled=False)
+
+
+def draw_noise(data: torch.Tensor) -> torch.Tensor:
+    """Standard normal noise of the shape of ``data``, in float32: in bf16 torch 2.11 draws other numbers."""
+    return torch.randn_like(data, dtype=torch.float32)
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.configuration_utils import PretrainedConfig
 
+from v2flow_cli.runtime.device import draw_noise
 from v2flow_cli.tokenizer.pretrained import PretrainedModule
 
 
@@ -111,5 +112,5 @@ class V2FlowAutoencoder(PretrainedModule):
         noisy = latents
         if self.training and self.config.latent_noise:
             rms = latents.float().square().mean().sqrt()
-            noisy = latents + self.config.latent_noise * rms.to(latents.dtype) * torch.randn_like(latents)
+            noisy = latents + self.config.latent_noise * rms * draw_noise(latents)
         return self.decode(noisy), latents

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from v2flow_cli.recipe.schema import Sampling, TokenizerLoss
+from v2flow_cli.runtime.device import draw_noise
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class ImageLossPlan:
 
     def noise_like(self, data: Tensor) -> Tensor:
         """The initial noise, from torch's generator; zeros draw no random number."""
-        return self.noise_temperature * torch.randn_like(data) if self.noise_temperature else torch.zeros_like(data)
+        return self.noise_temperature * draw_noise(data) if self.noise_temperature else torch.zeros_like(data)
 
 
 @dataclass(frozen=True)

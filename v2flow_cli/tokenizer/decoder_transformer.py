@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from v2flow_cli.errors import ModelError
 from v2flow_cli.recipe.schema import FlowTransformer, Sampling, TokenizerLoss
+from v2flow_cli.runtime.device import draw_noise
 from v2flow_cli.tokenizer.context import Block, RotaryPositions, nearby, sines
 from v2flow_cli.tokenizer.decoder import DecoderLosses, ImageLossPlan, StepPlan, TokenInput, count_dropped
 from v2flow_cli.tokenizer.flow import TIME_FEATURES, ProbabilityPath, sample_times, solve, time_features
@@ -152,7 +153,7 @@ class VelocityTransformer(nn.Module):
 
     def _predict(self, data: Tensor, t: Tensor, memory: Memory) -> Tensor:
         """The data (B, N, P), float32, predicted from a point on the path at times t (B,)."""
-        z_t = self.path.point(data, torch.randn_like(data), t[:, None, None])
+        z_t = self.path.point(data, draw_noise(data), t[:, None, None])
         return self(z_t.to(memory.tokens.dtype), t, memory).float()
 
     def sample(self, inputs: TokenInput, noise: Tensor, seeds: Sequence[int], settings: Sampling) -> Tensor:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from v2flow_cli.recipe.schema import Flow
+from v2flow_cli.runtime.device import draw_noise
 from v2flow_cli.tokenizer.decoder import ImageLossPlan
 
 T_MIN = 0.05  # the loss weight 1 / t^2 is that of T_MIN below it
@@ -138,7 +139,7 @@ class VelocityNetwork(nn.Module):
         losses = []
         for _ in range(settings.repeats):
             t = sample_times(len(data), settings.time_shift, data.device)
-            noise = torch.randn_like(data)
+            noise = draw_noise(data)
             z_t = self.path.point(data, noise, t[:, None, None])
             predicted = self(z_t.to(context.dtype), t, condition).float()
             error = (predicted - data.float()).square().mean((1, 2))
