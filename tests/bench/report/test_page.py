@@ -189,9 +189,13 @@ addEventListener("load", () => setTimeout(() => {
 def test_a_slider_over_lengths_in_a_browser(sample_images, tmp_path: Path) -> None:
     photos = [("a", sample_images[0]), (EVIL, sample_images[1])]
     settings = parse_sweeps(["tokens=1,2,6"])
-    bench = run_bench({"flex": build()}, photos, settings=settings, batch_size=2, keep=2, with_codecs=False)
-    text = render(Page("Lengths", "lead", tables([bench]), "v2flow bench", benches=[bench]))
+    flex = build()
+    bench = run_bench({"flex": flex}, photos, settings=settings, batch_size=2, keep=2, with_codecs=False)
+    views = {"flex": token_view(flex)}
+    text = render(Page("Lengths", "lead", tables([bench]), "v2flow bench", benches=[bench], views=views))
     assert text.count('<label class="lengths">') == 2 and "flex: <b>1 to 6</b> tokens" in text
+    assert text.count("6 tokens in reading order") == 2  # those of the longest sequence
+    assert text.index('<label class="lengths">') < text.index('<div class="view"')  # a row of its own
     labels = [attributes.get("aria-label") for _, attributes in Tags(text).tags]
     assert f"Tokens of {EVIL}, flex" in labels  # escaped once
     file = tmp_path / "page.html"

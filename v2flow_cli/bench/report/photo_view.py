@@ -14,7 +14,7 @@ from v2flow_cli.bench.report.tables import show_number
 from v2flow_cli.bench.report.token_view import TokenView
 from v2flow_cli.bench.run import Bench
 
-MAX_ERROR_MAPS = 3  # with more tokenizers than this, only the first has an error map
+MAX_ERROR_MAPS = 3  # with more tokenizers than this, only the one with the most tokens has an error map
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,8 @@ class PhotoView:
 
 
 def photo_view(bench: Bench, image: KeptImage, views: Mapping[str, TokenView]) -> PhotoView:
-    """The view of one photo; ``views`` by family colour the tokens of the first tokenizer that has one."""
-    reader = next((row for row in bench.result.coders if row.family in views), None)
+    """The view of one photo; ``views`` by family colour the tokens of the longest sequence that has one."""
+    reader = _longest([row for row in bench.result.coders if row.family in views])
     variants, tokens = [*_pictures(bench, image)], None
     if reader is not None:
         ids, view = image.token_ids[reader.system], views[reader.family]
@@ -74,6 +74,11 @@ def photo_view(bench: Bench, image: KeptImage, views: Mapping[str, TokenView]) -
         tokens = TokenStrip(ids.tolist(), token_grid_shape(len(ids)), strips, json.dumps(words, ensure_ascii=False))
     sliders = _sliders(bench.result.coders)
     return PhotoView(image.name, bench.result.protocol.image_size, image.reference, variants, sliders, tokens)
+
+
+def _longest(coders: Sequence[Row]) -> Row | None:
+    """The tokenizer with the most tokens, the first of several; None of none."""
+    return max(coders, key=lambda row: row.tokens_per_image or 0, default=None)
 
 
 def _sliders(coders: Sequence[Row]) -> list[Slider]:
@@ -94,7 +99,8 @@ def _pictures(bench: Bench, image: KeptImage) -> Iterator[Variant]:
     for row in [*coders, *(row for row in rows if row.kind == "autoencoder")]:
         figures = bench.result.figures_of(image.name, row.system)
         yield Variant(row.system, f"{_psnr(figures)} · {figures.values['ssim']:.3f}", image.pictures[row.system])
-    for row in coders if len(coders) <= MAX_ERROR_MAPS else coders[:1]:
+    longest = _longest(coders)
+    for row in coders if len(coders) <= MAX_ERROR_MAPS or longest is None else [longest]:
         label = "error" if len(coders) == 1 else f"error, {row.system}"
         yield Variant(label, "absolute difference", error_map(image.reference, image.pictures[row.system]))
     for row in (row for row in rows if row.kind == "codec"):
