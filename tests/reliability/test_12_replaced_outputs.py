@@ -1,7 +1,8 @@
 """12. Whatever a command replaces is the old or the new one, or readers refuse it: killed at every file operation.
 
 Sets of shards, and tokens of tars, are in test_11. Each case here is a command over an output that exists. It is killed
-at every operation that changes a file; files that it writes are then empty, or end in half a line.
+at every operation that changes a file; files that it writes are then empty, or end in half a line. Commands that load
+a model are killed at every few operations every day, and at more of them among the slow tests.
 """
 
 import dataclasses
@@ -46,6 +47,11 @@ from v2flow_cli.tokenizer.autoencoder import V2FlowAutoencoder
 from v2flow_cli.training.budget_stage import StageRun
 from v2flow_cli.training.loop import train
 from v2flow_cli.training.objectives.drawing import finetune
+
+
+def killed_at_every(everyday, slow):
+    """Parametrize ``every``: the command is killed at every so many operations."""
+    return pytest.mark.parametrize("every", [everyday, pytest.param(slow, marks=pytest.mark.slow)])
 
 
 def check(out, command, read, *, every=1, again=None, after=None, ignored=r"(.*/)?\..*"):
@@ -189,18 +195,20 @@ def each(old, new):
     return read
 
 
-def test_decoded_pictures(photos, encode, tmp_path, tiny_tokenizer_folder):
+@killed_at_every(5, slow=2)
+def test_decoded_pictures(photos, encode, tmp_path, tiny_tokenizer_folder, every):
     encode(photos[0], tmp_path / "tokens")
     decode = partial(cli, "decode", tmp_path / "tokens", "--model", tiny_tokenizer_folder, "--device", "cpu")
     decode("-o", tmp_path / "after", "--seed", 1)
     decode("-o", tmp_path / "out")
     command = partial(decode, "-o", tmp_path / "out", "--seed", 1, "--force")
     read = each(pictures(tmp_path / "out"), pictures(tmp_path / "after"))
-    check(tmp_path / "out", command, read, every=2, after=tmp_path / "after")
+    check(tmp_path / "out", command, read, every=every, after=tmp_path / "after")
 
 
+@killed_at_every(11, slow=2)
 @pytest.mark.parametrize("force", [True, False])
-def test_drawn_pictures(tmp_path, tiny_tokenizer_folder, drawing_llm, force):  # noqa: F811
+def test_drawn_pictures(tmp_path, tiny_tokenizer_folder, drawing_llm, force, every):  # noqa: F811
     """With their tokens, a grid and the list of prompts, which a second run without --force goes on with."""
     (tmp_path / "p.txt").write_text("ein Füchslein\ntwo dogs\n", encoding="utf-8")
     models = ["--model", drawing_llm, "--tokenizer", tiny_tokenizer_folder, "--device", "cpu", "--save-tokens"]
@@ -211,12 +219,12 @@ def test_drawn_pictures(tmp_path, tiny_tokenizer_folder, drawing_llm, force):  #
         draw("-o", out, "--cfg", 1)
         read = each(pictures(out), pictures(tmp_path / "after"))
         command = partial(draw, "-o", out, "--cfg", 3, "--force")
-        states = check(out, command, read, every=3, after=tmp_path / "after", ignored=r".*\.jsonl|\..*")
+        states = check(out, command, read, every=every, after=tmp_path / "after", ignored=r".*\.jsonl|\..*")
         assert "old" in states
         return
     out.mkdir()
     final = content(tmp_path / "after")
-    for _ in kills(out, partial(draw, "-o", out, "--cfg", 3), 2):
+    for _ in kills(out, partial(draw, "-o", out, "--cfg", 3), every):
         for path in out.glob("[!.]*.png"):
             Image.open(path).load()
         draw("-o", out, "--cfg", 3)
@@ -233,7 +241,8 @@ def test_a_grid_of_other_pictures_is_not_kept(tmp_path, tiny_tokenizer_folder, d
     assert done.exit_code == 1 and "a-red-fox-grid.png: exists, drawn with temperatures [0.5, 1.0]" in done.stderr
 
 
-def test_the_demo_page(tmp_path, photos, tiny_tokenizer_folder, drawing_llm, monkeypatch):  # noqa: F811
+@killed_at_every(17, slow=4)
+def test_the_demo_page(tmp_path, photos, tiny_tokenizer_folder, drawing_llm, monkeypatch, every):  # noqa: F811
     """The page and every picture of it are whole; the page has timings, which differ."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     out = tmp_path / "out"
@@ -249,7 +258,7 @@ def test_the_demo_page(tmp_path, photos, tiny_tokenizer_folder, drawing_llm, mon
         assert text == old or text.rstrip().endswith(b"</html>")
         return text == old
 
-    check(out, partial(make, photos[1]), page, every=4, ignored=r"(.*/)?\..*|index\.html|tokens/manifest\.json")
+    check(out, partial(make, photos[1]), page, every=every, ignored=r"(.*/)?\..*|index\.html|tokens/manifest\.json")
 
 
 @pytest.fixture(scope="module")
@@ -288,22 +297,23 @@ def loaded(cls):
 EXPORTS = r"(?!(config\.json|model\.safetensors)$).*"
 
 
-def test_the_export_of_a_training(world, tmp_path):  # noqa: F811
+@killed_at_every(3, slow=1)
+def test_the_export_of_a_training(world, tmp_path, every):  # noqa: F811
     first = training_recipe(world, "autoencoder", tmp_path / "out", "train.steps=2")
     train(first, resume=False, log=quiet)
     second = dataclasses.replace(first, train=dataclasses.replace(first.train, save_dtype="bf16"))
     command = partial(train, second, resume=True, log=quiet)
-    states = check(tmp_path / "out", command, loaded(V2FlowAutoencoder), ignored=EXPORTS)
+    states = check(tmp_path / "out", command, loaded(V2FlowAutoencoder), every=every, ignored=EXPORTS)
     assert states >= {"old", "refused"}
 
 
-def test_the_export_of_a_finetuned_llm(recipe):  # noqa: F811
+@killed_at_every(7, slow=2)
+def test_the_export_of_a_finetuned_llm(recipe, every):  # noqa: F811
     finetune(recipe, log=quiet)
     second = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, save_dtype="bf16"))
     read = lambda folder: [t.float().sum().item() for t in load_llm(str(folder), torch.float32)[0].parameters()]  # noqa: E731
-    states = check(
-        Path(recipe.output), lambda: finetune(second, log=quiet, resume=True), read, ignored=EXPORTS, every=2
-    )
+    command = lambda: finetune(second, log=quiet, resume=True)  # noqa: E731
+    states = check(Path(recipe.output), command, read, every=every, ignored=EXPORTS)
     assert states >= {"old", "refused"}
 
 
