@@ -146,6 +146,20 @@ def test_prefixes_of_random_length_end_only_where_the_picture_does(text_tokenize
     assert {sum(300 <= i < 364 for i in s) for s in whole} == {4}
 
 
+def test_the_images_of_a_step_share_the_length_of_their_prefix(text_tokenizer, vocabulary, tmp_path, token_set):
+    """A step is then as wide as its prefix; passes of 12 images do not begin where steps do."""
+    token_set(tmp_path, length=16)
+    flexible = replace(vocabulary, flexible=True, tokens_per_image=16)
+    data = pairs(tmp_path, prefix_lengths="uniform")
+    samples = Samples(data, text_tokenizer, flexible, seed=0, step_size=8)
+    counts = [sum(300 <= i < 364 for i in s) for s in first(samples, 400)]
+    steps = [set(counts[i : i + 8]) for i in range(0, 400, 8)]
+    assert all(len(step) == 1 for step in steps)
+    assert len(set(counts)) > 10
+    samples.part = Part(start=16, batch=4, rank=1, ranks=2)
+    assert [sum(300 <= i < 364 for i in s) for s in first(samples, 8)] == [*counts[20:24], *counts[28:32]]
+
+
 def test_prefixes_need_a_tokenizer_of_flexible_length(tmp_path, token_set):
     token_set(tmp_path)
     data = pairs(tmp_path, prefix_lengths="uniform")

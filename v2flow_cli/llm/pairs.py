@@ -81,7 +81,9 @@ class Samples(torch.utils.data.IterableDataset):
 
     Without ``held_out`` it is endless: every pass draws one of an image's captions, drops it with the recipe's
     probability, and shuffles, all from ``seed`` and the number of the pass. The n-th sample does not depend on the
-    number of processes, so a resumed run continues exactly at ``part.start``. With ``held_out`` it is one pass in file
+    number of processes, so a resumed run continues exactly at ``part.start``. The images of a step share the draw of
+    ``data.prefix_lengths``: a short prefix beside a whole picture would only be padded to its length, and a step that
+    costs as much as its prefix trains on four times as many images. With ``held_out`` it is one pass in file
     order over the held-out images, each with its first caption.
     """
 
@@ -94,10 +96,14 @@ class Samples(torch.utils.data.IterableDataset):
         held_out: bool = False,
         image_tokenizer: V2FlowTokenizer | None = None,
         output: str | None = None,
+        step_size: int = 1,
     ) -> None:
-        """``image_tokenizer`` encodes ``data.photos``; the folder ``output`` is not searched for them."""
+        """``image_tokenizer`` encodes ``data.photos``; the folder ``output`` is not searched for them.
+
+        Args:  step_size, images of an optimizer step over all processes.
+        """
         self.data, self.text_tokenizer, self.vocabulary = data, text_tokenizer, vocabulary
-        self.seed, self.held_out, self.image_tokenizer = seed, held_out, image_tokenizer
+        self.seed, self.held_out, self.image_tokenizer, self.step_size = seed, held_out, image_tokenizer, step_size
         self.part = Part()
         self._tokenised: dict[str, bytes] = {}  # uint32 ids by caption: a list of ints takes three times the memory
         self.photos = SampleStream(data.photos, seed=seed, output=output) if data.photos else None
@@ -145,6 +151,7 @@ class Samples(torch.utils.data.IterableDataset):
             yield Pair(image.captions[0] if image.captions else "", image, None, True, False, None)
 
     def _endless(self) -> Iterator[Pair]:
+        position = itertools.count()
         for number in itertools.count():
             rng = np.random.default_rng([self.seed, number])
             empty = True
@@ -155,7 +162,9 @@ class Samples(torch.utils.data.IterableDataset):
                 drop, to_text = rng.random() < self.data.caption_dropout, rng.random() < self.data.image_to_text_share
                 length, whole = int(rng.choice(lengths)) if lengths else None, self._length(image)
                 if self.data.prefix_lengths != "none":
-                    length = _prefix_length(self.data.prefix_lengths, whole, rng)
+                    step = next(position) // self.step_size
+                    share = np.random.default_rng([self.seed, step, 1]).random()
+                    length = _prefix_length(self.data.prefix_lengths, whole, share)
                 ended = self.data.prefix_lengths == "none" or length == whole
                 to_text = bool(to_text and caption)
                 seed = int(rng.integers(2**63)) if self.data.token_noise or self.data.label_share < 1 else None
@@ -205,9 +214,10 @@ class Samples(torch.utils.data.IterableDataset):
         return encode_photos(self.image_tokenizer, photos, self.vocabulary.tokens_per_image)
 
 
-def _prefix_length(kind: str, whole: int, rng: np.random.Generator) -> int:
-    """How many of ``whole`` tokens a sample keeps, by ``data.prefix_lengths``."""
-    return int(rng.integers(1, whole + 1) if kind == "uniform" else rng.choice(doublings(whole)))
+def _prefix_length(kind: str, whole: int, share: float) -> int:
+    """How many of ``whole`` tokens a sample keeps, by ``data.prefix_lengths``; ``share``, uniform in [0, 1)."""
+    lengths: Sequence[int] = range(1, whole + 1) if kind == "uniform" else doublings(whole)
+    return lengths[int(share * len(lengths))]
 
 
 @torch.no_grad()

@@ -398,8 +398,8 @@ class TokenPairs:
     # Tokens per image. Flexible tokenizer: drawn from these (empty: from all lengths). Tokenizer with several lengths:
     # the length at which photos are encoded (empty: its first).
     lengths: tuple[int, ...] = ()
-    # Prefixes of random length, for a flexible tokenizer. A prefix has no end mark, so that the LLM still learns where
-    # a picture ends.
+    # Prefixes of random length, one draw for all images of a step, for a flexible tokenizer. A prefix has no end mark,
+    # so that the LLM still learns where a picture ends.
     prefix_lengths: Literal["none", "uniform", "power_of_two"] = "none"
     token_noise: float = 0.0  # up to this share of a picture's input ids is replaced by random ids; labels are not
     label_share: float = 1.0  # share of a picture's ids that have labels in a sample

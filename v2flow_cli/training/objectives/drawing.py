@@ -215,6 +215,7 @@ def finetune(recipe: FinetuneRecipe, *, log: Log, resume: bool = False, approxim
         log_data(recipe.data, recipe.output, log)
     samples = functools.partial(Samples, recipe.data, text_tokenizer, vocabulary, recipe.train.seed)
     samples = functools.partial(samples, image_tokenizer=image_tokenizer.to(arguments.device), output=recipe.output)
+    samples = functools.partial(samples, step_size=recipe.train.batch_size)
     held_out = list(itertools.islice(samples(held_out=True), HELD_OUT_MAX))
     if recipe.train.eval_every and not held_out:
         raise DataError("train.eval_every needs held-out images, but data.held_out_share leaves none.")
