@@ -146,11 +146,12 @@ def test_prefixes_of_random_length_end_only_where_the_picture_does(text_tokenize
     assert {sum(300 <= i < 364 for i in s) for s in whole} == {4}
 
 
-def test_the_images_of_a_step_share_the_length_of_their_prefix(text_tokenizer, vocabulary, tmp_path, token_set):
-    """A step is then as wide as its prefix; passes of 12 images do not begin where steps do."""
+@pytest.mark.parametrize("setting", [{"prefix_lengths": "uniform"}, {"lengths": tuple(range(1, 17))}])
+def test_the_images_of_a_step_share_their_length(text_tokenizer, vocabulary, tmp_path, token_set, setting):
+    """A step is then as wide as its length; passes of 12 images do not begin where steps do."""
     token_set(tmp_path, length=16)
     flexible = replace(vocabulary, flexible=True, tokens_per_image=16)
-    data = pairs(tmp_path, prefix_lengths="uniform")
+    data = pairs(tmp_path, **setting)
     samples = Samples(data, text_tokenizer, flexible, seed=0, step_size=8)
     counts = [sum(300 <= i < 364 for i in s) for s in first(samples, 400)]
     steps = [set(counts[i : i + 8]) for i in range(0, 400, 8)]

@@ -82,9 +82,8 @@ class Samples(torch.utils.data.IterableDataset):
     Without ``held_out`` it is endless: every pass draws one of an image's captions, drops it with the recipe's
     probability, and shuffles, all from ``seed`` and the number of the pass. The n-th sample does not depend on the
     number of processes, so a resumed run continues exactly at ``part.start``. The images of a step share the draw of
-    ``data.prefix_lengths``: a short prefix beside a whole picture would only be padded to its length, and a step that
-    costs as much as its prefix trains on four times as many images. With ``held_out`` it is one pass in file
-    order over the held-out images, each with its first caption.
+    ``data.lengths`` and ``data.prefix_lengths``, because a short sequence beside a long one is padded to its length and
+    costs as much. With ``held_out`` it is one pass in file order over the held-out images, each with its first caption.
     """
 
     def __init__(
@@ -157,14 +156,13 @@ class Samples(torch.utils.data.IterableDataset):
             empty = True
             for image in self._shuffled(number, rng):
                 empty = False
-                count, lengths = len(image.captions), self.data.lengths
+                count = len(image.captions)
                 caption = image.captions[rng.integers(count)] if count else ""
                 drop, to_text = rng.random() < self.data.caption_dropout, rng.random() < self.data.image_to_text_share
-                length, whole = int(rng.choice(lengths)) if lengths else None, self._length(image)
-                if self.data.prefix_lengths != "none":
-                    step = next(position) // self.step_size
-                    share = np.random.default_rng([self.seed, step, 1]).random()
-                    length = _prefix_length(self.data.prefix_lengths, whole, share)
+                step, whole = next(position) // self.step_size, self._length(image)
+                lengths = _lengths(self.data, whole)
+                share = np.random.default_rng([self.seed, step, 1]).random() if lengths else 0.0
+                length = lengths[int(share * len(lengths))] if lengths else None
                 ended = self.data.prefix_lengths == "none" or length == whole
                 to_text = bool(to_text and caption)
                 seed = int(rng.integers(2**63)) if self.data.token_noise or self.data.label_share < 1 else None
@@ -214,10 +212,11 @@ class Samples(torch.utils.data.IterableDataset):
         return encode_photos(self.image_tokenizer, photos, self.vocabulary.tokens_per_image)
 
 
-def _prefix_length(kind: str, whole: int, share: float) -> int:
-    """How many of ``whole`` tokens a sample keeps, by ``data.prefix_lengths``; ``share``, uniform in [0, 1)."""
-    lengths: Sequence[int] = range(1, whole + 1) if kind == "uniform" else doublings(whole)
-    return lengths[int(share * len(lengths))]
+def _lengths(data: TokenPairs, whole: int) -> Sequence[int]:
+    """The numbers of tokens that an image of ``whole`` tokens may keep; empty: it keeps all."""
+    if data.prefix_lengths == "none":
+        return data.lengths
+    return range(1, whole + 1) if data.prefix_lengths == "uniform" else doublings(whole)
 
 
 @torch.no_grad()

@@ -395,8 +395,8 @@ class TokenPairs:
     held_out_share: float  # of the images, chosen by a hash of their key, for the loss on the model card
     photos: tuple[str, ...] = ()  # instead of token_sets: captioned tars or folders, encoded again in every pass
     image_to_text_share: float = 0.0  # share of samples with the image as prompt and the caption as answer
-    # Tokens per image. Flexible tokenizer: drawn from these (empty: from all lengths). Tokenizer with several lengths:
-    # the length at which photos are encoded (empty: its first).
+    # Tokens per image. Flexible tokenizer: one of these for each step (empty: all tokens). Tokenizer with several
+    # lengths: the length at which photos are encoded (empty: its first).
     lengths: tuple[int, ...] = ()
     # Prefixes of random length, one draw for all images of a step, for a flexible tokenizer. A prefix has no end mark,
     # so that the LLM still learns where a picture ends.
