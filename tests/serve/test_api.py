@@ -315,6 +315,21 @@ def test_new_requests_are_refused_during_shutdown(models):
         assert get(f"{url}/health").status_code == 503
 
 
+def test_a_request_whose_body_is_still_on_the_way_at_shutdown_is_done(models):
+    with serving(models) as (url, service):
+
+        def body():
+            content = json.dumps(FOX).encode()
+            yield content[:5]
+            eventually(lambda: service.metrics.in_flight._value.get() == 1)
+            service.closing = True
+            yield content[5:]
+
+        answer = post(f"{url}{DRAW}", content=body(), headers={"content-type": "application/json"})
+        assert answer.status_code == 200, answer.text
+        assert post(f"{url}{DRAW}", json=FOX).status_code == 503
+
+
 def test_an_internal_error_has_the_same_format(models, monkeypatch):
     def fails(*args, **kwargs):
         raise RuntimeError("secret detail")

@@ -74,8 +74,6 @@ class Service:
 
     async def compute(self, request: HttpRequest, task: Any, payloads: Sequence[Any]) -> list[Any]:
         """Results for ``payloads``. They leave the queue if the client disconnects or after the time limit."""
-        if self.closing:
-            raise ApiError(503, "The server is shutting down. Send the request again later.", retry_after=5)
         job = asyncio.ensure_future(self.batcher.submit(task, payloads))
         disconnect = asyncio.ensure_future(_disconnected(request))
         try:
@@ -160,7 +158,8 @@ def create_app(models: Models, limits: Limits | None = None, api_key: str | None
     service = Service(models, limits)
     app = FastAPI(title="v2flow", version=__version__, lifespan=service.lifespan)
     app.state.service = service
-    app.add_middleware(Gate, limits=limits, api_key=api_key, gauge=service.metrics.body_bytes)
+    gauge, closing = service.metrics.body_bytes, lambda: service.closing
+    app.add_middleware(Gate, limits=limits, api_key=api_key, gauge=gauge, closing=closing)
     app.add_middleware(MetricsMiddleware, metrics=service.metrics)
     install_handlers(app)
 

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import hmac
 import io
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from PIL import Image
@@ -58,13 +59,16 @@ def read_picture(content: bytes, limits: Limits, param: str) -> Image.Image:
 
 
 class Gate:
-    """ASGI middleware: the API key, and limits on the size and the duration of bodies.
+    """ASGI middleware: the API key, the end of the server, and limits on the size and the duration of bodies.
 
-    All bodies in memory together may have four times the size limit of one body.
+    All bodies in memory together may have four times the size limit of one body. Work that arrives while the server is
+    ``closing`` is refused here, so that what arrived before is done, even if its body was still on the way.
     """
 
-    def __init__(self, app: ASGIApp, limits: Limits, api_key: str | None, gauge: Gauge) -> None:
-        self.app, self.limits, self.api_key = app, limits, api_key
+    def __init__(
+        self, app: ASGIApp, limits: Limits, api_key: str | None, gauge: Gauge, closing: Callable[[], bool]
+    ) -> None:
+        self.app, self.limits, self.api_key, self.closing = app, limits, api_key, closing
         self.held = 0  # bytes of all bodies in memory
         gauge.set_function(lambda: self.held)
 
@@ -77,6 +81,11 @@ class Gate:
             await _drain(receive)
             message = "Incorrect or missing API key. Send it as `Authorization: Bearer KEY`."
             await ApiError(401, message).response()(scope, receive, send)
+            return
+        if scope["method"] == "POST" and self.closing():
+            await _drain(receive)
+            shutting_down = ApiError(503, "The server is shutting down. Send the request again later.", retry_after=5)
+            await shutting_down.response()(scope, receive, send)
             return
         most = self.limits.max_body_bytes
         length = headers.get(b"content-length", b"")
