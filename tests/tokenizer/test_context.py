@@ -1,7 +1,16 @@
+import pytest
 import torch
+import torch.nn.functional as F
 
 from v2flow_cli.recipe.schema import Context
-from v2flow_cli.tokenizer.context import MaskedTransformer, RotaryPositions, grid_coordinates, grid_token_index, rotate
+from v2flow_cli.tokenizer.context import (
+    MaskedTransformer,
+    RotaryPositions,
+    attention,
+    grid_coordinates,
+    grid_token_index,
+    rotate,
+)
 
 
 def transformer():
@@ -56,3 +65,35 @@ def test_each_patch_lies_in_the_cell_of_its_token():
     # Four by four patches over 2 x 4 tokens: rows 0 and 1 share the first row of tokens.
     cells = grid_token_index(2, 4, 4, 4, torch.device("cpu")).view(4, 4)
     assert cells.tolist() == [[0, 1, 2, 3], [0, 1, 2, 3], [4, 5, 6, 7], [4, 5, 6, 7]]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_in_bf16_training_is_that_of_the_fused_function(causal):
+    torch.manual_seed(0)
+    exact = [torch.randn(2, 3, 40, 16, requires_grad=True) for _ in range(3)]
+    rounded = [x.detach().bfloat16().requires_grad_() for x in exact]
+    mask = torch.ones(40, 40, dtype=torch.bool).tril() if causal else None
+    expected, got = F.scaled_dot_product_attention(*exact, attn_mask=mask), attention(*rounded, mask)
+    assert got.dtype == torch.bfloat16 and torch.allclose(got.float(), expected, atol=0.05)
+    weights = torch.randn_like(expected)
+    expected.backward(weights)
+    got.backward(weights.bfloat16())
+    for x, y in zip(rounded, exact, strict=True):
+        assert (x.grad.float() - y.grad).norm() < 0.02 * y.grad.norm()
+
+
+@pytest.mark.parametrize(
+    ("trained", "dtype", "positions", "fused"),
+    [
+        (True, torch.bfloat16, 512, False),
+        (True, torch.bfloat16, 513, True),
+        (True, torch.float32, 8, True),
+        (False, torch.bfloat16, 8, True),
+    ],
+)
+def test_plain_attention_only_where_it_is_faster(trained, dtype, positions, fused, monkeypatch):
+    calls, original = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: calls.append(1) or original(*a, **k))
+    x = torch.randn(1, 1, positions, 4, dtype=dtype, requires_grad=trained)
+    attention(x, x, x)
+    assert bool(calls) == fused

@@ -122,6 +122,25 @@ def test_the_first_steps_set_the_schedule():
     assert state.done and state.images == 4 * state.steps and state.seconds_per_step == pytest.approx(0.01)
 
 
+@pytest.mark.parametrize(("cache", "steps"), [("latents", 2_840), ("memory", 1_420)])
+def test_latents_cached_on_disk_are_computed_only_at_the_first_start(cache, steps, monkeypatch):
+    clock, filled = [0.0], []
+
+    def engine(recipe, log, probe):
+        if recipe.latents.cache == "memory" or not filled:
+            clock[0] += 300
+            filled.append(True)
+        done = 5 if probe is not None else recipe.train.steps
+        clock[0] += 0.2 * done
+        return StageResult(done, 0.2 * done, {"loss": 1.0}, 0.2)
+
+    monkeypatch.setattr(budget_stage.time, "monotonic", lambda: clock[0])
+    state = StageRun(str(TINY / "tokenizer.yaml"), [f"latents.cache={cache}"], 900.0, 900.0)
+    run(state, engine)
+    assert state.steps == pytest.approx(steps, rel=0.01)  # 95% of 900 s less 300 s once or twice and the first steps
+    assert clock[0] < 900
+
+
 def test_a_stage_that_was_killed_keeps_its_number_of_steps():
     state, engine = stage(), Engine()
     state.steps, engine.steps = 5_000, 700

@@ -12,6 +12,7 @@ from v2flow_cli.recipe.schema import Context, FlowTransformer, Registers
 from v2flow_cli.tokenizer.prefix import TokenEmbedding
 
 ROTARY_BASE = 100.0  # longest wavelength about 600 positions
+PLAIN_LONGEST = 512  # positions; the memory of plain attention grows with their square
 
 
 class RotaryPositions(nn.Module):
@@ -40,6 +41,23 @@ def rotate(x: Tensor, angles: Tensor) -> Tensor:
 def sines(angles: Tensor) -> Tensor:
     """Cosines and sines (B, L, head_size) of ``RotaryPositions`` (B, 1, L, head_size / 2): a position's features."""
     return torch.cat([angles.cos(), angles.sin()], dim=-1)[:, 0]
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Attention (B, heads, Q, D) of queries (B, heads, Q, D) to keys and values (B, heads, K, D).
+
+    ``mask`` (Q, K): True where a query attends to a key.
+
+    On a CPU PyTorch's fused function is no faster in bf16 than in float32. Plain products are, so short sequences are
+    trained with them.
+    """
+    trained = query.device.type == "cpu" and query.dtype == torch.bfloat16 and query.requires_grad
+    if not trained or max(query.shape[-2], key.shape[-2]) > PLAIN_LONGEST:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    scores = query * query.shape[-1] ** -0.5 @ key.transpose(-1, -2)
+    if mask is not None:
+        scores = scores + torch.zeros_like(mask, dtype=scores.dtype).masked_fill(~mask, -torch.inf)
+    return scores.softmax(-1).to(value.dtype) @ value
 
 
 class Block(nn.Module):
@@ -74,7 +92,7 @@ class Block(nn.Module):
         key, value = self.key_value(h[:, :known]).chunk(2, dim=-1)
         key, value = rotate(self._split(key), angles[:, :, :known]), self._split(value)
         mask = None if mask is None else mask[skip:, :known]
-        y = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        y = attention(query, key, value, mask)
         return self.out(y.transpose(1, 2).flatten(2))
 
     def _split(self, x: Tensor) -> Tensor:

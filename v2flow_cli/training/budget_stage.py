@@ -26,6 +26,7 @@ from v2flow_cli.recipe import AutoencoderRecipe, FinetuneRecipe, LMRecipe, Token
 from v2flow_cli.recipe.schema import Recipe
 from v2flow_cli.store.files import write_bytes
 from v2flow_cli.training.checkpoint import Interrupted, newest_checkpoint, newest_record
+from v2flow_cli.training.latent_cache import IN_MEMORY
 
 ENDLESS = 10**9  # steps of a schedule whose end is not yet known
 PROBE_STEPS = 3  # after the first one
@@ -88,12 +89,15 @@ def train_stage(run: StageRun, save: Callable[[], None], log: Log, engine: Engin
     engine = engine or run_recipe
     step, seconds = run.steps_done, run.trained_seconds
     if not run.steps:
+        if _caches_on_disk(recipe):  # the first start computes the latents and takes longer than the later ones
+            _with_memory(run, save, recipe, ENDLESS, 0.0, (0.0, 0.0), log, engine)
+        begun = time.monotonic()
         probe = min(PROBE_SECONDS, PROBE_SHARE * run.seconds), PROBE_MOST * run.seconds
         result = _with_memory(run, save, recipe, ENDLESS, 0.0, probe, log, engine)
         run.seconds_per_step = result.seconds_per_step
-        elapsed = time.monotonic() - started
-        setup = max(0.0, elapsed - result.steps * result.seconds_per_step)
-        left = run.seconds - elapsed - setup  # the run is set up again to continue
+        now = time.monotonic()
+        setup = max(0.0, now - begun - result.steps * result.seconds_per_step)
+        left = run.seconds - (now - started) - setup  # the run is set up again to continue
         run.steps = result.steps + max(0, int(MARGIN * left / run.seconds_per_step))
         _record(run, recipe, result)
         seconds = run.trained_seconds
@@ -116,6 +120,10 @@ def train_stage(run: StageRun, save: Callable[[], None], log: Log, engine: Engin
     run.done = True
     _record(run, recipe, result)
     save()
+
+
+def _caches_on_disk(recipe: Recipe) -> bool:
+    return isinstance(recipe, TokenizerRecipe) and recipe.latents.cache not in ("", *IN_MEMORY)
 
 
 def _shorten(run: StageRun, step: int, log: Log) -> None:
