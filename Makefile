@@ -5,7 +5,7 @@ PY := .venv/bin/python
 V2FLOW := .venv/bin/v2flow
 DATA ?= ../shared/data
 
-.PHONY: demo test test-slow lint default-model default-model-dry-run clean
+.PHONY: demo test test-slow lint default-model flexible-model default-model-dry-run clean
 
 demo: .venv/installed  ## Photos to tokens and back, a sentence to a picture, one page that shows it
 	$(PY) -m v2flow_cli.demo.page --out demo $(if $(IMAGES),--images "$(IMAGES)")
@@ -57,6 +57,13 @@ endif
 	cp recipes/default/NOTICE v2flow_cli/assets/default/tokenizer/
 	cp recipes/default/NOTICE v2flow_cli/assets/default/llm/
 	cp runs/default/llm/README.md runs/default/llm/recipe.yaml runs/default/llm/*.json runs/default/llm/*.safetensors runs/default/llm/*.jinja runs/default/llm/*.npy v2flow_cli/assets/default/llm/
+
+# The embedded tokenizer of flexible length (--model flexible); its autoencoder is the default model's.
+flexible-model: .venv/installed
+	$(SCENES) --photos $(DATA)/photos --out runs/default/scenes --count 8000
+	$(V2FLOW) train recipes/flextok/small.yaml --resume
+	$(PY) -c 'from v2flow_cli.tokenizer.embedded import *; share_autoencoder(Path("runs/flextok/small"), FLEXIBLE_MODEL)'
+	cp recipes/default/NOTICE v2flow_cli/assets/flexible/
 
 # Sizes are printed although earlier stages have not run, which each command reports and make then passes over.
 default-model-dry-run: .venv/installed

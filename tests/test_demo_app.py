@@ -29,7 +29,7 @@ def flexible(tmp_path_factory):
     yield from serve(folder / "tokenizer", folder / "llm")
 
 
-def serve(tokenizer: Path, llm: Path):
+def serve(tokenizer: Path, llm: Path | None):
     pytest.importorskip("gradio")
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     from gradio_client import Client
@@ -37,7 +37,7 @@ def serve(tokenizer: Path, llm: Path):
     from v2flow_cli.demo.app import build_app
     from v2flow_cli.demo.studio import Studio
 
-    app = build_app(Studio(str(tokenizer), str(llm), "cpu"))
+    app = build_app(Studio(str(tokenizer), None if llm is None else str(llm), "cpu"))
     _, url, _ = app.launch(server_name="127.0.0.1", quiet=True, prevent_thread_lock=True)
     assert url.startswith("http://127.0.0.1:")
     yield Client(url, verbose=False)
@@ -92,6 +92,23 @@ def test_only_flexible_lengths_have_sliders(flexible, client) -> None:
 
     assert {"Tokens", "Tokens of the drawing"} <= set(sliders(flexible))
     assert not {"Tokens", "Tokens of the drawing"} & set(sliders(client))
+
+
+def test_a_tokenizer_without_a_language_model_has_the_photo_tab_alone(tmp_path: Path, sample_images) -> None:
+    from gradio_client import handle_file
+
+    from v2flow_cli.demo.studio import Studio
+    from v2flow_cli.errors import V2FlowError
+
+    build().save_pretrained(tmp_path / "tokenizer")
+    with pytest.raises(V2FlowError, match="Name one with --llm"):
+        Studio(str(tmp_path / "tokenizer"), device="cpu").draw("a red fox", 0.0, 0)
+    sample_images[1].save(tmp_path / "cat.png")
+    for page in serve(tmp_path / "tokenizer", None):
+        tabs = [part["props"]["label"] for part in page.config["components"] if part["type"] == "tabitem"]
+        assert tabs == ["Photo to tokens and back"]
+        *_, figures = page.predict(handle_file(str(tmp_path / "cat.png")), 2, *DECODER, api_name="/reconstruct")
+        assert figures.startswith("2 tokens of ")
 
 
 DECODER = (1, 2, 1.0, 0)  # rounds, steps, guidance, seed

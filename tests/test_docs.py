@@ -205,7 +205,7 @@ def test_keys_options_and_symbols_of_the_pages_exist(page):
 
 
 def test_the_python_of_the_readme_runs(tmp_path, monkeypatch, tiny_tokenizer_folder, sample_images):
-    monkeypatch.setattr("v2flow_cli.tokenizer.assembly.EMBEDDED_MODEL", tiny_tokenizer_folder)
+    monkeypatch.setattr("v2flow_cli.tokenizer.embedded.EMBEDDED_MODEL", tiny_tokenizer_folder)
     monkeypatch.chdir(tmp_path)
     sample_images[0].save("photo.jpg")
     (code,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)

@@ -25,6 +25,8 @@ INSIDE = [
     "v2flow_cli/demo/app.py",
     "v2flow_cli/assets/default/tokenizer/model.safetensors",
     "v2flow_cli/assets/default/tokenizer/config.json",
+    "v2flow_cli/assets/flexible/model.safetensors",
+    "v2flow_cli/assets/flexible/NOTICE",
     "v2flow_cli/assets/default/llm/model.safetensors",
     "v2flow_cli/assets/default/llm/tokenizer.json",
     "v2flow_cli/assets/photos/astronaut.png",

@@ -4,7 +4,7 @@ import pytest
 
 from v2flow_cli.recipe import load_recipe
 from v2flow_cli.tokenizer import V2FlowTokenizer
-from v2flow_cli.tokenizer.assembly import EMBEDDED_MODEL
+from v2flow_cli.tokenizer.embedded import EMBEDDED_MODEL
 from v2flow_cli.training.loop import train
 
 from ..conftest import RECIPES

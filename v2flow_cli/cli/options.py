@@ -15,14 +15,20 @@ N = TypeVar("N", int, float)
 
 # Models, machines, output.
 Tokenizer = Annotated[
-    str | None, typer.Option("--model", help="Tokenizer: folder or hub id. Default: the one inside the package.")
+    str | None,
+    typer.Option(
+        "--model", help="Tokenizer: folder, hub id, or flexible (FlexTok's parts). Default: the one inside the package."
+    ),
 ]
 ImageTokenizer = Annotated[
-    str | None, typer.Option(help="Image tokenizer: folder or hub id. Default: the one inside the package.")
+    str | None,
+    typer.Option(help="Image tokenizer: folder, hub id, or flexible. Default: the one inside the package."),
 ]
 Tokenizers = Annotated[
     list[str] | None,
-    typer.Option(help="Tokenizer: folder or hub id; may be repeated. Default: the one inside the package."),
+    typer.Option(
+        help="Tokenizer: folder, hub id, default or flexible; may be repeated. Default: the one inside the package."
+    ),
 ]
 Llm = Annotated[str | None, typer.Option(help="LLM: folder or hub id. Default: the one inside the package.")]
 Seed = Annotated[int, typer.Option(help="Seed of the noise; each image's seed is derived from it and its name.")]

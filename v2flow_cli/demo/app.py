@@ -14,22 +14,23 @@ from v2flow_cli.errors import V2FlowError
 
 PROMPTS = ("a red fox", "a cat", "a sunflower", "a hamburger", "a watermelon", "a pig", "a red heart", "a tram")
 TITLE = """# v2flow
-The tokenizer encodes a photo to {count:,} tokens of a language model's vocabulary and decodes them to a photo. The
-language model writes such tokens for a prompt, and the tokenizer decodes them to a picture."""
+The tokenizer encodes a photo to {count:,} tokens and decodes them to a photo."""
+DRAWS = """ The language model writes such tokens for a prompt, and the tokenizer decodes them to a picture."""
 EDITING = """Encode a photo or draw something, click two corners of a rectangle in the coloured tokens, and change
 the tokens in it."""
 
 
 def build_app(studio: Studio) -> gr.Blocks:
-    """The page; its buttons are also endpoints: reconstruct, draw, tokens, draw_tokens and edit."""
+    """The page; its buttons are also endpoints: reconstruct and, with an LLM, draw, tokens, draw_tokens and edit."""
     with gr.Blocks(title="v2flow") as app:
-        gr.Markdown(TITLE.format(count=studio.lengths[0]))
+        gr.Markdown(TITLE.format(count=studio.lengths[0]) + (DRAWS if studio.draws else ""))
         with gr.Tab("Photo to tokens and back"):
             _photo_tab(studio)
-        with gr.Tab("Drawing"):
-            _drawing_tab(studio)
-        with gr.Tab("Editing tokens"):
-            _editing_tab(studio)
+        if studio.draws:
+            with gr.Tab("Drawing"):
+                _drawing_tab(studio)
+            with gr.Tab("Editing tokens"):
+                _editing_tab(studio)
     return app
 
 

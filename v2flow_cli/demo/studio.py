@@ -15,8 +15,8 @@ from v2flow_cli.bench.report import illustrations
 from v2flow_cli.bench.report.token_view import TokenView, token_view
 from v2flow_cli.errors import V2FlowError
 from v2flow_cli.jobs.generate import load_models
-from v2flow_cli.llm.sample import STOPPED
-from v2flow_cli.runtime.device import inference
+from v2flow_cli.llm.sample import STOPPED, DrawingLM
+from v2flow_cli.runtime.device import inference, pick_device, pick_dtype
 from v2flow_cli.tokenizer import V2FlowTokenizer
 from v2flow_cli.tokenizer.preprocess import image_to_tensor, to_pil, to_uint8
 
@@ -39,15 +39,40 @@ class DecoderSettings:
 class Studio:
     """The models of the page."""
 
+    _llm: DrawingLM | None
+
     def __init__(
         self, model: str | None = None, llm: str | None = None, device: str = "auto", decoder: str | None = None
     ) -> None:
-        """Raises:  ModelError if a model is missing, or if the LLM draws tokens of another tokenizer."""
-        self.tokenizer, self.llm, self.dtype = load_models(model, llm, device, decoder=decoder, option="--model")
+        """Without ``llm`` it is the embedded one, or none (``draws``) if that draws tokens of another tokenizer.
+
+        Raises:  ModelError if a model is missing, or if ``llm`` draws tokens of another tokenizer.
+        """
+        if llm is not None or model is None:
+            self.tokenizer, self._llm, self.dtype = load_models(model, llm, device, decoder=decoder, option="--model")
+        else:
+            target = pick_device(device)
+            self.dtype = pick_dtype("auto", target)
+            self.tokenizer = V2FlowTokenizer.from_pretrained(model, decoder=decoder).to(target)
+            embedded = DrawingLM.from_pretrained(None, target, self.dtype)
+            fits = embedded.vocabulary.tokenizer_digest == self.tokenizer.token_digest
+            self._llm = embedded if fits else None
         self.view: TokenView = token_view(self.tokenizer)
         self.size = self.tokenizer.config.image_size
         self.lengths = self.tokenizer.lengths(self.size, self.size)  # the default first
         self.codes = self.tokenizer.config.codebook_size
+
+    @property
+    def draws(self) -> bool:
+        """True if there is an LLM that draws tokens of the tokenizer."""
+        return self._llm is not None
+
+    @property
+    def llm(self) -> DrawingLM:
+        """The LLM.  Raises: V2FlowError without one."""
+        if self._llm is None:
+            raise V2FlowError("No language model draws tokens of this tokenizer. Name one with --llm.")
+        return self._llm
 
     @property
     def can_resample(self) -> bool:

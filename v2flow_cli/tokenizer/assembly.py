@@ -15,17 +15,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from transformers.configuration_utils import PretrainedConfig
 from typing_extensions import Self
 
 from v2flow_cli.errors import ModelError, foreign_errors
 from v2flow_cli.recipe.schema import FlowTransformer
 from v2flow_cli.runtime.digest import model_digest
-from v2flow_cli.runtime.hub import model_folder
 from v2flow_cli.tokenizer.config import V2FlowConfig
 from v2flow_cli.tokenizer.context import MaskedTransformer
 from v2flow_cli.tokenizer.decoder import Decoder
 from v2flow_cli.tokenizer.decoder_masked import MaskedDecoder
 from v2flow_cli.tokenizer.decoder_transformer import VelocityTransformer
+from v2flow_cli.tokenizer.embedded import AUTOENCODER, SHARED, autoencoder_weights, tokenizer_folder
 from v2flow_cli.tokenizer.flow import VelocityNetwork
 from v2flow_cli.tokenizer.latents import Latents
 from v2flow_cli.tokenizer.other_decoders import (
@@ -52,7 +53,6 @@ from v2flow_cli.tokenizer.vocabulary import VocabularyProjection
 if TYPE_CHECKING:
     from v2flow_cli.tokenizer.image_processor import V2FlowImageProcessor
 
-EMBEDDED_MODEL = Path(__file__).resolve().parents[1] / "assets" / "default" / "tokenizer"
 SECTIONS = ("vocabulary", "resampler", "quantizer", "context", "flow", "sampling")  # of the recipe
 
 # By the `kind` of their section in the recipe.
@@ -276,15 +276,16 @@ class TokenizerAssembly(PretrainedModule):
     ) -> Self:
         """The tokenizer in a folder or on the hub, in eval mode; without an argument the embedded one.
 
-        Args:    decoder, one of its ``decoder_names`` (default: the model's default);
+        Args:    path_or_id, also ``default`` or ``flexible``, the embedded tokenizers;
+                 decoder, one of its ``decoder_names`` (default: the model's default);
                  revision, token, cache_dir, local_files_only: of a hub id, as ``runtime.hub.model_folder`` takes them;
                  kwargs, as PretrainedModule.from_pretrained takes them: dtype (default: float32), config.
         Raises:  ModelError for anything that is not a complete v2flow tokenizer, and a decoder that it does not have.
         """
-        source = EMBEDDED_MODEL if path_or_id is None else path_or_id
-        folder = model_folder(
-            source, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+        folder = tokenizer_folder(
+            path_or_id, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
         )
+        source = folder if path_or_id is None else path_or_id
         with foreign_errors(f"{source}: not a loadable v2flow tokenizer"):
             config, _ = V2FlowConfig.get_config_dict(folder)
             if config.get("model_type") != V2FlowConfig.model_type:
@@ -295,6 +296,16 @@ class TokenizerAssembly(PretrainedModule):
             file = folder / decoder_file(name)
             model._decoder_files[name] = file if file.is_file() else None
         return model.with_decoder(decoder)
+
+    @classmethod
+    def _load_weights(cls, folder: Path, config: PretrainedConfig) -> dict[str, Tensor]:
+        """Those of the file; with a shared autoencoder its weights too, so that the model is complete from then on."""
+        weights = super()._load_weights(folder, config)
+        if hasattr(config, SHARED):
+            shared = autoencoder_weights(folder, config.to_dict())
+            weights |= {f"{AUTOENCODER}{name}": tensor for name, tensor in shared.items()}
+            delattr(config, SHARED)
+        return weights
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Write ``config.json``, ``model.safetensors``, ``preprocessor_config.json``, and the other decoders' files."""

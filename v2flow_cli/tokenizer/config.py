@@ -16,7 +16,7 @@ class V2FlowConfig(PretrainedConfig):
     """The recipe's model sections, the autoencoder's own config, and the shape of the frozen vocabulary.
 
     ``decoders`` are further decoders of the same ids (see ``other_decoders``); ``default_decoder`` is the one that
-    is used unless the caller names another.
+    is used unless the caller names another. ``shared_autoencoder``, if it is there, is explained in ``embedded``.
     """
 
     model_type = "v2flow"

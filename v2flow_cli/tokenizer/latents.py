@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,8 +10,8 @@ from torch import Tensor, nn
 
 from v2flow_cli.errors import ModelError, foreign_errors
 from v2flow_cli.runtime.extras import extra
-from v2flow_cli.runtime.hub import model_folder
 from v2flow_cli.tokenizer.autoencoder import V2FlowAutoencoder, V2FlowAutoencoderConfig
+from v2flow_cli.tokenizer.embedded import autoencoder_weights, tokenizer_folder
 
 DIFFUSERS_CLASSES = ("AutoencoderDC", "AutoencoderKL", "AutoencoderTiny")
 PIXELS = "pixels"  # no autoencoder: the "latents" are the image itself
@@ -90,7 +89,7 @@ def autoencoder_spec(config: V2FlowAutoencoderConfig) -> dict[str, Any]:
 def load_autoencoder_spec(path_or_id: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(spec, weights) of an autoencoder folder or hub id, for ``Latents(spec)`` and its ``autoencoder``.
 
-    From the folder of a v2flow tokenizer it is the tokenizer's autoencoder.
+    From a v2flow tokenizer, also an embedded one by its name, it is the tokenizer's autoencoder.
 
     Raises:  ModelError for a folder that holds no autoencoder of a known class.
     """
@@ -98,14 +97,15 @@ def load_autoencoder_spec(path_or_id: str) -> tuple[dict[str, Any], dict[str, Te
         return {"class": PIXELS}, {}
     from transformers import PretrainedConfig
 
-    folder = model_folder(path_or_id)
+    folder = tokenizer_folder(path_or_id)
     with foreign_errors(f"{path_or_id}: not an autoencoder folder or hub id"):
         config, _ = PretrainedConfig.get_config_dict(folder)
     if config.get("model_type") == V2FlowAutoencoderConfig.model_type:
         model: Any = V2FlowAutoencoder.from_pretrained(folder, dtype=torch.float32)
         return autoencoder_spec(model.config), model.state_dict()
     if config.get("model_type") == "v2flow":
-        return _inside_tokenizer(folder, config)
+        weights = autoencoder_weights(folder, config)
+        return config["autoencoder"], {name: tensor.float() for name, tensor in weights.items()}
     name = config.get("_class_name")
     if name not in DIFFUSERS_CLASSES:
         raise ModelError(
@@ -115,15 +115,6 @@ def load_autoencoder_spec(path_or_id: str) -> tuple[dict[str, Any], dict[str, Te
     model = _diffusers_class(name).from_pretrained(folder)
     spec = {k: v for k, v in dict(model.config).items() if not k.startswith("_")}
     return {"class": name, **spec}, model.state_dict()
-
-
-def _inside_tokenizer(folder: Path, config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    from safetensors import safe_open
-
-    prefix, path = "latents.autoencoder.", folder / "model.safetensors"
-    with foreign_errors(f"{folder}: the tokenizer's autoencoder cannot be read"), safe_open(path, "pt") as file:
-        names = [name for name in file.keys() if name.startswith(prefix)]
-        return config["autoencoder"], {name.removeprefix(prefix): file.get_tensor(name).float() for name in names}
 
 
 def _build(kind: str | None, spec: dict[str, Any]) -> nn.Module:

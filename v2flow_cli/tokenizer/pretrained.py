@@ -71,12 +71,16 @@ class PretrainedModule(nn.Module, PushToHubMixin):
         if config is None:
             config = cls.config_class.from_pretrained(folder)
         config.name_or_path = name or str(folder)
-        weights = load_file(folder / WEIGHTS)
+        weights = cls._load_weights(folder, config)
         with torch.random.fork_rng(devices=[]):  # the initial values must not change the random numbers of a training
             model = cls(config)
         model._check_fit(weights, config.name_or_path)
         model.to(dtype).load_state_dict(weights)
         return model.eval()
+
+    @classmethod
+    def _load_weights(cls, folder: Path, config: PretrainedConfig) -> dict[str, Tensor]:
+        return load_file(folder / WEIGHTS)
 
     def _check_fit(self, weights: Mapping[str, Tensor], name: str) -> None:
         mine = self.state_dict()

@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 
 from v2flow_cli.bench.report.illustrations import token_colours
 from v2flow_cli.tokenizer import V2FlowTokenizer
-from v2flow_cli.tokenizer.assembly import EMBEDDED_MODEL
+from v2flow_cli.tokenizer.embedded import EMBEDDED_MODEL
 
 CODES_AT_A_TIME = 1024  # keeps the cosines of a vocabulary of 152,000 words at 600 MB
 
