@@ -13,15 +13,16 @@ from v2flow_cli.tokenizer.latents import load_autoencoder_spec
 @pytest.fixture
 def shared(tiny_tokenizer_folder, tmp_path, monkeypatch):
     """A tokenizer whose folder does not have the autoencoder, which is that of the embedded one."""
-    monkeypatch.setattr(embedded, "EMBEDDED_MODEL", tiny_tokenizer_folder)
-    share_autoencoder(tiny_tokenizer_folder, tmp_path / "shared")
+    V2FlowTokenizer.from_pretrained(tiny_tokenizer_folder, dtype=torch.bfloat16).save_pretrained(tmp_path / "whole")
+    monkeypatch.setattr(embedded, "EMBEDDED_MODEL", tmp_path / "whole")
+    share_autoencoder(tmp_path / "whole", tmp_path / "shared")
     return tmp_path / "shared"
 
 
-def test_a_shared_autoencoder_is_not_stored_twice(shared, tiny_tokenizer_folder):
+def test_a_shared_autoencoder_is_not_stored_twice(shared, tmp_path):
     with safe_open(shared / "model.safetensors", "pt") as file:
         assert not any(name.startswith("latents.") for name in file.keys())
-    whole, model = (V2FlowTokenizer.from_pretrained(folder) for folder in (tiny_tokenizer_folder, shared))
+    whole, model = (V2FlowTokenizer.from_pretrained(folder) for folder in (tmp_path / "whole", shared))
     assert (model.digest, model.token_digest) == (whole.digest, whole.token_digest)
     image = torch.rand(1, 3, 32, 32) * 2 - 1
     assert torch.equal(model.encode(image), whole.encode(image))
