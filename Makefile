@@ -62,7 +62,7 @@ endif
 flexible-model: .venv/installed
 	$(SCENES) --photos $(DATA)/photos --out runs/default/scenes --count 8000
 	$(V2FLOW) train recipes/flextok/small.yaml --resume
-	$(PY) -c 'from v2flow_cli.tokenizer.embedded import *; share_autoencoder(Path("runs/flextok/small"), FLEXIBLE_MODEL)'
+	$(PY) -c 'from pathlib import Path; from v2flow_cli.tokenizer.embedded import FLEXIBLE_MODEL, share_autoencoder as share; share(Path("runs/flextok/small"), FLEXIBLE_MODEL)'
 	cp recipes/default/NOTICE v2flow_cli/assets/flexible/
 
 # Sizes are printed although earlier stages have not run, which each command reports and make then passes over.
