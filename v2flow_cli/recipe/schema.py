@@ -158,7 +158,7 @@ class Registers:
     max_tokens: int  # number of registers: the longest sequence, for images of any size
     places: Literal["centre", "spread", "grid"]  # positions: the centre (FlexTok), evenly spread, or cells of a grid
     causal: bool  # a register attends to the registers before it, not to later ones
-    nested_dropout: Literal["uniform", "power_of_two", "none"]  # prefix lengths in training; none: all tokens
+    nested_dropout: Literal["uniform", "power_of_two", "mixed", "none"]  # prefix lengths in training; none: all tokens
     stem: tuple[int, ...] = ()  # depth of a grid resampler whose features everything starts from; empty: none
 
 

@@ -9,15 +9,18 @@ from torch import Tensor, nn
 def sample_lengths(kind: str, batch: int, max_tokens: int, device: torch.device) -> Tensor:
     """Nested dropout: how many tokens (B,) each image keeps, in [1, max_tokens].
 
-    ``uniform`` gives every length the same probability; ``power_of_two`` draws from 1, 2, 4, ... and ``max_tokens``,
-    so that short and long prefixes are both frequent; ``none`` keeps all.
+    ``uniform`` gives every length the same probability, ``power_of_two`` the lengths 1, 2, 4, ... and ``max_tokens``.
+    ``mixed`` takes either for each image: with the first alone few images have less than 32 of 256 tokens, with the
+    second few have more than 128. ``none`` keeps all.
     """
-    if kind == "uniform":
-        return torch.randint(1, max_tokens + 1, (batch,), device=device)
     if kind == "none":
         return torch.full((batch,), max_tokens, device=device)
+    uniform = torch.randint(1, max_tokens + 1, (batch,), device=device)
+    if kind == "uniform":
+        return uniform
     lengths = doublings(max_tokens)
-    return torch.tensor(lengths, device=device)[torch.randint(len(lengths), (batch,), device=device)]
+    powers = torch.tensor(lengths, device=device)[torch.randint(len(lengths), (batch,), device=device)]
+    return powers if kind == "power_of_two" else torch.where(torch.rand(batch, device=device) < 0.5, powers, uniform)
 
 
 def doublings(count: int) -> list[int]:
