@@ -165,6 +165,40 @@ def test_decoding_a_prefix_ignores_the_rest(decoder, words):
     assert not torch.equal(model.decode(ids[:1, :1]), model.decode(ids[:1, :2]))
 
 
+@BOTH_DECODERS
+def test_dropped_tokens_change_no_loss(decoder, monkeypatch):
+    """A step on a CPU leaves the mixtures of dropped tokens out; those of kept tokens, and all gradients, stay."""
+    model = build(quantizer=EMA | {"start_step": 0}, decoder=decoder, words=True)
+    latents = model.latents.encode(images(8, side=64))
+    sizes, mix = [], model.vocabulary.forward
+
+    def counting(tokens, *args):
+        sizes.append(tokens[..., 0].numel())
+        return mix(tokens, *args)
+
+    monkeypatch.setattr(model.vocabulary, "forward", counting)
+
+    def losses():
+        torch.manual_seed(2)
+        out = model(latents, step=1, noise_scale=0.0, loss=LOSS)
+        (out.flow_loss + out.regression_loss).backward()
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad()
+        return out, gradients
+
+    short, gradients = losses()
+    monkeypatch.setattr(model, "_kept_tokens", lambda lengths: None)
+    whole, expected = losses()
+    kept = short.token_ids >= 0
+    assert sizes == [int(kept.sum()), 48] and 8 <= sizes[0] < 48 and kept[:, 0].all()
+    assert torch.equal(short.token_ids[kept], whole.token_ids[kept])
+    assert torch.allclose(short.flow_loss, whole.flow_loss)
+    assert torch.allclose(short.regression_loss, whole.regression_loss)
+    assert gradients.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert torch.allclose(gradients[name], gradient, atol=1e-5), name
+
+
 def test_the_length_of_an_ordered_sequence_does_not_determine_the_size():
     model = build()
     assert model.flexible and model.max_tokens == model.num_tokens(32, 32) == model.num_tokens(64, 32) == 6

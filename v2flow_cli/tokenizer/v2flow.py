@@ -16,6 +16,7 @@ from torch import Tensor
 from v2flow_cli.recipe.schema import Sampling, TokenizerLoss
 from v2flow_cli.runtime.batch_invariant import on_single_threads
 from v2flow_cli.runtime.device import tf32, without_autocast
+from v2flow_cli.runtime.processes import world_size
 from v2flow_cli.tokenizer.assembly import TokenizerAssembly
 from v2flow_cli.tokenizer.context import grid_coordinates
 from v2flow_cli.tokenizer.decoder import ImageLossPlan, Layout, StepPlan, TokenInput
@@ -30,7 +31,7 @@ class V2FlowOutput:
     commit_loss: Tensor
     batch_entropy: Tensor  # nats; 0 without a vocabulary
     word_entropy: Tensor  # nats
-    token_ids: Tensor  # (B, n)
+    token_ids: Tensor  # (B, n); -1 for a dropped token that was not computed
     latents: Tensor  # (B, C, h, w) predicted; visible patches unchanged
 
 
@@ -79,12 +80,16 @@ class V2FlowTokenizer(TokenizerAssembly):
         noise_scale: float | Tensor,
         entropies: bool = True,
         rate: int = 0,
+        kept: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(v (B, n, D), word entropy, batch entropy) of scaled latents: Eq. 4, before quantisation.
 
-        Without ``entropies``, or without a vocabulary, both are 0.
+        Without ``entropies``, or without a vocabulary, both are 0. With ``kept`` (B, n), which is True for M tokens, v
+        is (1, M, D).
         """
         tokens = self.resampler(latents, rate)
+        if kept is not None:
+            tokens = tokens[kept][None]
         if self.vocabulary is None:
             zero = tokens.new_zeros(())
             return self.to_code(tokens), zero, zero
@@ -215,15 +220,21 @@ class V2FlowTokenizer(TokenizerAssembly):
             seed = int(torch.randint(2**62, ()))
             plan = self.plan_step(step, latents.shape, loss, random.Random(seed), noise_scale)
         rate = plan.rate
+        lengths = self.resampler.prefix_lengths(len(latents), latents.device)
         if self.training and not self.quantizer.training:
             token_ids = self.ids_of_latents(latents, rate) if token_ids is None else token_ids
             word_entropy = batch_entropy = commit_loss = latents.new_zeros(())
             embeddings = self.quantizer.embed(token_ids)
         else:
-            vectors, word_entropy, batch_entropy = self.embed(latents, plan.noise_scale, rate=rate)
+            kept = self._kept_tokens(lengths)
+            vectors, word_entropy, batch_entropy = self.embed(latents, plan.noise_scale, rate=rate, kept=kept)
             quantized = self.quantizer(vectors, plan.quantizer_step if self.quantizer.training else None)
             embeddings, token_ids, commit_loss = quantized.embeddings, quantized.token_ids, quantized.commit_loss
-        lengths = self.resampler.prefix_lengths(len(latents), latents.device)
+            if kept is not None:
+                embeddings = embeddings.new_zeros(*kept.shape, embeddings.shape[-1]).masked_scatter(
+                    kept[..., None], embeddings
+                )
+                token_ids = token_ids.new_full(kept.shape, -1).masked_scatter(kept, token_ids)
         inputs = TokenInput(embeddings.to(latents.dtype), lengths, self._layout(height, width, len(latents), rate))
         decoded = self.decoder.losses(self._patchify(latents), inputs, loss, plan)
         predicted = self._unpatchify(decoded.patches, *self._patch_grid(height, width))
@@ -236,6 +247,18 @@ class V2FlowTokenizer(TokenizerAssembly):
             token_ids,
             predicted,
         )
+
+    def _kept_tokens(self, lengths: Tensor | None) -> Tensor | None:
+        """True (B, n) for the tokens that nested dropout keeps, if a step should compute these alone.
+
+        A mixture of words is most of the work of a step, and no loss needs those of dropped tokens. On a GPU, and with
+        several processes, the sizes of a step must not depend on its values, so all of them are computed there.
+        """
+        if lengths is None or self.vocabulary is None or lengths.device.type != "cpu" or world_size() > 1:
+            return None
+        if torch.compiler.is_compiling():
+            return None
+        return torch.arange(self.resampler.lengths[0]) < lengths[:, None]
 
     # -- shapes --------------------------------------------------------------------------------------------
 
