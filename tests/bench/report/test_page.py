@@ -195,6 +195,7 @@ def test_a_slider_over_lengths_in_a_browser(sample_images, tmp_path: Path) -> No
     text = render(Page("Lengths", "lead", tables([bench]), "v2flow bench", benches=[bench], views=views))
     assert text.count('<label class="lengths">') == 2 and "flex: <b>1 to 6</b> tokens" in text
     assert text.count("6 tokens in reading order") == 2  # those of the longest sequence
+    assert text.count("in their order, row by row") == 2 and "2 × 3 grid" not in text
     assert text.index('<label class="lengths">') < text.index('<div class="view"')  # a row of its own
     labels = [attributes.get("aria-label") for _, attributes in Tags(text).tags]
     assert f"Tokens of {EVIL}, flex" in labels  # escaped once

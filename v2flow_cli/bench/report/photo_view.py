@@ -109,9 +109,9 @@ def _pictures(bench: Bench, image: KeptImage) -> Iterator[Variant]:
 
 
 def _maps(ids: np.ndarray, view: TokenView) -> Iterator[Variant]:
-    """The tokens as a grid, by code and by nearest word."""
+    """The tokens as rows of cells, by code and by nearest word."""
     rows, columns = token_grid_shape(len(ids))
-    note = f"{rows} × {columns} grid"
+    note = "in their order, row by row" if view.ordered else f"{rows} × {columns} grid"
     yield Variant("tokens", note, view.colours[ids].reshape(rows, columns, 3), sharp=True)
     if view.word_colours is not None:
         words = view.word_colours[ids].reshape(rows, columns, 3)

@@ -19,24 +19,29 @@ CODES_AT_A_TIME = 1024  # keeps the cosines of a vocabulary of 152,000 words at 
 
 @dataclass(frozen=True)
 class TokenView:
-    """colours (K, 3) uint8 by code; word_colours and words by nearest word, if there is a vocabulary."""
+    """colours (K, 3) uint8 by code; word_colours and words by nearest word, if there is a vocabulary.
+
+    ordered: the tokens lie in an order of importance, and not on a grid.
+    """
 
     colours: np.ndarray
     word_colours: np.ndarray | None = None
     words: tuple[str, ...] = ()
+    ordered: bool = False
 
 
 def token_view(tokenizer: V2FlowTokenizer) -> TokenView:
     """Near codes and near words get similar colours; a tokenizer without vocabulary has no words."""
     colours = token_colours(tokenizer.codebook)
     if tokenizer.vocabulary is None:
-        return TokenView(colours)
+        return TokenView(colours, ordered=tokenizer.flexible)
     nearest = nearest_words(tokenizer.quantizer.vectors, tokenizer.vocabulary.table)
     names = _word_names(tokenizer, len(tokenizer.vocabulary.table))
     return TokenView(
         colours,
         token_colours(tokenizer.vocabulary.table)[nearest],
         tuple(names[i] if names else f"#{i}" for i in nearest),
+        ordered=tokenizer.flexible,
     )
 
 
