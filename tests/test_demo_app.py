@@ -53,17 +53,19 @@ def test_a_photo_is_encoded_and_decoded(client, sample_images, tmp_path: Path) -
 
     sample_images[1].save(tmp_path / "cat.png")
 
-    def ask(rounds: int = 1, steps: int = 2, guidance: float = 1.0, seed: int = 0) -> tuple:
+    def ask(rounds: int = 1, steps: int = 2, guidance: float = 1.0, seed: int = 0, **more: float) -> tuple:
         photo = handle_file(str(tmp_path / "cat.png"))
-        return client.predict(photo, 4, rounds, steps, guidance, seed, api_name="/reconstruct")
+        noise = {"param_7": more["noise"]} if more else {}  # without it, the decoder's own
+        return client.predict(photo, 4, rounds, steps, guidance, seed, api_name="/reconstruct", **noise)
 
     cropped, back, grid, figures = ask()
     assert pixels(cropped).shape == pixels(back).shape == (32, 32, 3)
     assert pixels(grid).shape == (512, 512, 3)
     assert figures.startswith("4 tokens of 64 codes: 3 bytes. PSNR ") and "SSIM" in figures
     assert np.array_equal(pixels(ask()[1]), pixels(back))
-    for other in (ask(guidance=4.0), ask(seed=1), ask(steps=5), ask(rounds=4)):
+    for other in (ask(guidance=4.0), ask(seed=1), ask(steps=5), ask(rounds=4), ask(noise=0.5)):
         assert not np.array_equal(pixels(other[1]), pixels(back))
+    assert np.array_equal(pixels(ask(noise=0)[1]), pixels(ask(noise=0, seed=1)[1]))  # the mean has no seed
 
 
 def test_the_slider_shortens_a_drawing(flexible, sample_images, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from v2flow_cli.errors import V2FlowError
 
 PROMPTS = ("a red fox", "a cat", "a sunflower", "a hamburger", "a watermelon", "a pig", "a red heart", "a tram")
 TITLE = """# v2flow
-The tokenizer encodes a photo to {count:,} tokens and decodes them to a photo."""
+The tokenizer encodes a photo to {count} tokens and decodes them to a photo."""
 DRAWS = """ The language model writes such tokens for a prompt, and the tokenizer decodes them to a picture."""
 EDITING = """Encode a photo or draw something, click two corners of a rectangle in the coloured tokens, and change
 the tokens in it."""
@@ -23,7 +23,10 @@ the tokens in it."""
 def build_app(studio: Studio) -> gr.Blocks:
     """The page; its buttons are also endpoints: reconstruct and, with an LLM, draw, tokens, draw_tokens and edit."""
     with gr.Blocks(title="v2flow") as app:
-        gr.Markdown(TITLE.format(count=studio.lengths[0]) + (DRAWS if studio.draws else ""))
+        most = f"{studio.lengths[0]:,}"
+        gr.Markdown(
+            TITLE.format(count=f"1 to {most}" if studio.tokenizer.flexible else most) + (DRAWS if studio.draws else "")
+        )
         with gr.Tab("Photo to tokens and back"):
             _photo_tab(studio)
         if studio.draws:
@@ -211,7 +214,7 @@ def _token_count(studio: Studio) -> Any:
 def _decoder_settings(studio: Studio) -> list[Any]:
     """The inputs of DecoderSettings with the defaults of the decoder; a single decoder has no visible choice."""
     names, default = studio.tokenizer.decoder_names, studio.tokenizer.decoder_name
-    rounds, steps, scale = sampling_of(studio.tokenizer, default)
+    rounds, steps, scale, noise = sampling_of(studio.tokenizer, default)
     decoder = gr.Radio(names, value=default, label="Decoder", visible=len(names) > 1)
     with gr.Accordion("Decoder settings", open=False):
         sliders = [
@@ -219,9 +222,11 @@ def _decoder_settings(studio: Studio) -> list[Any]:
             gr.Slider(1, 50, steps, step=1, label="Flow steps in each round"),
             gr.Slider(0, 8, scale, step=0.1, label="Guidance scale, 1 is none"),
         ]
+        factor = gr.Slider(0, max(1, noise), noise, step=0.05, label="Noise of the flow, 0 gives the mean")
     seed = gr.Number(0, precision=0, minimum=0, label="Seed")
-    decoder.change(lambda name: sampling_of(studio.tokenizer, name), [decoder], sliders, api_visibility="private")
-    return [*sliders, seed, decoder]
+    changed = [*sliders, factor]
+    decoder.change(lambda name: sampling_of(studio.tokenizer, name), [decoder], changed, api_visibility="private")
+    return [*sliders, seed, decoder, factor]
 
 
 def _show_errors(function: Callable[..., Any]) -> Callable[..., Any]:

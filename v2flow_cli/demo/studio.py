@@ -34,6 +34,7 @@ class DecoderSettings:
     guidance: float
     seed: float
     decoder: str | None = None
+    noise: float | None = None  # factor on the initial noise; None: the decoder's
 
 
 class Studio:
@@ -102,6 +103,7 @@ class Studio:
                 num_mask_steps=int(settings.rounds),
                 num_flow_steps=int(settings.steps),
                 guidance_scale=settings.guidance,
+                noise_temperature=settings.noise,
                 seeds=[int(settings.seed)],
                 decoder=settings.decoder,
             )
@@ -198,6 +200,6 @@ def _edges(rectangle: Rectangle, rows: int, columns: int) -> Rectangle:
 
 
 def sampling_of(tokenizer: V2FlowTokenizer, decoder: str) -> list[Any]:
-    """Rounds, flow steps and guidance scale of a decoder's defaults."""
-    sampling = tokenizer.with_decoder(decoder).config.sampling or {}
-    return [sampling.get("num_mask_steps", 1), sampling.get("num_flow_steps", 4), sampling.get("guidance_scale", 1.0)]
+    """Rounds, flow steps, guidance scale and noise factor of a decoder's defaults."""
+    sampling = tokenizer.with_decoder(decoder).config.section("sampling")
+    return [sampling.num_mask_steps, sampling.num_flow_steps, sampling.guidance_scale, sampling.noise_temperature]
