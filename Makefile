@@ -61,8 +61,11 @@ endif
 # The embedded tokenizer of flexible length (--model flexible); its autoencoder is the default model's.
 flexible-model: .venv/installed
 	$(SCENES) --photos $(DATA)/photos --out runs/default/scenes --count 8000
+	$(SCENES) --layout centred --out runs/flextok/drawings
+	$(SCENES) --layout colours --per-title 1 --common --out runs/flextok/colours
 	$(V2FLOW) train recipes/flextok/small.yaml --resume
-	$(PY) -c 'from pathlib import Path; from v2flow_cli.tokenizer.embedded import FLEXIBLE_MODEL, share_autoencoder as share; share(Path("runs/flextok/small"), FLEXIBLE_MODEL)'
+	$(V2FLOW) train recipes/flextok/small_drawings.yaml --resume
+	$(PY) -c 'from pathlib import Path; from v2flow_cli.tokenizer.embedded import FLEXIBLE_MODEL, share_autoencoder as share; share(Path("runs/flextok/small_drawings"), FLEXIBLE_MODEL)'
 	cp recipes/default/NOTICE v2flow_cli/assets/flexible/
 
 # Sizes are printed although earlier stages have not run, which each command reports and make then passes over.
