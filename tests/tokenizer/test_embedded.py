@@ -30,6 +30,13 @@ def test_a_shared_autoencoder_is_not_stored_twice(shared, tmp_path):
     assert spec == whole.config.autoencoder and weights.keys() == whole.latents.autoencoder.state_dict().keys()
 
 
+def test_its_sampling_may_differ_from_the_training_s(shared, tmp_path):
+    share_autoencoder(tmp_path / "whole", tmp_path / "other", num_flow_steps=7)
+    whole, model = (V2FlowTokenizer.from_pretrained(tmp_path / name) for name in ("whole", "other"))
+    assert model.config.sampling == {**whole.config.sampling, "num_flow_steps": 7}
+    assert model.token_digest == whole.token_digest
+
+
 def test_a_copy_of_it_is_complete(shared, tmp_path, monkeypatch):
     model = V2FlowTokenizer.from_pretrained(shared)
     model.save_pretrained(tmp_path / "copy")

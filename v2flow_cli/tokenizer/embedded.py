@@ -60,16 +60,17 @@ def autoencoder_weights(folder: Path, config: Mapping[str, Any]) -> dict[str, Te
     return weights
 
 
-def share_autoencoder(folder: Path, out: Path) -> None:
+def share_autoencoder(folder: Path, out: Path, **sampling: float) -> None:
     """Write the tokenizer in ``folder`` to ``out`` in bfloat16 and without its autoencoder, to be embedded.
 
-    Trainings store the encoder in float32. Its rounded weights give other ids here and there, so ``out`` has a token
-    digest of its own.
+    ``sampling`` replaces its own settings of that section. Trainings store the encoder in float32. Its rounded weights
+    give other ids here and there, so ``out`` has a token digest of its own.
     Raises:  ModelError if its autoencoder is not that of the embedded model.
     """
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config[SHARED] = weights_digest(autoencoder_weights(folder, config))
     autoencoder_weights(folder, config)  # the check
+    config["sampling"] = config["sampling"] | sampling
     weights = {
         name: tensor.bfloat16() if tensor.is_floating_point() else tensor
         for name, tensor in load_file(folder / WEIGHTS).items()
