@@ -251,8 +251,9 @@ class V2FlowTokenizer(TokenizerAssembly):
     def _kept_tokens(self, lengths: Tensor | None) -> Tensor | None:
         """True (B, n) for the tokens that nested dropout keeps, if a step should compute these alone.
 
-        A mixture of words is most of the work of a step, and no loss needs those of dropped tokens. On a GPU, and with
-        several processes, the sizes of a step must not depend on its values, so all of them are computed there.
+        A mixture of words is most of the work of a step, and no picture shows those of dropped tokens; the commitment
+        loss, the entropies and the codebook then follow the kept ones. On a GPU, and with several processes, the sizes
+        of a step must not depend on its values, so all of them are computed there.
         """
         if lengths is None or self.vocabulary is None or lengths.device.type != "cpu" or world_size() > 1:
             return None
