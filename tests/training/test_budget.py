@@ -19,12 +19,12 @@ from v2flow_cli.recipe import dump_recipe, load_recipe
 from v2flow_cli.recipe.budget import load_budget
 from v2flow_cli.recipe.schema import Recipe
 from v2flow_cli.training import budget_stage
-from v2flow_cli.training.budget import check_inputs, figures, stages_to_do
+from v2flow_cli.training.budget import check_inputs, figures, run_budget, stages_to_do
 from v2flow_cli.training.budget_stage import StageResult, StageRun, saved_position, train_stage
 from v2flow_cli.training.checkpoint import save_checkpoint
 from v2flow_cli.training.flops import training_flop
 from v2flow_cli.training.objectives.language_model import pretrain
-from v2flow_cli.training.schedule import is_continued, planned_windows, window
+from v2flow_cli.training.schedule import ancestors, is_continued, planned_windows, window
 
 TINY = RECIPES / "tiny"
 
@@ -66,6 +66,13 @@ def test_a_stage_gets_its_share_of_what_is_left(diamond):
     left = ["tokenizer", "tokens", "llm"]
     assert window(diamond.stages, left, "tokenizer", 450.0) == 250.0  # half of it: all later stages get less
     assert window(diamond.stages, ["llm"], "llm", 7.0) == 7.0
+
+
+def test_a_stage_waits_for_all_its_ancestors(diamond):
+    """If ``lm`` has to run again although ``tokenizer`` is done, nothing that needs either of them starts before it."""
+    assert ancestors(diamond.stages, "llm") == {"autoencoder", "lm", "tokenizer", "tokens"}
+    assert ancestors(diamond.stages, "lm") == set()
+    assert planned_windows(diamond.stages, ["lm", "tokens", "llm"], 450.0) == {"lm": 50, "tokens": 100, "llm": 300}
 
 
 def test_a_stage_that_a_later_one_starts_from_is_not_continued(diamond):
@@ -291,6 +298,22 @@ def test_an_output_of_another_recipe_is_refused(tmp_path):
         else:
             with pytest.raises(ModelError, match=r"model\.encoder_width: 32 before, 16 now"):
                 check_inputs(budget, ["autoencoder"])
+
+
+def test_a_stage_that_runs_again_comes_before_what_needs_it_by_way_of_a_finished_one(tmp_path):
+    made, slow = tmp_path / "made", "import pathlib, sys, time; time.sleep(0.5); pathlib.Path(sys.argv[1]).touch()"
+    reads = "import pathlib, sys; sys.exit(not pathlib.Path(sys.argv[1]).exists())"
+    stages = {
+        "data": {"run": [sys.executable, "-c", slow, str(made)], "share": 1},
+        "first": {"run": [sys.executable, "-c", ""], "share": 1, "after": ["data"]},
+        "second": {"run": [sys.executable, "-c", reads, str(made)], "share": 1, "after": ["first"]},
+    }
+    budget = load_budget(write(tmp_path, stages))
+    budget.folder.mkdir()
+    (budget.folder / "budget.json").write_text(json.dumps({"first": 1.0}))
+    lines: list[str] = []
+    run_budget(budget, 0.1, lines.append)
+    assert [line.split(":")[0] for line in lines if ": starts, with" in line] == ["data", "second"]
 
 
 # -- everything ------------------------------------------------------------------------------------------------

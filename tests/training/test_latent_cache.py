@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from v2flow_cli.errors import ModelError, RecipeError
 from v2flow_cli.tokenizer.latents import Latents
+from v2flow_cli.training import latent_cache
 from v2flow_cli.training.crops import CropBatches
 from v2flow_cli.training.latent_cache import LatentCache, open_cache
 from v2flow_cli.training.loop import build_objective, train
@@ -20,9 +21,9 @@ def cached(world, output, place, *more):
     return recipe(world, "tokenizer", output, f"latents.cache={place}", *more)
 
 
-def opened(made):
+def opened(made, log=quiet):
     objective = build_objective(made)
-    return open_cache(made, objective.model, rank=0, ranks=1, device=torch.device("cpu")), objective
+    return open_cache(made, objective.model, rank=0, ranks=1, device=torch.device("cpu"), log=log), objective
 
 
 def test_each_epoch_has_another_order_and_batches_resume():
@@ -46,6 +47,17 @@ def test_the_cache_has_the_latents_of_the_first_crops(world, tmp_path, place):
     expected = objective.model.latents.encode(crops.images)
     kept = torch.stack([cache.latents[row] for row in range(4)]).float()
     assert crops.keys == cache.keys[:4] and torch.allclose(kept, expected, atol=2e-3, rtol=2e-3)
+
+
+def test_the_log_says_how_many_latents_are_computed(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(latent_cache, "LOG_SECONDS", 0.0)
+    lines: list[str] = []
+    cache, _ = opened(cached(world, tmp_path / "t", tmp_path / "cache", "latents.cache_crops=3"), lines.append)
+    total = len(cache.keys)
+    assert lines[0] == f"latents of 4 of {total} crops a rank are computed"
+    assert lines[-1] == f"latents of {total} of {total} crops a rank are computed"
+    opened(cached(world, tmp_path / "t", tmp_path / "cache", "latents.cache_crops=3"), lines.append)
+    assert len(lines) == -(-total // 4)  # the second time they are read
 
 
 @pytest.mark.parametrize("place", ["memory", "folder"])
@@ -101,7 +113,7 @@ def test_latents_of_another_autoencoder_and_damaged_ones_are_refused(world, tmp_
     _, objective = opened(made)
     objective.model.latents.autoencoder.encoder[1].weight.data += 1
     with pytest.raises(ModelError, match="were computed with autoencoder"):
-        open_cache(made, objective.model, rank=0, ranks=1, device=torch.device("cpu"))
+        open_cache(made, objective.model, rank=0, ranks=1, device=torch.device("cpu"), log=quiet)
     (tmp_path / "cache" / "rank-0-of-1.safetensors").write_bytes(b"rubbish")
     with pytest.raises(ModelError, match="cached latents cannot be read"):
         opened(made)

@@ -32,7 +32,7 @@ from v2flow_cli.store.lock import locked
 from v2flow_cli.store.paths import not_writable
 from v2flow_cli.training.budget_stage import StageRun
 from v2flow_cli.training.resume import check_same_recipe
-from v2flow_cli.training.schedule import is_continued, planned_windows, window
+from v2flow_cli.training.schedule import ancestors, is_continued, planned_windows, window
 
 STATE = "budget.json"  # {command stage: its seconds}; each training has its own file, budget-NAME.json
 LEAST = 0.1  # the part of its share that a stage gets even if earlier stages were late
@@ -78,7 +78,9 @@ def run_budget(budget: Budget, minutes: float, log: Log) -> list[StageFigures]:
     # The stages inherit the lock, so that no second run starts a stage that outlives a killed budget.
     with locked(budget.folder) as lock, _stopping(running):
         while len(done) < len(budget.stages):
-            ready = [n for n in to_do if n not in done and n not in running and set(budget.stages[n].after) <= done]
+            # All ancestors: a stage that is done already may itself depend on one that has to run again.
+            waiting = [name for name in to_do if name not in done and name not in running]
+            ready = [name for name in waiting if ancestors(budget.stages, name) <= done]
             for name in ready:
                 left = [n for n in to_do if n not in done]
                 seconds = window(budget.stages, left, name, max(0.0, end - time.monotonic()))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ from v2flow_cli.training.crops import first_crops, shuffled_rows
 
 FORMAT = 2
 IN_MEMORY = ("memory", "device")
+LOG_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -117,13 +119,19 @@ def cached_batches(
     """This rank's batches from batch ``start`` on. Raises: SharedError, on every rank, if one has no cache."""
     where: dict[str, Any] = dict(rank=accelerator.process_index, ranks=accelerator.num_processes)
     device = accelerator.device
-    cache = on_every_rank(lambda: open_cache(recipe, model, device=device, **where), device)
+    cache = on_every_rank(lambda: open_cache(recipe, model, device=device, log=log, **where), device)
     log(f"latents of {len(cache.keys):,} crops a rank are cached ({recipe.latents.cache})")
     return cache.batches(batch_size, seed=recipe.train.seed, start=start)
 
 
 def open_cache(
-    recipe: TokenizerRecipe, model: V2FlowTokenizer, *, rank: int, ranks: int, device: torch.device
+    recipe: TokenizerRecipe,
+    model: V2FlowTokenizer,
+    *,
+    rank: int,
+    ranks: int,
+    device: torch.device,
+    log: Callable[[str], None],
 ) -> LatentCache:
     """This rank's part of the cache of ``recipe.latents``, computed now unless it is on disk.
 
@@ -132,11 +140,12 @@ def open_cache(
     target = recipe.latents.cache
     facts = cache_facts(recipe, model, rank, ranks)
     if target in IN_MEMORY:
-        return _compute(recipe, model, rank, ranks, device, device if target == "device" else torch.device("cpu"))
+        storage = device if target == "device" else torch.device("cpu")
+        return _compute(recipe, model, rank, ranks, device, storage, log)
     part = Path(target) / f"rank-{rank}-of-{ranks}"
     file, record = part.with_suffix(".safetensors"), part.with_suffix(".json")
     if not record.exists():
-        cache = _compute(recipe, model, rank, ranks, device, torch.device("cpu"))
+        cache = _compute(recipe, model, rank, ranks, device, torch.device("cpu"), log)
         write_bytes(file, save(cache.tensors()))
         bad = [failure.as_json() for failure in cache.failures]
         content = {**facts, "photos": cache.total, "failures": bad, "keys": cache.keys}
@@ -191,8 +200,9 @@ def _compute(
     ranks: int,
     device: torch.device,
     storage: torch.device,
+    log: Callable[[str], None],
 ) -> LatentCache:
-    """The cache, computed on ``device`` and stored on ``storage``."""
+    """The cache, computed on ``device`` and stored on ``storage``. Logs how far it is."""
     batch_size, per_photo = recipe.train.batch_size // recipe.train.accumulate // ranks, recipe.latents.cache_crops
     rates = range(len(model.resampler.lengths))
     latents: list[Tensor] = []
@@ -201,6 +211,7 @@ def _compute(
     keys: list[str] = []
     failures: dict[Failure, None] = {}
     total = 0
+    logged = time.monotonic()
     where: dict[str, Any] = dict(rank=rank, world_size=ranks, output=recipe.output)
     crops = first_crops(recipe.data, batch_size, seed=recipe.train.seed, per_photo=per_photo, **where)
     for batch in crops:
@@ -213,6 +224,9 @@ def _compute(
         keys.extend(batch.keys)
         failures.update(dict.fromkeys(batch.failures))
         total = batch.total
+        if time.monotonic() - logged >= LOG_SECONDS:
+            logged = time.monotonic()
+            log(f"latents of {len(keys):,} of {total // ranks * per_photo:,} crops a rank are computed")
     joined = torch.cat(pixels) if pixels else None
     ids = [torch.cat(parts) for parts in token_ids if parts]
     return LatentCache(torch.cat(latents), keys, list(failures), total, joined, ids)

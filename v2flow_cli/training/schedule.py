@@ -7,10 +7,11 @@ from collections.abc import Collection, Mapping
 from v2flow_cli.recipe.budget import Stage
 
 
-def longest_path(stages: Mapping[str, Stage], names: Collection[str], start: str) -> float:
-    """The largest sum of shares on a path from ``start`` through those of ``names`` that depend on it."""
-    followers = [name for name in names if start in stages[name].after]
-    return stages[start].share + max((longest_path(stages, names, name) for name in followers), default=0.0)
+def longest_path(stages: Mapping[str, Stage], to_do: Collection[str], start: str) -> float:
+    """The largest sum of shares on a path from ``start`` through what depends on it; only ``to_do`` counts."""
+    share = stages[start].share if start in to_do else 0.0
+    followers = [name for name, stage in stages.items() if start in stage.after]
+    return share + max((longest_path(stages, to_do, name) for name in followers), default=0.0)
 
 
 def window(stages: Mapping[str, Stage], to_do: Collection[str], name: str, seconds_left: float) -> float:
@@ -32,10 +33,11 @@ def is_continued(stages: Mapping[str, Stage], name: str) -> bool:
     stage = stages[name]
     if stage.again is not None:
         return stage.again
-    return stage.recipe is not None and not any(other.recipe is not None for other in _followers(stages, name))
+    followers = [other for other in stages.values() if name in ancestors(stages, other.name)]
+    return stage.recipe is not None and not any(other.recipe is not None for other in followers)
 
 
-def _followers(stages: Mapping[str, Stage], name: str) -> list[Stage]:
-    """All stages that depend on ``name``, directly or not."""
-    direct = [stage for stage in stages.values() if name in stage.after]
-    return direct + [later for stage in direct for later in _followers(stages, stage.name)]
+def ancestors(stages: Mapping[str, Stage], name: str) -> set[str]:
+    """All stages that ``name`` depends on, directly or not."""
+    direct = set(stages[name].after)
+    return direct.union(*(ancestors(stages, other) for other in direct))
