@@ -10,15 +10,16 @@ def sample_lengths(kind: str, batch: int, max_tokens: int, device: torch.device)
     """Nested dropout: how many tokens (B,) each image keeps, in [1, max_tokens].
 
     ``uniform`` gives every length the same probability, ``power_of_two`` the lengths 1, 2, 4, ... and ``max_tokens``.
-    ``mixed`` takes either for each image: with the first alone few images have less than 32 of 256 tokens, with the
-    second few have more than 128. ``none`` keeps all.
+    ``mixed`` takes either for each image, the second from 8 tokens on: with the first alone few images have less than
+    32 of 256 tokens, with the second few have more than 128. ``none`` keeps all.
     """
     if kind == "none":
         return torch.full((batch,), max_tokens, device=device)
     uniform = torch.randint(1, max_tokens + 1, (batch,), device=device)
     if kind == "uniform":
         return uniform
-    lengths = doublings(max_tokens)
+    # With 1, 2 and 4 among them, one token becomes so good that the second adds little (docs/flextok.md).
+    lengths = [n for n in doublings(max_tokens) if kind == "power_of_two" or n >= min(8, max_tokens)]
     powers = torch.tensor(lengths, device=device)[torch.randint(len(lengths), (batch,), device=device)]
     return powers if kind == "power_of_two" else torch.where(torch.rand(batch, device=device) < 0.5, powers, uniform)
 
