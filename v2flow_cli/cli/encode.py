@@ -69,9 +69,9 @@ def encode(
 
         v2flow encode shards/ -o shard-tokens/ --parquet
 
-        v2flow encode imgs/ -o tokens-32/ --model runs/flextok/small --tokens 32
+        v2flow encode imgs/ -o tokens-32/ --model flexible --tokens 32
 
-        v2flow encode imgs/ -o tokens-18db/ --model runs/flextok/small --max-error 18
+        v2flow encode imgs/ -o tokens-18db/ --model flexible --max-error 18
 
         torchrun --nproc-per-node 8 -m v2flow_cli.cli.app encode shards/ -o shard-tokens/
     """

@@ -65,7 +65,7 @@ def generate(
 
         v2flow generate --prompts prompts.txt -n 4 --top-k 500 -o many/
 
-        v2flow generate "a red fox" --tokens 32 --model runs/flextok/llm --tokenizer runs/flextok/vocabulary
+        v2flow generate "a fox" --tokens 32 --model runs/flextok/llm_whole --tokenizer runs/flextok/vocabulary_drawings
 
         v2flow generate --from-image photo.jpg --model runs/my-llm
     """
