@@ -3,7 +3,11 @@
 from pathlib import Path
 
 import pytest
+import torch
 
+from tests.tokenizer.test_seams import build
+from v2flow_cli.bench.candidates import Batch
+from v2flow_cli.bench.coder import v2flow_coder
 from v2flow_cli.bench.sweep import Setting, parse_sweeps, settings_of_models
 from v2flow_cli.errors import DataError
 from v2flow_cli.tokenizer import V2FlowTokenizer
@@ -26,7 +30,7 @@ def test_every_combination_the_first_key_slowest() -> None:
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
-        (["size=1,2"], "KEY one of tokens, decoder, cfg"),
+        (["size=1,2"], "KEY one of tokens, decoder, refine, cfg"),
         (["cfg"], "expected KEY=V1,V2"),
         (["cfg=1,high"], "expected numbers from 0 on"),
         (["rounds=0"], "expected whole numbers from 1 on"),
@@ -61,6 +65,19 @@ def test_a_fixed_length_tokenizer_is_measured_at_its_length(tokenizer: V2FlowTok
     assert settings_of_models({"small": tokenizer}, 64, settings[1:]) == [("small", settings[1])]
     with pytest.raises(DataError, match=r"--res 33: small: .*multiples of"):
         settings_of_models({"small": tokenizer}, 33, [Setting()])
+
+
+def test_refined_ids_are_found_for_their_own_length() -> None:
+    flexible = build()
+    photos = torch.rand(2, 3, 32, 32) * 2 - 1
+    settings = parse_sweeps(["tokens=2,6", "refine=0,3"], {"cfg": None})
+    coders = [v2flow_coder("m", flexible, setting) for setting in settings]
+    assert len({coder.source for coder in coders}) == 3  # without steps the shorter ids are a prefix
+    batch = Batch(photos, torch.zeros(2, 32, 32, 3, dtype=torch.uint8), (0, 1))
+    for setting, coder in zip(settings, coders):
+        expected = flexible.encode(photos, setting.tokens, setting.refine_steps)
+        assert torch.equal(batch.token_ids(coder), expected)
+        assert coder.settings.get("refine_steps", 0) == setting.refine_steps
 
 
 def test_a_flexible_tokenizer_is_measured_at_every_prefix(

@@ -64,6 +64,25 @@ def test_tokens_writes_prefixes_that_decode(model, photos, tmp_path):
     assert len(list((tmp_path / "out").glob("*.png"))) == 5
 
 
+def test_refined_tokens_are_recorded_and_not_mixed_with_others(model, photos, tmp_path):
+    args = ("encode", photos, "-o", tmp_path / "t", "--tokens", 3)
+    figures = json.loads(v2flow(*args, "--refine", 4, "--json", model=model).stdout)
+    assert figures["refine_steps"] == 4 == TokenManifest.load(tmp_path / "t").refine_steps
+    tokenizer, keys, images, whole = encoded(model, photos)
+    best = tokenizer.encode(images, 3, refine_steps=4)
+    assert not torch.equal(best, whole[:, :3])
+    for key, ids in zip(keys, best.tolist()):
+        assert np.load(tmp_path / "t" / f"{key}.npy").tolist() == ids
+    assert "--force" in v2flow(*args, model=model, code=1).stderr
+    assert "--force" in v2flow(*args, "--refine", 5, model=model, code=1).stderr
+    assert np.load(tmp_path / "t" / f"{keys[0]}.npy").tolist() == best[0].tolist()  # nothing was overwritten
+    done = v2flow("encode", photos, "-o", tmp_path / "u", "--refine", 4, "--max-error", 10, model=model, code=1)
+    assert "--refine and --max-error: use one of them" in done.stderr
+    assert not (tmp_path / "u").exists()
+    v2flow("decode", tmp_path / "t", "-o", tmp_path / "out", model=model)
+    assert len(list((tmp_path / "out").glob("*.png"))) == 5
+
+
 def test_max_error_keeps_the_shortest_sufficient_prefix(model, photos, tmp_path):
     tokenizer, keys, images, whole = encoded(model, photos)
     curves = torch.stack([psnr_at(tokenizer, images, whole, keys, k) for k in range(1, 7)])

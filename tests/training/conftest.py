@@ -9,6 +9,18 @@ from v2flow_cli.tokenizer.autoencoder import V2FlowAutoencoder, V2FlowAutoencode
 
 from ..conftest import RECIPES
 
+#: Overrides of the tiny tokenizer: FlexTok's parts.
+TRANSFORMER = (
+    "context=null",
+    "vocabulary.llm=none",
+    "quantizer={kind: fsq, levels: [4, 4, 4], usage_floor: 0.0}",
+    "resampler={kind: registers, hidden_size: 32, depth: 1, num_heads: 2, mlp_ratio: 2.0, dropout: 0.0, patch_size: 2, "
+    "max_tokens: 8, places: spread, causal: true, nested_dropout: power_of_two}",
+    "flow={kind: transformer, formulation: rectified_flow, hidden_size: 32, token_depth: 1, depth: 1, num_heads: 2, "
+    "mlp_ratio: 2.0, dropout: 0.0, time_shift: 3.0, repeats: 1}",
+    "sampling.num_mask_steps=1",
+)
+
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):

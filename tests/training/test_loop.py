@@ -20,7 +20,7 @@ from v2flow_cli.training.crops import CropBatches
 from v2flow_cli.training.loop import build_objective, train
 from v2flow_cli.training.optimizer import learning_rate_at
 
-from .conftest import quiet, recipe
+from .conftest import TRANSFORMER, quiet, recipe
 
 
 @pytest.mark.parametrize(
@@ -211,6 +211,31 @@ def test_a_deeper_decoder_starts_as_the_same_function(world, tmp_path):
     shallow = (f"init_from={tmp_path / 'u'}", f"context.encoder_depth={depths.encoder_depth}")
     with pytest.raises(ModelError, match=r"context\.encoder_depth is \d, but the recipe says \d"):
         build_objective(recipe(world, "tokenizer", tmp_path / "v", *shallow))
+
+
+def test_deeper_registers_and_flow_transformer_start_as_the_same_function(world, tmp_path):
+    done = train(recipe(world, "tokenizer", tmp_path / "t", *TRANSFORMER, "train.steps=3"), resume=False, log=quiet)
+    given = V2FlowTokenizer.from_pretrained(done.folder)
+    depths = given.config.section("resampler").depth, given.config.section("flow").depth
+    deeper = (f"resampler.depth={depths[0] + 2}", f"flow.depth={depths[1] + 1}")
+    made = recipe(
+        world, "tokenizer", tmp_path / "u", *TRANSFORMER, f"init_from={done.folder}", *deeper, "train.steps=3"
+    )
+    grown = build_objective(made).model.eval()
+    images = torch.rand(2, 3, 64, 64) * 2 - 1
+    ids = given.encode(images)
+    assert torch.equal(grown.encode(images), ids)
+    for noise in (0.0, 1.0):
+        settings = dict(num_flow_steps=3, noise_temperature=noise)
+        assert torch.allclose(grown.decode(ids, **settings), given.decode(ids, **settings), atol=1e-5)
+    trained = V2FlowTokenizer.from_pretrained(train(made, resume=False, log=quiet).folder)
+    new = {k: v for k, v in trained.state_dict().items() if k not in given.state_dict()}
+    assert {name.split(".")[0] for name in new} == {"resampler", "flow"}
+    first = grown.state_dict()
+    for name, value in new.items():  # all of what was added is learned
+        assert not torch.equal(value, first[name]), name
+    with pytest.raises(ModelError, match=r"resampler\.depth is \d, but the recipe says \d"):
+        build_objective(recipe(world, "tokenizer", tmp_path / "v", *TRANSFORMER, f"init_from={tmp_path / 'u'}"))
 
 
 def test_without_a_vocabulary_and_with_ddim(world, tmp_path):

@@ -19,19 +19,9 @@ from v2flow_cli.training.objectives.tokenizer import TokenizerObjective
 from v2flow_cli.training.ssim import ssim
 
 from ..conftest import RECIPES, STAGES
-from .conftest import quiet, recipe
+from .conftest import TRANSFORMER, quiet, recipe
 
 AUTO = ("train.precision=auto", "train.steps=2", "train.grid_every=2")
-TRANSFORMER = (
-    "context=null",
-    "vocabulary.llm=none",
-    "quantizer={kind: fsq, levels: [4, 4, 4], usage_floor: 0.0}",
-    "resampler={kind: registers, hidden_size: 32, depth: 1, num_heads: 2, mlp_ratio: 2.0, dropout: 0.0, patch_size: 2, "
-    "max_tokens: 8, places: spread, causal: true, nested_dropout: power_of_two}",
-    "flow={kind: transformer, formulation: rectified_flow, hidden_size: 32, token_depth: 1, depth: 1, num_heads: 2, "
-    "mlp_ratio: 2.0, dropout: 0.0, time_shift: 3.0, repeats: 1}",
-    "sampling.num_mask_steps=1",
-)
 KINDS = {
     "autoencoder": ("autoencoder",),
     "vocabulary": ("tokenizer",),
@@ -92,10 +82,10 @@ def test_only_training_rounds_the_factors_of_float32_products(world, tmp_path, m
         return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
 
     before, in_training, in_encode = allowed(), [], []
-    plain = V2FlowTokenizer._nearest_ids
+    plain = V2FlowTokenizer.ids_of_latents
     monkeypatch.setattr(
         V2FlowTokenizer,
-        "_nearest_ids",
+        "ids_of_latents",
         lambda *given, **named: (in_encode.append(allowed()), plain(*given, **named))[1],
     )
     for precision in ("auto", "fp32"):

@@ -46,22 +46,25 @@ class Coder:
     weights_digest: str | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     length: int | None = None  # the length of ``encode``, if there are several that are no prefixes of each other
+    refine_steps: int = 0  # of ``encode``
 
     @property
     def source(self) -> str:
-        """A name for the ids: the model, and the length if there are several that are no prefixes of each other."""
-        return self.model if self.length is None else f"{self.model} at {self.length} tokens"
+        """A name for the ids: the model, and what they depend on. Prefixes of the same ids have the same name."""
+        length = "" if self.length is None else f" at {self.length} tokens"
+        return f"{self.model}{length}" + (f", {self.refine_steps} steps" if self.refine_steps else "")
 
 
 def v2flow_coder(model: str, tokenizer: V2FlowTokenizer, setting: Setting, dtype: torch.dtype = torch.float32) -> Coder:
     """A tokenizer of ours, with products in ``dtype``, as in the commands."""
     tokenizer = tokenizer.with_decoder(setting.decoder)
-    length = None if tokenizer.flexible else setting.tokens
+    length = None if tokenizer.flexible and not setting.refine_steps else setting.tokens
+    refined = {"refine_steps": setting.refine_steps} if setting.refine_steps else {}
     decoder = {"decoder": tokenizer.decoder_name} if len(tokenizer.decoder_names) > 1 else {}
 
     def encode(images: Tensor) -> Tensor:
         with inference(tokenizer.device, dtype):
-            return tokenizer.encode(images, length)
+            return tokenizer.encode(images, length, setting.refine_steps)
 
     def decode(ids: Tensor, seeds: Sequence[int], size: tuple[int, int]) -> Tensor:
         with inference(tokenizer.device, dtype):
@@ -74,11 +77,12 @@ def v2flow_coder(model: str, tokenizer: V2FlowTokenizer, setting: Setting, dtype
         encode,
         decode,
         tokenizer.config.codebook_size,
-        {**decoder, **(tokenizer.config.sampling or {}), **setting.values},
+        {**decoder, **(tokenizer.config.sampling or {}), **setting.values, **refined},
         setting.tokens,
         tokenizer.digest,
         tokenizer.device,
         length,
+        setting.refine_steps,
     )
 
 

@@ -12,35 +12,37 @@ from v2flow_cli.errors import DataError
 from v2flow_cli.recipe.schema import SAMPLING_OPTIONS, Sampling
 from v2flow_cli.tokenizer import V2FlowTokenizer
 
-TOKENS, DECODER = "tokens", "decoder"
+TOKENS, DECODER, REFINE = "tokens", "decoder", "refine"
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to decode.
+    """One way to encode and decode.
 
-    values: keyword arguments of ``decode``; tokens: decode only the first so many; decoder: its name.
+    values: keyword arguments of ``decode``; tokens: decode only the first so many; decoder: its name; refine_steps: of
+    ``encode``, which then finds the ids for this number of tokens.
     """
 
     label: str = ""  # "" without a sweep
     values: Mapping[str, Any] = field(default_factory=dict)
     tokens: int | None = None
     decoder: str | None = None  # None: with each decoder that a model has
+    refine_steps: int = 0
 
     def name(self, model: str) -> str:
         return f"{model}, {self.label}" if self.label else model
 
 
 def _read(field: str, text: str) -> Any:
-    """A value of a field of ``Sampling``, a decoder's name, or a number of tokens.  Raises: ValueError."""
+    """A value of a field of ``Sampling``, a decoder's name, or a number of tokens or steps.  Raises: ValueError."""
     if field == DECODER:
         return text
-    hint = int if field == TOKENS else get_type_hints(Sampling)[field]
+    hint = int if field in (TOKENS, REFINE) else get_type_hints(Sampling)[field]
     if choices := get_args(hint):
         if text not in choices:
             raise ValueError(f"expected {', '.join(choices)}")
         return text
-    least = 1 if hint is int else 0  # counts start at 1, factors at 0
+    least = 1 if hint is int and field != REFINE else 0  # counts start at 1, factors at 0
     try:
         value = hint(text)
     except ValueError:
@@ -51,13 +53,13 @@ def _read(field: str, text: str) -> Any:
 
 
 #: The keys of ``--sweep``, and the arguments of ``decode`` that they set.
-KEYS = {TOKENS: TOKENS, DECODER: DECODER, **SAMPLING_OPTIONS, "temperature": SAMPLING_OPTIONS["noise"]}
+KEYS = {TOKENS: TOKENS, DECODER: DECODER, REFINE: REFINE, **SAMPLING_OPTIONS, "temperature": SAMPLING_OPTIONS["noise"]}
 
 
 def parse_sweeps(texts: Sequence[str], fixed: Mapping[str, Any] | None = None) -> list[Setting]:
     """Every combination of the ``KEY=V1,V2`` in ``texts``, the first key slowest; one empty setting without any.
 
-    Args:    fixed, arguments of ``decode`` that all settings share; None takes the model's value.
+    Args:    fixed, values that all settings share; None takes the model's value.
     Raises:  ValueError for an unknown key or value, and for a repeated key.
     """
     base = {key: value for key, value in (fixed or {}).items() if value is not None}
@@ -82,7 +84,8 @@ def parse_sweeps(texts: Sequence[str], fixed: Mapping[str, Any] | None = None) -
     for point in itertools.product(*axes):
         arguments = {**base, **{argument: value for _, argument, value in point}}
         tokens, decoder = arguments.pop(TOKENS, None), arguments.pop(DECODER, None)
-        settings.append(Setting(", ".join(label for label, _, _ in point), arguments, tokens, decoder))
+        refine_steps = arguments.pop(REFINE, 0)
+        settings.append(Setting(", ".join(label for label, _, _ in point), arguments, tokens, decoder, refine_steps))
     return settings
 
 

@@ -31,8 +31,8 @@ def reconstruction(
         list[str] | None,
         typer.Option(
             metavar="KEY=V1,V2",
-            help="Measure at each value of tokens, decoder, cfg, rounds, steps, solver, schedule, guidance or noise; "
-            "several --sweep give every combination.",
+            help="Measure at each value of tokens, refine, decoder, cfg, rounds, steps, solver, schedule, guidance or "
+            "noise; several --sweep give every combination.",
         ),
     ] = None,
     decoder: Annotated[
@@ -49,6 +49,7 @@ def reconstruction(
     schedule: options.Schedule = None,
     guidance: options.GuidanceKind = None,
     noise: options.Noise = None,
+    refine: options.Refine = None,
     limit: options.Limit = None,
     batch_size: options.BatchSize = 8,
     report: options.Report = None,
@@ -113,7 +114,7 @@ def reconstruction(
     )
     sweeps = [*(sweep or ()), *([f"cfg={cfg}"] if len(scales) > 1 else ())]
     ours = bool(model) or not external
-    sampled = bool(sweeps or decoder) or any(value is not None for value in fixed.values())
+    sampled = bool(sweeps or decoder or refine) or any(value is not None for value in fixed.values())
     options.only_with("decoder options", sampled, "a --model of ours beside --external", ours)
     options.only_with("--report-images", report_images is not None, "--report", report is not None)
     options.only_with("--codec-bytes", codec_bytes is not None, "--codecs", codecs)
@@ -123,7 +124,7 @@ def reconstruction(
 
     check_writable((csv, images_csv, report))
     try:
-        settings = parse_sweeps(sweeps, {**fixed, "decoder": decoder})
+        settings = parse_sweeps(sweeps, {**fixed, "decoder": decoder, "refine": refine})
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--sweep") from None
 

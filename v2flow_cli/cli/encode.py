@@ -35,6 +35,7 @@ def encode(
         float | None,
         typer.Option(metavar="DB", help="Keep the fewest tokens that reach this PSNR in dB (flexible tokenizers)."),
     ] = None,
+    refine: options.Refine = None,
     parquet: Annotated[
         bool, typer.Option("--parquet", help="Write the set as Parquet too: key, caption, tokens, height, width.")
     ] = False,
@@ -71,6 +72,8 @@ def encode(
 
         v2flow encode imgs/ -o tokens-32/ --model flexible --tokens 32
 
+        v2flow encode imgs/ -o tokens-refined/ --model flexible --tokens 32 --refine 20
+
         v2flow encode imgs/ -o tokens-18db/ --model flexible --max-error 18
 
         torchrun --nproc-per-node 8 -m v2flow_cli.cli.app encode shards/ -o shard-tokens/
@@ -86,6 +89,8 @@ def encode(
         require_parquet()
     if tokens is not None and max_error is not None:
         raise DataError("--tokens and --max-error: use one of them; --max-error chooses the number of tokens.")
+    if refine and max_error is not None:
+        raise DataError("--refine and --max-error: use one of them; ids are refined for one number of tokens.")
     out, not_taken = output_folder(out), NotTaken()
     sources = find_inputs(inputs, not_taken=not_taken, exclude=out)
     sources.check_one_kind(" ".join(inputs))
@@ -112,6 +117,7 @@ def encode(
         dtype=pick_dtype(dtype, target),
         prefixes=Prefixes(tokens, max_error),
         keep_aspect=aspect == "keep",
+        refine_steps=refine or 0,
     )
     start = time.perf_counter()
     with launch() as ranks, progress("encode", None if tars else -(-len(files) // ranks.count)) as tick:
@@ -158,6 +164,7 @@ def encode(
                 "variable_length": manifest.variable_length,
                 "mean_tokens_per_image": mean_tokens,
                 "short_of_max_error": report.short,
+                "refine_steps": manifest.refine_steps,
                 "token_histograms": [dataclasses.asdict(histogram) for histogram in histograms],
                 "codebook_size": manifest.codebook_size,
                 "tokenizer_digest": manifest.tokenizer_digest,

@@ -38,6 +38,14 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 Dtype = Annotated[str, typer.Option(help="auto (bf16 if it is fast), fp32 or bf16.")]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite files that exist.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Refine = Annotated[
+    int | None,
+    typer.Option(
+        metavar="STEPS",
+        min=0,
+        help="Gradient steps on each image for ids that decode better: slower, of use with few tokens. Default: none.",
+    ),
+]
 Limit = Annotated[int | None, typer.Option(min=1, help="Stop after this many images.")]
 Images = Annotated[
     list[str] | None,

@@ -86,7 +86,7 @@ class SetEncoder:
     Args:   image_size, side in pixels (default: the tokenizer's); keep_aspect, resize each image to about that side
             squared instead of cropping a square; batch_size, images (default: by the device); workers, threads that
             read and decode while the model computes (default: one per core); dtype, of the computation; prefixes, how
-            many tokens of an image are kept.
+            many tokens of an image are kept; refine_steps, gradient steps after the encoder.
     Raises: DataError for an image size or prefixes that the tokenizer does not have.
     """
 
@@ -100,8 +100,9 @@ class SetEncoder:
         dtype: torch.dtype = torch.float32,
         prefixes: Prefixes = WHOLE,
         keep_aspect: bool = False,
+        refine_steps: int = 0,
     ) -> None:
-        self.keep_aspect = keep_aspect
+        self.keep_aspect, self.refine_steps = keep_aspect, refine_steps
         self.prefixes, self.short = prefixes, 0
         self.tokenizer, self.dtype = tokenizer, dtype
         self.image_size = image_size or tokenizer.config.image_size
@@ -124,6 +125,7 @@ class SetEncoder:
             variable_length=keep_aspect or prefixes.min_psnr_db is not None,
             min_psnr_db=prefixes.min_psnr_db,
             keep_aspect=keep_aspect,
+            refine_steps=refine_steps,
         )
 
     def encode(
@@ -175,7 +177,7 @@ class SetEncoder:
         device = self.tokenizer.device
         images = torch.stack([pixels for _, pixels in batch]).to(device)  # (B, 3, H, W)
         with inference(device, self.dtype):
-            token_ids = self.tokenizer.encode(images, self.prefixes.tokens)  # (B, L)
+            token_ids = self.tokenizer.encode(images, self.prefixes.tokens, self.refine_steps)  # (B, L)
             lengths: list[int | None] = [None] * len(batch)
             if self.prefixes.min_psnr_db is not None:
                 keys = [key for key, _ in batch]

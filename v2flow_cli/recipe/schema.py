@@ -328,7 +328,8 @@ class TokenizerRecipe:
     optimizer: Optimizer
     train: TrainLoop
     output: str  # folder of the trained model
-    # A tokenizer to start from, with the same shapes. The context may be deeper; registers may start from a grid.
+    # A tokenizer to start from, with the same shapes. Context, registers and flow transformer may be deeper; registers
+    # may start from a grid.
     init_from: str = ""
     freeze_tokens: bool = False  # train only the decoder; ids stay the same
     pixel_decoder: bool = False  # latents to pixels by a copy of the autoencoder's decoder, which is trained too

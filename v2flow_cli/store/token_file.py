@@ -48,6 +48,7 @@ class TokenManifest:
     min_psnr_db: float | None = None  # the PSNR by which the lengths were chosen, if they were
     sources: dict[str, str] = field(default_factory=dict)  # of files that come from tars: the tar's fingerprint
     keep_aspect: bool = False  # each image has its own size, with an area near that of ``image_size``
+    refine_steps: int = 0  # gradient steps after the encoder (``encode --refine``)
 
     @property
     def count(self) -> int:
@@ -65,7 +66,7 @@ class TokenManifest:
 
     def _identity(self) -> tuple[Any, ...]:
         lengths = self.tokens_per_image, self.variable_length, self.min_psnr_db
-        return self.tokenizer_digest, self.image_size, self.keep_aspect, self.codebook_size, *lengths
+        return self.tokenizer_digest, self.image_size, self.keep_aspect, self.codebook_size, self.refine_steps, *lengths
 
     @property
     def description(self) -> str:
@@ -105,6 +106,7 @@ class TokenManifest:
             "tokens_per_image": self.tokens_per_image,
             **({"variable_length": True, "min_psnr_db": self.min_psnr_db} if self.variable_length else {}),
             **({"aspect": "keep"} if self.keep_aspect else {}),
+            **({"refine_steps": self.refine_steps} if self.refine_steps else {}),
             "count": self.count,
             "files": self.files,
             **({"sources": self.sources} if self.sources else {}),
@@ -167,8 +169,12 @@ class TokenManifest:
         aspect: Any = record.get("aspect", "square")
         if aspect not in ("square", "keep"):
             raise TokenFileError(f"{path}: aspect is {aspect!r}; expected square or keep. Encode the images again.")
+        refined: Any = record.get("refine_steps", 0)
+        if refined != 0 and not _is_count(refined):
+            raise TokenFileError(f"{path}: refine_steps is {refined!r}; expected a number. Encode the images again.")
         counts = record["codebook_size"], record["tokens_per_image"]
-        manifest = cls(digest, (size[0], size[1]), *counts, files, variable, least, sources, aspect == "keep")
+        shapes = aspect == "keep"
+        manifest = cls(digest, (size[0], size[1]), *counts, files, variable, least, sources, shapes, refined)
         if record.get("count") != manifest.count:
             raise TokenFileError(f"{path}: count is {record.get('count')!r}; files add up to {manifest.count}.")
         return manifest

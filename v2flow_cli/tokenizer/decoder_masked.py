@@ -61,7 +61,6 @@ class MaskedDecoder:
         index = hidden[..., None].expand(-1, -1, patches.shape[-1])
         return DecoderLosses(flow, regression, patches.scatter(1, index, predicted.to(patches.dtype)))
 
-    @torch.no_grad()
     def sample(self, inputs: TokenInput, noise: Tensor, seeds: Sequence[int], settings: Sampling) -> Tensor:
         """Source: Algorithm 1."""
         positions, layout = noise.shape[1], inputs.layout

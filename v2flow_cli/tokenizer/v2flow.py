@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +19,17 @@ from v2flow_cli.runtime.processes import world_size
 from v2flow_cli.tokenizer.assembly import TokenizerAssembly
 from v2flow_cli.tokenizer.context import grid_coordinates
 from v2flow_cli.tokenizer.decoder import ImageLossPlan, Layout, StepPlan, TokenInput
+from v2flow_cli.tokenizer.refine import refine_ids
+
+# The decoder's mean of all pictures that fit the tokens, in one step.
+MEAN = Sampling(
+    num_mask_steps=1,
+    num_flow_steps=1,
+    solver="euler",
+    guidance_scale=1.0,
+    guidance_schedule="constant",
+    noise_temperature=0.0,
+)
 
 
 @dataclass(frozen=True)
@@ -45,10 +55,12 @@ class V2FlowTokenizer(TokenizerAssembly):
 
     @torch.no_grad()
     @tf32(False)
-    def encode(self, images: Tensor, num_tokens: int | None = None) -> Tensor:
+    def encode(self, images: Tensor, num_tokens: int | None = None, refine_steps: int = 0) -> Tensor:
         """Token ids (B, L) int64 of images (B, 3, H, W) in [-1, 1]; deterministic.
 
         ``num_tokens`` is one of ``lengths``; if the length is flexible, only the first so many ids are returned.
+        ``refine_steps`` gradient steps then look for ids that the decoder reads better (``refine_ids``); those of a
+        prefix are the best ones for its own length.
 
         On a CPU each image is computed by one thread: an id near the border of two codes must not depend on the other
         images in the batch, nor on the number of threads.
@@ -58,13 +70,33 @@ class V2FlowTokenizer(TokenizerAssembly):
         height, width = images.shape[-2:]
         length = self.num_tokens(height, width) if num_tokens is None else num_tokens
         self.check_length(length, height, width)
-        nearest = functools.partial(self._nearest_ids, rate=self.resampler.rate_of(length, height, width))
-        on_cpu = self.device.type == "cpu" and len(images)
-        token_ids = torch.cat(on_single_threads(nearest, images)) if on_cpu else nearest(images)
-        return token_ids[:, :num_tokens]
+        rate = self.resampler.rate_of(length, height, width)
 
-    def _nearest_ids(self, images: Tensor, rate: int = 0) -> Tensor:
-        return self.ids_of_latents(self.latents.encode(images), rate)
+        def ids_of(images: Tensor) -> Tensor:
+            latents = self.latents.encode(images)
+            if refine_steps:
+                return self._refined_ids(latents, rate, length, refine_steps)
+            return self.ids_of_latents(latents, rate)[:, :length]
+
+        on_cpu = self.device.type == "cpu" and len(images)
+        return torch.cat(on_single_threads(ids_of, images)) if on_cpu else ids_of(images)
+
+    def _refined_ids(self, latents: Tensor, rate: int, length: int, steps: int) -> Tensor:
+        """Ids (B, length) whose mean picture (one step without noise or guidance) is nearest to scaled latents."""
+        with without_autocast(latents):
+            vectors, _, _ = self.embed(latents.to(self.dtype), noise_scale=0.0, entropies=False, rate=rate)
+        height, width = (side * self.latents.downsampling for side in latents.shape[-2:])
+        with torch.inference_mode(False):  # of a normal mode all that gradients pass
+            target = self._patchify(latents).clone()
+            layout = self._layout(height, width, len(latents), rate)
+            lengths = torch.full((len(latents),), length, device=self.device) if self.flexible else None
+
+        def error(embeddings: Tensor) -> Tensor:
+            inputs = TokenInput(embeddings.to(target.dtype), lengths, layout)
+            mean = self.decoder.sample(inputs, torch.zeros_like(target), [0] * len(target), MEAN)
+            return (mean.float() - target.float()).square().mean((1, 2))
+
+        return refine_ids(vectors[:, :length], self.quantizer, error, steps)
 
     @torch.no_grad()
     def ids_of_latents(self, latents: Tensor, rate: int = 0) -> Tensor:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from v2flow_cli.errors import ModelError, V2FlowError
 from v2flow_cli.recipe.schema import Registers, Resampler, TokenizerRecipe
@@ -245,7 +245,7 @@ def load_start(recipe: TokenizerRecipe) -> V2FlowTokenizer:
 def _continue(recipe: TokenizerRecipe) -> V2FlowTokenizer:
     """The weights of ``init_from`` with the settings of the recipe: a new stage, not a resume.
 
-    A deeper decoder starts as the same function: its additional blocks are the identity at first (arXiv 1511.05641).
+    A deeper model starts as the same function: its additional blocks are the identity at first (arXiv 1511.05641).
     For registers that start from a grid see ``_as_registers``.
     """
     start = load_start(recipe)
@@ -257,7 +257,7 @@ def _continue(recipe: TokenizerRecipe) -> V2FlowTokenizer:
     weights = start.state_dict()
     if start.config.section("resampler").kind != recipe.resampler.kind:
         weights = _as_registers(weights, model)
-    weights |= _new_blocks(model, start.config)
+    weights |= _new_blocks(model, weights)
     if model.pixel_decoder is not None and start.pixel_decoder is None:
         first = start.latents.copy_decoder().state_dict()
         weights |= {f"pixel_decoder.{name}": value for name, value in first.items()}
@@ -284,20 +284,22 @@ def _as_registers(weights: Mapping[str, Tensor], model: V2FlowTokenizer) -> dict
     return first | {name: value for name, value in renamed.items() if not name.startswith(unused)}
 
 
-def _new_blocks(model: V2FlowTokenizer, start: V2FlowConfig) -> dict[str, Tensor]:
-    """Weights of the decoder's blocks that the config ``start`` does not have, initialised as the identity."""
-    if model.config.context is None:
-        return {}
-    context, weights = start.section("context"), dict[str, Tensor]()
-    for part, depth in (("encoder", context.encoder_depth), ("decoder", context.decoder_depth)):
-        for number, block in enumerate(getattr(model.context, part)):
-            if number < depth:
-                continue
-            for last in (block.out, block.mlp[-1]):
-                nn.init.zeros_(last.weight)
-                nn.init.zeros_(last.bias)
-            weights |= {f"context.{part}.{number}.{name}": value for name, value in block.state_dict().items()}
-    return weights
+def _new_blocks(model: V2FlowTokenizer, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of the blocks of ``model`` that a model of less depth, with ``weights``, does not have: they add nothing.
+
+    In a flow transformer the new rows of ``modulate`` make their gates 0; the last layers of the other blocks are 0.
+    """
+    ours = model.state_dict()
+    new = {name: value for name, value in ours.items() if name.startswith(STACKS) and name not in weights}
+    gated = any(name.startswith("flow.") for name in new)
+    for name, value in new.items():
+        if name.endswith(LAST_LAYERS) and not name.startswith("flow."):
+            value.zero_()
+    for name in ("flow.modulate.weight", "flow.modulate.bias") if gated else ():
+        old, after = weights[name], 2 * model.config.section("flow").hidden_size  # shift and scale after the blocks
+        added = old.new_zeros(len(ours[name]) - len(old), *old.shape[1:])
+        new[name] = torch.cat([old[:-after], added, old[-after:]])
+    return new
 
 
 def _keep_encoder_settings(config: V2FlowConfig, start: V2FlowConfig, where: str) -> None:
@@ -332,7 +334,7 @@ def _check_same_shapes(config: V2FlowConfig, recipe: TokenizerRecipe) -> None:
                 key, new = "stem", ours.stem or old
             elif ordered and key != "hidden_size":
                 continue
-            deeper = name == "context" and key in DEPTHS and (new or 0) > (old or 0) > 0
+            deeper = key in DEPTHS.get(getattr(ours, "kind", name), ()) and (new or 0) > (old or 0) > 0
             if old != new and not deeper:
                 raise ModelError(
                     f"{recipe.init_from}: {name}.{key} is {old}, but the recipe says {new}. "
@@ -340,7 +342,12 @@ def _check_same_shapes(config: V2FlowConfig, recipe: TokenizerRecipe) -> None:
                 )
 
 
-DEPTHS = ("encoder_depth", "decoder_depth")  # of the context, which may be larger
+# Depths that may be larger than those of ``init_from``, by kind of section.
+DEPTHS = {"context": ("encoder_depth", "decoder_depth"), "registers": ("depth",), "transformer": ("depth",)}
+
+# The blocks that they count, and the layers of a block whose sums are its output.
+STACKS = ("context.encoder.", "context.decoder.", "resampler.blocks.", "flow.blocks.")
+LAST_LAYERS = (".out.weight", ".out.bias", ".mlp.2.weight", ".mlp.2.bias")
 
 # Keys of a section that determine the shapes of its weights.
 SHAPES = (
