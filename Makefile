@@ -65,6 +65,7 @@ flexible-model: .venv/installed
 	$(SCENES) --layout colours --per-title 1 --common --out runs/flextok/colours
 	$(V2FLOW) train recipes/flextok/small.yaml --resume
 	$(V2FLOW) train recipes/flextok/small_drawings.yaml --resume
+	$(V2FLOW) train recipes/flextok/small_deeper.yaml --resume
 	$(V2FLOW) train recipes/flextok/small_sharp.yaml --resume
 	$(PY) -c 'from pathlib import Path; from v2flow_cli.tokenizer.embedded import FLEXIBLE_MODEL, share_autoencoder as share; share(Path("runs/flextok/small_sharp"), FLEXIBLE_MODEL, num_flow_steps=1, noise_temperature=0.0)'
 	cp recipes/default/NOTICE v2flow_cli/assets/flexible/
