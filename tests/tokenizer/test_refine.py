@@ -67,6 +67,17 @@ def test_without_steps_the_ids_are_those_of_the_encoder():
 
     assert torch.equal(refine_ids(vectors, model.quantizer, error, 0), model.quantizer(vectors).token_ids)
     assert len(errors) == 1
+    with pytest.raises(ValueError, match="-1 steps to refine ids"):
+        model.encode(images(), refine_steps=-1)
+
+
+def test_an_error_that_is_not_finite_keeps_the_ids_of_the_encoder():
+    model = build()
+    vectors = torch.randn(2, 6, 3)
+    nothing = torch.tensor([1.0, torch.nan])[:, None, None]
+    found = refine_ids(vectors, model.quantizer, lambda x: (x * nothing).square().sum((1, 2)), 5)
+    assert torch.equal(found[1], model.quantizer(vectors).token_ids[1])
+    assert not torch.equal(found[0], model.quantizer(vectors).token_ids[0])
 
 
 def test_the_embedded_flexible_model_gains_with_few_tokens(sample_images):

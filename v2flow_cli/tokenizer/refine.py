@@ -24,7 +24,10 @@ def refine_ids(vectors: Tensor, quantizer: TokenQuantizer, error: Callable[[Tens
 
     ``error`` maps the embeddings of quantised vectors to one error per image (B,). The gradient passes the rounding as
     in the training (straight-through). Images do not influence each other.
+    Raises:  ValueError for a negative number of steps.
     """
+    if steps < 0:
+        raise ValueError(f"{steps} steps to refine ids; expected 0 or more")
     with torch.inference_mode(False), torch.enable_grad():
         start = vectors.float().clone()
         unit = quantizer.vectors.float().std(0)
@@ -35,7 +38,7 @@ def refine_ids(vectors: Tensor, quantizer: TokenQuantizer, error: Callable[[Tens
         for step in range(steps + 1):
             quantized = quantizer(start + unit * change)
             errors = error(quantized.embeddings)
-            better = errors.detach() < best
+            better = (errors.detach() < best) | (step == 0)  # the encoder's ids also if their error is not finite
             best = torch.where(better, errors.detach(), best)
             best_ids = torch.where(better[:, None], quantized.token_ids, best_ids)
             if step < steps:

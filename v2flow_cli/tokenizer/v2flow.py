@@ -64,7 +64,7 @@ class V2FlowTokenizer(TokenizerAssembly):
 
         On a CPU each image is computed by one thread: an id near the border of two codes must not depend on the other
         images in the batch, nor on the number of threads.
-        Raises:  ValueError for a size or a number of tokens that does not fit.
+        Raises:  ValueError for a size, a number of tokens or a number of steps that does not fit.
         """
         images = images.to(self.device, self.dtype)
         height, width = images.shape[-2:]
