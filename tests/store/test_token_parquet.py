@@ -136,7 +136,7 @@ def test_files_of_two_tokenizers_are_not_one_set(token_set):
     other.write_bytes(path.read_bytes())
     rewrite(other, metadata={"v2flow": json.dumps(record)})
     with pytest.raises(
-        TokenFileError, match=r"tokens of tokenizer f{16} at 32 px; .* has those of tokenizer 0123456789abcdef"
+        TokenFileError, match=r"tokens of tokenizer f{16} at 32 px, .* has those of tokenizer 0123456789abcdef"
     ):
         load_parquet_manifest([path, other])
 

@@ -70,9 +70,12 @@ class TokenManifest:
 
     @property
     def description(self) -> str:
-        """The tokenizer and image size, for messages."""
+        """What ``same_tokens`` compares, for messages."""
         shapes = ", in their own shapes" if self.keep_aspect else ""
-        return f"tokenizer {self.tokenizer_digest} at {self.image_size[0]} px{shapes}"
+        length = f", {'up to ' if self.variable_length else ''}{self.tokens_per_image} tokens an image"
+        target = f" for {self.min_psnr_db:g} dB" if self.min_psnr_db is not None else ""
+        refined = f", refined in {self.refine_steps} steps" if self.refine_steps else ""
+        return f"tokenizer {self.tokenizer_digest} at {self.image_size[0]} px{shapes}{length}{target}{refined}"
 
     def check_square(self, where: str | Path) -> None:
         """Raises: TokenFileError for images that keep their shapes, because a language model draws squares."""
