@@ -14,6 +14,7 @@ import pytest
 
 from tests.tokenizer.test_seams import build
 from v2flow_cli.bench.report.page import DrawnPicture, Page, render, write_report
+from v2flow_cli.bench.report.photo_view import photo_view
 from v2flow_cli.bench.report.token_view import token_view
 from v2flow_cli.bench.results import Table, tables
 from v2flow_cli.bench.run import run_bench
@@ -184,6 +185,15 @@ addEventListener("load", () => setTimeout(() => {
 }, 50));
 </script>
 """
+
+
+def test_each_setting_has_a_slider_over_its_own_lengths(sample_images) -> None:
+    sweep = parse_sweeps(["tokens=1,3,6", "refine=0,2"])
+    bench = run_bench({"v2flow": build()}, [("astronaut", sample_images[0])], settings=sweep, keep=1, with_codecs=False)
+    sliders = photo_view(bench, bench.result.kept[0], {}).sliders
+    assert [slider.setting for slider in sliders] == ["v2flow, refine 0", "v2flow, refine 2"]
+    for slider, refine in zip(sliders, (0, 2)):
+        assert list(slider.steps) == [(str(n), f"v2flow, tokens {n}, refine {refine}") for n in (1, 3, 6)]
 
 
 def test_a_slider_over_lengths_in_a_browser(sample_images, tmp_path: Path) -> None:

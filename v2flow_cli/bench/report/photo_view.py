@@ -29,9 +29,9 @@ class Variant:
 
 @dataclass(frozen=True)
 class Slider:
-    """The lengths at which a tokenizer was measured: (text, system) of each, the shortest first."""
+    """The lengths at which a tokenizer was measured in one setting: (text, system) of each, the shortest first."""
 
-    family: str
+    setting: str
     steps: Sequence[tuple[str, str]]
 
     @property
@@ -82,13 +82,16 @@ def _longest(coders: Sequence[Row]) -> Row | None:
 
 
 def _sliders(coders: Sequence[Row]) -> list[Slider]:
-    families: dict[str, dict[float, str]] = {}
+    """One for each tokenizer and setting with several lengths."""
+    lengths: dict[str, dict[float, str]] = {}
     for row in coders:
         if row.tokens_per_image:
-            families.setdefault(row.family, {})[row.tokens_per_image] = row.system
+            swept = f"tokens {row.tokens_per_image:.0f}"
+            setting = ", ".join(part for part in row.system.split(", ") if part != swept)
+            lengths.setdefault(setting, {})[row.tokens_per_image] = row.system
     return [
-        Slider(family, [(f"{length:,.0f}", systems[length]) for length in sorted(systems)])
-        for family, systems in families.items()
+        Slider(setting, [(f"{length:,.0f}", systems[length]) for length in sorted(systems)])
+        for setting, systems in lengths.items()
         if len(systems) > 1
     ]
 
