@@ -15,7 +15,7 @@ from torch import Tensor
 from v2flow_cli.tokenizer.quantizer import TokenQuantizer
 
 # Of Adam: the first step size, in standard deviations of the codes in each dimension; the share of it at the end; and a
-# shorter memory than in training, for the few steps. Chosen among 11 settings on 24 drawings (docs/flextok.md).
+# shorter memory than in training, for the few steps. docs/flextok.md has the settings that were tried.
 STEP_SIZE, LAST_SHARE, BETAS = 0.2, 0.1, (0.7, 0.99)
 
 
