@@ -80,6 +80,17 @@ def test_refined_ids_are_found_for_their_own_length() -> None:
         assert coder.settings.get("refine_steps", 0) == setting.refine_steps
 
 
+def test_the_model_refines_where_a_setting_has_tokens() -> None:
+    flexible = build()
+    flexible.config.refine_steps = 3
+    for text, expected in (("tokens=2", 3), ("refine=0", 0), ("refine=5", 5), ("cfg=1", 0)):
+        (setting,) = parse_sweeps([text])
+        coder = v2flow_coder("m", flexible, setting)
+        assert (coder.refine_steps, coder.settings.get("refine_steps", 0)) == (expected, expected)
+    (setting,) = parse_sweeps(["tokens=2"], {"refine": 0})
+    assert v2flow_coder("m", flexible, setting).refine_steps == 0
+
+
 def test_a_flexible_tokenizer_is_measured_at_every_prefix(
     tokenizer: V2FlowTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

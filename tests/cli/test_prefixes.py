@@ -84,6 +84,26 @@ def test_refined_tokens_are_recorded_and_not_mixed_with_others(model, photos, tm
     assert len(list((tmp_path / "out").glob("*.png"))) == 5
 
 
+def test_a_model_refines_for_a_given_number_of_tokens(photos, tmp_path):
+    tokenizer = build()
+    tokenizer.config.refine_steps = 3
+    tokenizer.save_pretrained(tmp_path / "model")
+    tokenizer, keys, images, whole = encoded(tmp_path / "model", photos)
+    best = tokenizer.encode(images, 2, refine_steps=3)
+    assert not torch.equal(best, whole[:, :2])
+    cases = {
+        "t": (("--tokens", 2), 3, best),
+        "u": (("--tokens", 2, "--refine", 0), 0, whole[:, :2]),
+        "v": ((), 0, whole),
+        "w": (("--max-error", 90), 0, whole),  # no picture is so good: all tokens are kept
+    }
+    for name, (options, steps, expected) in cases.items():
+        v2flow("encode", photos, "-o", tmp_path / name, *options, model=tmp_path / "model")
+        assert TokenManifest.load(tmp_path / name).refine_steps == steps
+        for key, ids in zip(keys, expected.tolist()):
+            assert np.load(tmp_path / name / f"{key}.npy").tolist() == ids
+
+
 def test_max_error_keeps_the_shortest_sufficient_prefix(model, photos, tmp_path):
     tokenizer, keys, images, whole = encoded(model, photos)
     curves = torch.stack([psnr_at(tokenizer, images, whole, keys, k) for k in range(1, 7)])

@@ -71,6 +71,15 @@ def test_without_steps_the_ids_are_those_of_the_encoder():
         model.encode(images(), refine_steps=-1)
 
 
+def test_the_config_has_the_steps_of_a_given_number_of_tokens():
+    model, photos = build(), images()
+    plain, refined = model.encode(photos), model.encode(photos, 3, refine_steps=4)
+    model.config.refine_steps = 4
+    assert torch.equal(model.encode(photos, 3), refined)
+    assert torch.equal(model.encode(photos, 3, refine_steps=0), plain[:, :3])
+    assert torch.equal(model.encode(photos), plain)  # every prefix of these can be decoded
+
+
 def test_an_error_that_is_not_finite_keeps_the_ids_of_the_encoder():
     model = build()
     vectors = torch.randn(2, 6, 3)

@@ -16,7 +16,7 @@ from tests.conftest import RECIPES
 from tests.store.test_shards import write_tar
 from v2flow_cli.errors import DataError, ModelError, RecipeError, V2FlowError
 from v2flow_cli.recipe import dump_recipe, load_recipe
-from v2flow_cli.recipe.budget import load_budget
+from v2flow_cli.recipe.budget import ancestors, is_continued, load_budget
 from v2flow_cli.recipe.schema import Recipe
 from v2flow_cli.training import budget_stage
 from v2flow_cli.training.budget import check_inputs, figures, run_budget, stages_to_do
@@ -24,7 +24,7 @@ from v2flow_cli.training.budget_stage import StageResult, StageRun, saved_positi
 from v2flow_cli.training.checkpoint import save_checkpoint
 from v2flow_cli.training.flops import training_flop
 from v2flow_cli.training.objectives.language_model import pretrain
-from v2flow_cli.training.schedule import ancestors, is_continued, planned_windows, window
+from v2flow_cli.training.schedule import planned_windows, window
 
 TINY = RECIPES / "tiny"
 
@@ -83,6 +83,25 @@ def test_a_stage_that_a_later_one_starts_from_is_not_continued(diamond):
         "tokens": False,
         "llm": True,
     }
+
+
+def test_only_some_stages_and_those_that_they_need(tmp_path):
+    stages = {
+        "autoencoder": training(tmp_path, "autoencoder", 10),
+        "lm": training(tmp_path, "lm", 5),
+        "tokenizer": training(tmp_path, "tokenizer", 50, ["autoencoder"]),
+        "llm": training(tmp_path, "llm", 30, ["tokenizer", "lm"]),
+    }
+    path = write(tmp_path, stages)
+    found = load_budget(path, only=["tokenizer"])
+    assert list(found.stages) == ["autoencoder", "tokenizer"]
+    assert not is_continued(found.stages, "tokenizer")  # the LLM starts from it
+    assert list(load_budget(path, only=["llm"]).stages) == list(stages)
+    assert is_continued(load_budget(path, only=["llm", "lm"]).stages, "llm")
+    with pytest.raises(RecipeError, match=r"tokeniser is not a stage; did you mean tokenizer\?"):
+        load_budget(path, only=["tokeniser"])
+    with pytest.raises(RecipeError, match="x is not a stage; its stages: autoencoder, lm, tokenizer, llm"):
+        load_budget(path, only=["x"])
 
 
 # -- one stage -------------------------------------------------------------------------------------------------

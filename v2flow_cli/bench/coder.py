@@ -58,13 +58,14 @@ class Coder:
 def v2flow_coder(model: str, tokenizer: V2FlowTokenizer, setting: Setting, dtype: torch.dtype = torch.float32) -> Coder:
     """A tokenizer of ours, with products in ``dtype``, as in the commands."""
     tokenizer = tokenizer.with_decoder(setting.decoder)
-    length = None if tokenizer.flexible and not setting.refine_steps else setting.tokens
-    refined = {"refine_steps": setting.refine_steps} if setting.refine_steps else {}
+    steps = tokenizer.steps_to_refine(setting.tokens, setting.refine_steps)
+    length = None if tokenizer.flexible and not steps else setting.tokens
+    refined = {"refine_steps": steps} if steps else {}
     decoder = {"decoder": tokenizer.decoder_name} if len(tokenizer.decoder_names) > 1 else {}
 
     def encode(images: Tensor) -> Tensor:
         with inference(tokenizer.device, dtype):
-            return tokenizer.encode(images, length, setting.refine_steps)
+            return tokenizer.encode(images, length, steps)
 
     def decode(ids: Tensor, seeds: Sequence[int], size: tuple[int, int]) -> Tensor:
         with inference(tokenizer.device, dtype):
@@ -82,7 +83,7 @@ def v2flow_coder(model: str, tokenizer: V2FlowTokenizer, setting: Setting, dtype
         tokenizer.digest,
         tokenizer.device,
         length,
-        setting.refine_steps,
+        steps,
     )
 
 

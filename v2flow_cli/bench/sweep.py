@@ -20,14 +20,14 @@ class Setting:
     """One way to encode and decode.
 
     values: keyword arguments of ``decode``; tokens: decode only the first so many; decoder: its name; refine_steps: of
-    ``encode``, which then finds the ids for this number of tokens.
+    ``encode``, which then finds the ids for this number of tokens (None: the model's).
     """
 
     label: str = ""  # "" without a sweep
     values: Mapping[str, Any] = field(default_factory=dict)
     tokens: int | None = None
     decoder: str | None = None  # None: with each decoder that a model has
-    refine_steps: int = 0
+    refine_steps: int | None = None
 
     def name(self, model: str) -> str:
         return f"{model}, {self.label}" if self.label else model
@@ -84,7 +84,7 @@ def parse_sweeps(texts: Sequence[str], fixed: Mapping[str, Any] | None = None) -
     for point in itertools.product(*axes):
         arguments = {**base, **{argument: value for _, argument, value in point}}
         tokens, decoder = arguments.pop(TOKENS, None), arguments.pop(DECODER, None)
-        refine_steps = arguments.pop(REFINE, 0)
+        refine_steps = arguments.pop(REFINE, None)
         settings.append(Setting(", ".join(label for label, _, _ in point), arguments, tokens, decoder, refine_steps))
     return settings
 

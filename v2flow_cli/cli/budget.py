@@ -20,6 +20,10 @@ def budget(
         list[str] | None,
         typer.Option("--set", metavar="STAGE.KEY=VALUE", help="Override a key of a stage's recipe; repeatable."),
     ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(metavar="STAGE", help="Run this stage and those that it needs, not the others; repeatable."),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check recipes and data, show the plan, stop.")] = False,
     json_: options.Json = False,
 ) -> None:
@@ -38,7 +42,7 @@ def budget(
 
     if not 0 < minutes < float("inf"):
         raise RecipeError(f"--minutes {minutes:g}: expected a number above 0.")
-    tree = load_budget(file, set_ or ())
+    tree = load_budget(file, set_ or (), only or ())
 
     from v2flow_cli.training.budget import check_inputs, planned_seconds, run_budget, stages_to_do
 

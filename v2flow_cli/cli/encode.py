@@ -117,7 +117,7 @@ def encode(
         dtype=pick_dtype(dtype, target),
         prefixes=Prefixes(tokens, max_error),
         keep_aspect=aspect == "keep",
-        refine_steps=refine or 0,
+        refine_steps=refine,
     )
     start = time.perf_counter()
     with launch() as ranks, progress("encode", None if tars else -(-len(files) // ranks.count)) as tick:

@@ -203,7 +203,7 @@ def _caption(
     captions = []
     for path, photo in photos:
         pixels = image_to_tensor(photo, image_tokenizer.config.image_size)[None].to(image_tokenizer.device)
-        (token_ids,) = image_tokenizer.encode(pixels, llm.length(tokens))
+        (token_ids,) = image_tokenizer.encode(pixels, llm.length(tokens), refine_steps=0)
         for seed in seeds:
             for temperature in temperatures:
                 caption = llm.caption(token_ids, seed=seed, temperature=temperature)

@@ -43,7 +43,8 @@ Refine = Annotated[
     typer.Option(
         metavar="STEPS",
         min=0,
-        help="Gradient steps on each image for ids that decode better: slower, of use with few tokens. Default: none.",
+        help="Gradient steps on each image for ids that decode better: slower. Default: the model's, if a number of "
+        "tokens is given.",
     ),
 ]
 Limit = Annotated[int | None, typer.Option(min=1, help="Stop after this many images.")]

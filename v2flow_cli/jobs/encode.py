@@ -86,7 +86,8 @@ class SetEncoder:
     Args:   image_size, side in pixels (default: the tokenizer's); keep_aspect, resize each image to about that side
             squared instead of cropping a square; batch_size, images (default: by the device); workers, threads that
             read and decode while the model computes (default: one per core); dtype, of the computation; prefixes, how
-            many tokens of an image are kept; refine_steps, gradient steps after the encoder.
+            many tokens of an image are kept; refine_steps, gradient steps after the encoder (default:
+            the tokenizer's for a number of tokens).
     Raises: DataError for an image size or prefixes that the tokenizer does not have.
     """
 
@@ -100,9 +101,10 @@ class SetEncoder:
         dtype: torch.dtype = torch.float32,
         prefixes: Prefixes = WHOLE,
         keep_aspect: bool = False,
-        refine_steps: int = 0,
+        refine_steps: int | None = None,
     ) -> None:
-        self.keep_aspect, self.refine_steps = keep_aspect, refine_steps
+        self.keep_aspect = keep_aspect
+        self.refine_steps = tokenizer.steps_to_refine(prefixes.tokens, refine_steps)
         self.prefixes, self.short = prefixes, 0
         self.tokenizer, self.dtype = tokenizer, dtype
         self.image_size = image_size or tokenizer.config.image_size
@@ -125,7 +127,7 @@ class SetEncoder:
             variable_length=keep_aspect or prefixes.min_psnr_db is not None,
             min_psnr_db=prefixes.min_psnr_db,
             keep_aspect=keep_aspect,
-            refine_steps=refine_steps,
+            refine_steps=self.refine_steps,
         )
 
     def encode(

@@ -225,7 +225,7 @@ def encode_photos(tokenizer: V2FlowTokenizer, photos: Sequence[Sample], length: 
     size = tokenizer.config.image_size
     names = [f"{photo.source}/{photo.key}" for photo in photos]
     images = [image_to_tensor(open_image(photo.image, name), size) for photo, name in zip(photos, names)]
-    return list(tokenizer.encode(torch.stack(images), length).cpu().numpy())
+    return list(tokenizer.encode(torch.stack(images), length, refine_steps=0).cpu().numpy())
 
 
 def check_data(data: TokenPairs, tokenizer: V2FlowTokenizer, output: str | None = None) -> tuple[int, int]:

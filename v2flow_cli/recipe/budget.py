@@ -12,8 +12,9 @@ stages:
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,10 +51,11 @@ class Budget:
     stages: dict[str, Stage]
 
 
-def load_budget(path: str | Path, overrides: Iterable[str] = ()) -> Budget:
+def load_budget(path: str | Path, overrides: Iterable[str] = (), only: Collection[str] = ()) -> Budget:
     """The budget at ``path``; ``overrides`` are STAGE.KEY=VALUE, of the stages' recipes.
 
-    Paths of recipes are relative to the file; paths in recipes and commands are relative to the current folder.
+    With ``only`` it has these stages and those that they need. Paths of recipes are relative to the file; paths in
+    recipes and commands are relative to the current folder.
     Raises:  RecipeError for a file that cannot be read, unknown keys, stages that do not exist or depend on each other
              in a circle, and invalid recipes.
     """
@@ -78,7 +80,30 @@ def load_budget(path: str | Path, overrides: Iterable[str] = ()) -> Budget:
         by_stage[name].append(rest)
     parsed = {name: _stage(path, name, spec, by_stage[name]) for name, spec in stages.items()}
     _check_order(path, parsed)
+    for name in only:
+        if name not in parsed:
+            hint = did_you_mean(name, parsed) or f"; its stages: {', '.join(parsed)}."
+            raise RecipeError(f"{path}: {name} is not a stage{hint}")
+    if only:
+        needed = set(only).union(*(ancestors(parsed, name) for name in only))
+        again = {name: is_continued(parsed, name) for name in needed}  # a stage that is left out may start from it
+        parsed = {name: dataclasses.replace(parsed[name], again=again[name]) for name in parsed if name in needed}
     return Budget(path, Path(tree["folder"]), parsed)
+
+
+def ancestors(stages: Mapping[str, Stage], name: str) -> set[str]:
+    """All stages that ``name`` depends on, directly or not."""
+    direct = set(stages[name].after)
+    return direct.union(*(ancestors(stages, other) for other in direct))
+
+
+def is_continued(stages: Mapping[str, Stage], name: str) -> bool:
+    """True if a second run continues a finished stage. A stage that a later training starts from stays unchanged."""
+    stage = stages[name]
+    if stage.again is not None:
+        return stage.again
+    followers = [other for other in stages.values() if name in ancestors(stages, other.name)]
+    return stage.recipe is not None and not any(other.recipe is not None for other in followers)
 
 
 def _stage(path: Path, name: str, spec: Any, overrides: list[str]) -> Stage:

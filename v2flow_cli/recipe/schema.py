@@ -332,6 +332,7 @@ class TokenizerRecipe:
     # may start from a grid.
     init_from: str = ""
     freeze_tokens: bool = False  # train only the decoder; ids stay the same
+    refine_steps: int = 0  # of ``encode`` for a given number of tokens: gradient steps on each image
     pixel_decoder: bool = False  # latents to pixels by a copy of the autoencoder's decoder, which is trained too
     card: Card = Card()  # licence and data sets, for the model card
 

@@ -16,7 +16,8 @@ class V2FlowConfig(PretrainedConfig):
     """The recipe's model sections, the autoencoder's own config, and the shape of the frozen vocabulary.
 
     ``decoders`` are further decoders of the same ids (see ``other_decoders``); ``default_decoder`` is the one that
-    is used unless the caller names another. ``shared_autoencoder``, if it is there, is explained in ``embedded``.
+    is used unless the caller names another. ``refine_steps`` are those of ``encode`` for a given number of tokens,
+    unless the caller names others. ``shared_autoencoder``, if it is there, is explained in ``embedded``.
     """
 
     model_type = "v2flow"
@@ -34,6 +35,7 @@ class V2FlowConfig(PretrainedConfig):
         flow: dict[str, Any] | None = None,
         sampling: dict[str, Any] | None = None,
         pixel_decoder: bool = False,
+        refine_steps: int = 0,
         decoders: dict[str, dict[str, Any]] | None = None,
         default_decoder: str = FAITHFUL,
         **kwargs: Any,
@@ -49,6 +51,7 @@ class V2FlowConfig(PretrainedConfig):
         self.flow = flow
         self.sampling = sampling
         self.pixel_decoder = pixel_decoder
+        self.refine_steps = refine_steps
         self.decoders = decoders
         self.default_decoder = default_decoder
         super().__init__(**kwargs)

@@ -55,12 +55,12 @@ class V2FlowTokenizer(TokenizerAssembly):
 
     @torch.no_grad()
     @tf32(False)
-    def encode(self, images: Tensor, num_tokens: int | None = None, refine_steps: int = 0) -> Tensor:
+    def encode(self, images: Tensor, num_tokens: int | None = None, refine_steps: int | None = None) -> Tensor:
         """Token ids (B, L) int64 of images (B, 3, H, W) in [-1, 1]; deterministic.
 
         ``num_tokens`` is one of ``lengths``; if the length is flexible, only the first so many ids are returned.
-        ``refine_steps`` gradient steps then look for ids that the decoder reads better (``refine_ids``); those of a
-        prefix are the best ones for its own length.
+        ``refine_steps`` gradient steps then look for ids that the decoder reads better (``refine_ids``), for this
+        number of tokens (default: see ``steps_to_refine``).
 
         On a CPU each image is computed by one thread: an id near the border of two codes must not depend on the other
         images in the batch, nor on the number of threads.
@@ -70,16 +70,26 @@ class V2FlowTokenizer(TokenizerAssembly):
         height, width = images.shape[-2:]
         length = self.num_tokens(height, width) if num_tokens is None else num_tokens
         self.check_length(length, height, width)
-        rate = self.resampler.rate_of(length, height, width)
+        rate, steps = self.resampler.rate_of(length, height, width), self.steps_to_refine(num_tokens, refine_steps)
 
         def ids_of(images: Tensor) -> Tensor:
             latents = self.latents.encode(images)
-            if refine_steps:
-                return self._refined_ids(latents, rate, length, refine_steps)
+            if steps:
+                return self._refined_ids(latents, rate, length, steps)
             return self.ids_of_latents(latents, rate)[:, :length]
 
         on_cpu = self.device.type == "cpu" and len(images)
         return torch.cat(on_single_threads(ids_of, images)) if on_cpu else ids_of(images)
+
+    def steps_to_refine(self, num_tokens: int | None, refine_steps: int | None) -> int:
+        """The gradient steps of ``encode`` with these arguments.
+
+        ``refine_steps`` None are the config's for a given ``num_tokens``. Without a number the ids are the encoder's,
+        because every prefix of them can be decoded, and refined ids are good at one length only.
+        """
+        if refine_steps is None:
+            return 0 if num_tokens is None else self.config.refine_steps
+        return refine_steps
 
     def _refined_ids(self, latents: Tensor, rate: int, length: int, steps: int) -> Tensor:
         """Ids (B, length) whose mean picture (one step without noise or guidance) is nearest to scaled latents."""

@@ -25,14 +25,14 @@ import yaml
 
 from v2flow_cli.errors import DataError, ModelError, V2FlowError
 from v2flow_cli.recipe import FinetuneRecipe, LMRecipe, Recipe, dump_recipe
-from v2flow_cli.recipe.budget import Budget, Stage
+from v2flow_cli.recipe.budget import Budget, Stage, ancestors, is_continued
 from v2flow_cli.runtime.device import cpu_cores
 from v2flow_cli.store.files import write_bytes
 from v2flow_cli.store.lock import locked
 from v2flow_cli.store.paths import not_writable
 from v2flow_cli.training.budget_stage import StageRun
 from v2flow_cli.training.resume import check_same_recipe
-from v2flow_cli.training.schedule import ancestors, is_continued, planned_windows, window
+from v2flow_cli.training.schedule import planned_windows, window
 
 STATE = "budget.json"  # {command stage: its seconds}; each training has its own file, budget-NAME.json
 LEAST = 0.1  # the part of its share that a stage gets even if earlier stages were late
@@ -72,7 +72,7 @@ def run_budget(budget: Budget, minutes: float, log: Log) -> list[StageFigures]:
     planned = planned_seconds(budget, minutes)
     end = time.monotonic() + 60 * minutes
     done = {name for name in budget.stages if name not in to_do}
-    for name in done:
+    for name in (name for name in budget.stages if name in done):
         log(f"{name}: done by an earlier run")
     running: dict[str, _Running] = {}
     # The stages inherit the lock, so that no second run starts a stage that outlives a killed budget.

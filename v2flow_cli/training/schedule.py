@@ -26,18 +26,3 @@ def planned_windows(stages: Mapping[str, Stage], to_do: Collection[str], seconds
     """Seconds of every stage if each takes exactly its share, for a table before the run."""
     longest = max(longest_path(stages, to_do, name) for name in to_do)
     return {name: seconds * stages[name].share / longest for name in to_do}
-
-
-def is_continued(stages: Mapping[str, Stage], name: str) -> bool:
-    """True if a second run continues a finished stage. A stage that a later training starts from stays unchanged."""
-    stage = stages[name]
-    if stage.again is not None:
-        return stage.again
-    followers = [other for other in stages.values() if name in ancestors(stages, other.name)]
-    return stage.recipe is not None and not any(other.recipe is not None for other in followers)
-
-
-def ancestors(stages: Mapping[str, Stage], name: str) -> set[str]:
-    """All stages that ``name`` depends on, directly or not."""
-    direct = set(stages[name].after)
-    return direct.union(*(ancestors(stages, other) for other in direct))

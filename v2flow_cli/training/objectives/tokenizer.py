@@ -217,6 +217,7 @@ def build_config(recipe: TokenizerRecipe, autoencoder: dict, vocab_shape: tuple[
         autoencoder=autoencoder,
         vocab_shape=vocab_shape,
         pixel_decoder=recipe.pixel_decoder,
+        refine_steps=recipe.refine_steps,
         **sections,
     )
 
