@@ -60,13 +60,7 @@ endif
 
 # The embedded tokenizer of flexible length (--model flexible); its autoencoder is the default model's.
 flexible-model: .venv/installed
-	$(SCENES) --photos $(DATA)/photos --out runs/default/scenes --count 8000
-	$(SCENES) --layout centred --out runs/flextok/drawings
-	$(SCENES) --layout colours --per-title 1 --common --out runs/flextok/colours
-	$(V2FLOW) train recipes/flextok/small.yaml --resume
-	$(V2FLOW) train recipes/flextok/small_drawings.yaml --resume
-	$(V2FLOW) train recipes/flextok/small_deeper.yaml --resume
-	$(V2FLOW) train recipes/flextok/small_sharp.yaml --resume
+	$(V2FLOW) budget recipes/flextok/budget.yaml --minutes $(or $(MINUTES),330) --only small_sharp
 	$(PY) -c 'from pathlib import Path; from v2flow_cli.tokenizer.embedded import FLEXIBLE_MODEL, share_autoencoder as share; share(Path("runs/flextok/small_sharp"), FLEXIBLE_MODEL, num_flow_steps=1, noise_temperature=0.0)'
 	cp recipes/default/NOTICE v2flow_cli/assets/flexible/
 
