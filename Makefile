@@ -59,7 +59,7 @@ endif
 	cp runs/default/llm/README.md runs/default/llm/recipe.yaml runs/default/llm/*.json runs/default/llm/*.safetensors runs/default/llm/*.jinja runs/default/llm/*.npy v2flow_cli/assets/default/llm/
 
 # The embedded tokenizer of flexible length (--model flexible); its autoencoder is the default model's.
-flexible-model: .venv/installed
+flexible-model: .venv/installed  # finished stages are kept
 	$(V2FLOW) budget recipes/flextok/budget.yaml --minutes $(or $(MINUTES),330) --only small_sharp
 	$(PY) -c 'from pathlib import Path; from v2flow_cli.tokenizer.embedded import FLEXIBLE_MODEL, share_autoencoder as share; share(Path("runs/flextok/small_sharp"), FLEXIBLE_MODEL, num_flow_steps=1, noise_temperature=0.0)'
 	cp recipes/default/NOTICE v2flow_cli/assets/flexible/

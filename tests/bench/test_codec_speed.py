@@ -1,8 +1,19 @@
 """Speed figures."""
 
+from dataclasses import replace
+
 import torch
 
-from v2flow_cli.bench.codec_speed import _seconds, first_answer_seconds, help_seconds, peak_resident_bytes
+from tests.tokenizer.test_seams import build
+from v2flow_cli.bench.codec_speed import (
+    _seconds,
+    first_answer_seconds,
+    help_seconds,
+    measure_speeds,
+    peak_resident_bytes,
+)
+from v2flow_cli.bench.coder import v2flow_coder
+from v2flow_cli.bench.sweep import parse_sweeps
 from v2flow_cli.cli.bench_terminal import print_first_answers
 
 
@@ -10,6 +21,25 @@ def test_median_after_a_warm_up(monkeypatch) -> None:
     now = iter([0.0, 100.0, 200.0, 201.0, 300.0, 302.0, 400.0, 409.0])  # warm-up 100 s, then 1, 2 and 9 s
     monkeypatch.setattr("time.perf_counter", lambda: next(now))
     assert _seconds(lambda: None, torch.device("cpu"), repeats=3) == 2.0
+
+
+def test_each_source_of_ids_is_timed_and_decoded_with_its_own(monkeypatch) -> None:
+    flexible = build()
+    widths: list[int] = []
+    decode = flexible.decode
+    monkeypatch.setattr(
+        flexible, "decode", lambda ids, **options: widths.append(ids.shape[1]) or decode(ids, **options)
+    )
+    coders = [v2flow_coder("m", flexible, setting) for setting in parse_sweeps(["tokens=1,6", "refine=0,2"])]
+    encoded: list[str] = []
+    for i, coder in enumerate(coders):
+        first = coder.encode
+        coders[i] = replace(coder, encode=lambda images, e=first, s=coder.source: encoded.append(s) or e(images))
+    speeds = measure_speeds(coders, torch.rand(1, 3, 32, 32) * 2 - 1, repeats=1)
+    assert list(speeds) == [coder.name for coder in coders]
+    assert set(encoded) == {"m", "m at 1 tokens, 2 steps", "m at 6 tokens, 2 steps"}
+    assert len(encoded) == 3 * 3  # a warm-up, a measurement and the ids to decode; unrefined ids are shared
+    assert widths == [1, 1, 1, 1, 6, 6, 6, 6]
 
 
 def test_peak_memory_is_in_bytes() -> None:

@@ -60,7 +60,7 @@ def test_reconstructions_of_a_wide_picture_are_not_cropped(tiny_tokenizer):
     wide = np.zeros((20, 60, 3), np.uint8)
     seen = []
     encode = tiny_tokenizer.encode
-    tiny_tokenizer.encode = lambda images, count: seen.append(images) or encode(images, count)
+    tiny_tokenizer.encode = lambda images, *args, **options: seen.append(images) or encode(images, *args, **options)
     [back] = reconstruct(tiny_tokenizer, [wide], 4)
     assert back.shape == (32, 32, 3) and back.dtype == np.uint8
     assert (seen[0][0, 0, 16] < -0.9).all() and (seen[0][0, 0, [0, -1]] == 1).all()

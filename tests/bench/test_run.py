@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.tokenizer.test_seams import build
 from v2flow_cli.bench.networks import MetricNetworks
 from v2flow_cli.bench.results import as_csv, as_record, images_csv, tables
 from v2flow_cli.bench.run import Bench, run_bench
@@ -185,6 +186,14 @@ def test_bf16_is_close_to_float32(tokenizer, photos) -> None:
 
 
 SHAPES = [(90, 90), (120, 70), (70, 120), (400, 60), (118, 71)]  # width, height
+
+
+def test_a_flexible_model_keeps_aspects_at_a_number_of_tokens(photos) -> None:
+    flexible = build()
+    flexible.config.refine_steps = 2
+    settings = parse_sweeps(["tokens=3"])
+    [row] = run(flexible, photos[:2], size=32, keep_aspect=True, settings=settings).result.coders
+    assert (row.system, row.tokens_per_image) == ("v2flow, tokens 3, refine 2", 3)
 
 
 def test_pictures_keep_their_shapes_with_keep_aspect(tokenizer, photos) -> None:

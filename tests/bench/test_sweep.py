@@ -87,6 +87,7 @@ def test_the_model_refines_where_a_setting_has_tokens() -> None:
         (setting,) = parse_sweeps([text])
         coder = v2flow_coder("m", flexible, setting)
         assert (coder.refine_steps, coder.settings.get("refine_steps", 0)) == (expected, expected)
+        assert (coder.name == "m, tokens 2, refine 3") == (text == "tokens=2")  # no row hides it
     (setting,) = parse_sweeps(["tokens=2"], {"refine": 0})
     assert v2flow_coder("m", flexible, setting).refine_steps == 0
 

@@ -75,7 +75,8 @@ def test_refined_tokens_are_recorded_and_not_mixed_with_others(model, photos, tm
         assert np.load(tmp_path / "t" / f"{key}.npy").tolist() == ids
     for other in ((), ("--refine", 5)):
         message = v2flow(*args, *other, model=model, code=1).stderr
-        assert "3 tokens an image, refined in 4 steps; these are" in message and "--force" in message
+        assert "3 tokens an image, refined in 4 steps by model" in message
+        assert "Use another -o, --refine 4, or --force." in message
     assert np.load(tmp_path / "t" / f"{keys[0]}.npy").tolist() == best[0].tolist()  # nothing was overwritten
     done = v2flow("encode", photos, "-o", tmp_path / "u", "--refine", 4, "--max-error", 10, model=model, code=1)
     assert "--refine and --max-error: use one of them" in done.stderr
@@ -102,6 +103,19 @@ def test_a_model_refines_for_a_given_number_of_tokens(photos, tmp_path):
         assert TokenManifest.load(tmp_path / name).refine_steps == steps
         for key, ids in zip(keys, expected.tolist()):
             assert np.load(tmp_path / name / f"{key}.npy").tolist() == ids
+
+
+def test_ids_refined_for_another_decoder_are_not_mixed(model, photos, tmp_path):
+    trained = build()
+    trained.load_state_dict(V2FlowTokenizer.from_pretrained(model).state_dict())
+    with torch.no_grad():
+        next(trained.flow.parameters()).add_(0.1)
+    trained.save_pretrained(tmp_path / "trained")
+    for options in ((), ("--refine", 2)):
+        args = ("encode", photos, "-o", tmp_path / f"t{len(options)}", "--tokens", 3, *options)
+        v2flow(*args, model=model)
+        message = v2flow(*args, model=tmp_path / "trained", code=1).stderr  # the first set is finished
+        assert ("refined in 2 steps by model" if options else "exists already") in message
 
 
 def test_max_error_keeps_the_shortest_sufficient_prefix(model, photos, tmp_path):

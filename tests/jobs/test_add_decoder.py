@@ -162,6 +162,16 @@ def test_a_missing_damaged_or_foreign_file_is_an_error_when_it_is_used(both, tra
         V2FlowTokenizer.from_pretrained(both, decoder="sharp")
 
 
+def test_refined_ids_are_the_same_whichever_decoder_is_used(both, tiny_tokenizer_folder):
+    tokenizer = V2FlowTokenizer.from_pretrained(both)
+    tokenizer.config.refine_steps = 6
+    photos = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    expected = V2FlowTokenizer.from_pretrained(tiny_tokenizer_folder).encode(photos, refine_steps=6)
+    assert not torch.equal(expected, tokenizer.encode(photos, refine_steps=0))
+    assert torch.equal(tokenizer.with_decoder("sharp").encode(photos), expected)
+    assert torch.equal(tokenizer.encode(photos), expected)  # a grid has one length, and needs no number
+
+
 def test_weights_of_other_shapes_are_an_error(both):
     config = json.loads((both / "config.json").read_text())
     config["decoders"]["sharp"]["flow"]["hidden_size"] *= 2

@@ -11,6 +11,7 @@ from PIL import Image
 from v2flow_cli.errors import DataError, TokenFileError
 from v2flow_cli.llm.pairs import Part, Samples, check_data, count_tokens
 from v2flow_cli.recipe.schema import TokenPairs
+from v2flow_cli.store.token_file import TokenManifest
 
 DIGEST = "0123456789abcdef"
 
@@ -98,6 +99,12 @@ def test_token_sets_must_belong_together(tmp_path, token_set):
     with pytest.raises(DataError, match="has exactly 4 an image"):
         check("a", lengths=(2,))
     assert check("a", lengths=(4,)) == (4, 12)
+    token_set(tmp_path / "d")
+    manifest = TokenManifest.load(tmp_path / "d")
+    replace(manifest, refine_steps=20, refined_by="0" * 16).save(tmp_path / "d")
+    assert check("d") == (4, 12)
+    with pytest.raises(DataError, match=r"ids of .*a are refined in 0 steps, those of .*d in 20"):
+        check("a", "d")
 
 
 def test_photos_are_encoded_at_one_of_the_lengths_of_a_tokenizer(tmp_path):

@@ -114,6 +114,11 @@ def test_images_to_tokens_and_tokens_to_images(url, models, photo):
     assert as_form["codebook_size"] == 64 and as_form["tokenizer_digest"] == models.tokenizer.token_digest
     assert as_form["size"] == "32x32"
 
+    refined = post(f"{url}/v1/images/tokens", files={"image": ("a.png", photo)}, data={"refine_steps": "3"}).json()
+    image = models.tokenizer.image_processor.preprocess_one(Image.open(io.BytesIO(photo)))[None]
+    assert [data["tokens"] for data in refined["data"]] == models.tokenizer.encode(image, refine_steps=3).tolist()
+    assert (as_form["refine_steps"], refined["refine_steps"]) == (0, 3)
+
     tokens = as_form["data"][0]["tokens"]
     ask = {"tokens": [tokens, tokens], "seed": 3, "num_flow_steps": 2, "tokenizer_digest": as_form["tokenizer_digest"]}
     answer = post(f"{url}/v1/tokens/images", json=ask).json()
@@ -179,6 +184,7 @@ FOX = {"prompt": "a red fox"}
         (ENCODE, {"image": "aGVsbG8=", "size": "64x32"}, 400, "size", "not square"),
         (ENCODE, {"image": "aGVsbG8=", "size": "9216x9216"}, 400, "size", "limit of 512 pixels"),
         (ENCODE, {"image": "aGVsbG8=", "num_tokens": 3}, 400, "num_tokens", "3 tokens"),
+        (ENCODE, {"image": "aGVsbG8=", "refine_steps": 101}, 400, "refine_steps", "less than or equal to 100"),
         (DECODE, {"tokens": []}, 400, "tokens", "0 images"),
         (DECODE, {"tokens": [1, 2, 3]}, 400, "tokens", "3 tokens"),
         (DECODE, {"tokens": [1, 2, 3, 64]}, 400, "tokens", "0 to 63"),

@@ -96,6 +96,12 @@ def test_only_some_stages_and_those_that_they_need(tmp_path):
     found = load_budget(path, only=["tokenizer"])
     assert list(found.stages) == ["autoencoder", "tokenizer"]
     assert not is_continued(found.stages, "tokenizer")  # the LLM starts from it
+    stages["autoencoder"]["again"] = True
+    again = load_budget(write(tmp_path, stages), only=["tokenizer"])  # only what is named is trained further
+    assert not is_continued(again.stages, "autoencoder")
+    assert is_continued(load_budget(path, only=["autoencoder"]).stages, "autoencoder")
+    with pytest.raises(RecipeError, match=r"--set llm\.train\.seed=1: --only leaves this stage out"):
+        load_budget(path, ["llm.train.seed=1"], only=["tokenizer"])
     assert list(load_budget(path, only=["llm"]).stages) == list(stages)
     assert is_continued(load_budget(path, only=["llm", "lm"]).stages, "llm")
     with pytest.raises(RecipeError, match=r"tokeniser is not a stage; did you mean tokenizer\?"):

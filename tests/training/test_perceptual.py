@@ -269,6 +269,11 @@ def test_a_run_from_before_the_new_keys_resumes(world, tmp_path):
         check_same_recipe(tmp_path, old, dump_recipe(recipe(world, "tokenizer", tmp_path, "loss.pixel_share=0.5")))
 
 
+def test_a_resumed_run_may_refine_in_other_steps(world, tmp_path):
+    old, new = (dump_recipe(recipe(world, "tokenizer", tmp_path, f"refine_steps={steps}")) for steps in (0, 20))
+    check_same_recipe(tmp_path, old, new)
+
+
 @pytest.mark.parametrize("backbone", BACKBONES[1:], ids=lambda b: b.name)
 def test_other_backbones_are_known_by_their_shapes(tmp_path, backbone):
     with torch.device("meta"):  # drawing VGG16's classifier would take seconds

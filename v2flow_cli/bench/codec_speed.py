@@ -40,19 +40,19 @@ def measure_speeds(
 ) -> dict[str, Speed]:
     """The speed of each coder by its name, on ``images`` (B, 3, S, S) in [-1, 1].
 
-    Each model encodes once for all its coders.
+    Coders of one source encode once.
     """
     speeds: dict[str, Speed] = {}
-    encoded: dict[str, tuple[Tensor, float]] = {}  # ids and seconds, by model
+    encoded: dict[str, tuple[Tensor, float]] = {}  # ids and seconds, by source
     for coder in coders:
         inputs, device = images.to(coder.device), coder.device
         cuda = device.type == "cuda"
         if cuda:
             torch.cuda.reset_peak_memory_stats(device)
-        if coder.model not in encoded:
+        if coder.source not in encoded:
             seconds = _seconds(lambda: coder.encode(inputs), device, repeats)  # noqa: B023  called at once
-            encoded[coder.model] = coder.encode(inputs), seconds
-        ids, encode = encoded[coder.model]
+            encoded[coder.source] = coder.encode(inputs), seconds
+        ids, encode = encoded[coder.source]
         ids, seeds = ids[:, : coder.tokens].to(device), range(len(images))
         size = (images.shape[2], images.shape[3])
         decode = _seconds(lambda: coder.decode(ids, seeds, size), device, repeats)  # noqa: B023

@@ -71,8 +71,11 @@ def v2flow_coder(model: str, tokenizer: V2FlowTokenizer, setting: Setting, dtype
         with inference(tokenizer.device, dtype):
             return tokenizer.decode(ids, height=size[0], width=size[1], seeds=seeds, **setting.values)
 
+    name = setting.name(model)
+    if steps and setting.refine_steps is None:  # the model's own
+        name = f"{name}, refine {steps}"
     return Coder(
-        setting.name(model),
+        name,
         model,
         "tokenizer",
         encode,

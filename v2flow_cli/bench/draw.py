@@ -239,7 +239,7 @@ def reconstruct(
         batch = [ImageOps.pad(Image.fromarray(p), (size, size), color="white") for p in pictures[first:][:batch_size]]
         images = torch.stack([tokenizer.image_processor.preprocess_one(image) for image in batch])
         with inference(tokenizer.device, dtype):
-            ids = tokenizer.encode(images.to(tokenizer.device), num_tokens)
+            ids = tokenizer.encode(images.to(tokenizer.device), num_tokens, refine_steps=0)  # as an LLM learns them
             decoded = tokenizer.decode(ids, height=size, width=size, seeds=list(range(first, first + len(batch))))
         results += list(to_uint8(decoded).numpy())
     return results

@@ -69,7 +69,7 @@ def run_bench(
     multiple = None
     if keep_aspect:
         multiple = math.lcm(*(tokenizer.size_multiple for tokenizer in models.values())) if models else 16
-        if any(coder.length is not None for coder in coders):
+        if any(coder.length is not None and not models[coder.model].flexible for coder in coders):
             raise DataError(
                 "--aspect keep: the shape of a picture determines its number of tokens, so leave tokens out."
             )

@@ -19,7 +19,7 @@ TOKENS, DECODER, REFINE = "tokens", "decoder", "refine"
 class Setting:
     """One way to encode and decode.
 
-    values: keyword arguments of ``decode``; tokens: decode only the first so many; decoder: its name; refine_steps: of
+    values: keyword arguments of ``decode``; tokens: of each image; decoder: its name; refine_steps: of
     ``encode``, which then finds the ids for this number of tokens (None: the model's).
     """
 

@@ -29,7 +29,8 @@ def encode(
     ] = None,
     aspect: options.Aspect = "square",
     tokens: Annotated[
-        int | None, typer.Option(min=1, help="Keep only the first tokens of an image (flexible tokenizers).")
+        int | None,
+        typer.Option(min=1, help="Tokens of each image: one of the tokenizer's lengths, or 1 to its maximum."),
     ] = None,
     max_error: Annotated[
         float | None,
@@ -72,7 +73,7 @@ def encode(
 
         v2flow encode imgs/ -o tokens-32/ --model flexible --tokens 32
 
-        v2flow encode imgs/ -o tokens-refined/ --model flexible --tokens 32 --refine 20
+        v2flow encode imgs/ -o tokens-fast/ --model flexible --tokens 32 --refine 0
 
         v2flow encode imgs/ -o tokens-18db/ --model flexible --max-error 18
 
@@ -183,6 +184,7 @@ def encode(
         result(
             f"{out}: {report.images} images in {report.files} files{kept}; "
             f"{length} tokens an image, ids below {manifest.codebook_size:,}"
+            + (f", refined in {manifest.refine_steps} steps" if manifest.refine_steps else "")
         )
         for path in tables:
             result(str(path))

@@ -111,7 +111,7 @@ def _editing_tab(studio: Studio) -> None:
         return ids, studio.grid(ids, rectangle), picture
 
     def tokens(photo: Image.Image | None, a: float, b: float, c: float, d: float, *settings: Any) -> tuple[Any, ...]:
-        ids = studio.encode(studio.crop(photo), length if studio.can_resample else None)
+        ids = studio.encode(studio.crop(photo), length if studio.can_resample else None, refine_steps=0)
         return show(ids, (int(a), int(b), int(c), int(d)), *settings)
 
     def draw_tokens(

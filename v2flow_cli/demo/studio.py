@@ -87,10 +87,12 @@ class Studio:
             raise V2FlowError("No photo: drop one on the page, or choose one of the examples.")
         return image_to_tensor(photo.convert("RGB"), self.size)[None]
 
-    def encode(self, images: torch.Tensor, num_tokens: float | None = None) -> list[int]:
+    def encode(
+        self, images: torch.Tensor, num_tokens: float | None = None, refine_steps: int | None = None
+    ) -> list[int]:
         """The token ids of one image."""
         with inference(self.tokenizer.device, self.dtype):
-            ids = self.tokenizer.encode(images, None if num_tokens is None else int(num_tokens))
+            ids = self.tokenizer.encode(images, None if num_tokens is None else int(num_tokens), refine_steps)
         return ids[0].tolist()
 
     def decode(self, ids: list[int], settings: DecoderSettings) -> torch.Tensor:

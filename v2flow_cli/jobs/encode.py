@@ -33,6 +33,7 @@ from v2flow_cli.store.shards import ShardIndex, Verify, index_shard, open_shard
 from v2flow_cli.store.token_file import TokenManifest, load_samples, samples_path, save_samples, save_token_ids
 from v2flow_cli.store.unfinished import Finished, Unfinished
 from v2flow_cli.tokenizer import V2FlowTokenizer
+from v2flow_cli.tokenizer.other_decoders import FAITHFUL
 from v2flow_cli.tokenizer.preprocess import image_to_tensor
 
 Tick = Callable[[int], None]
@@ -128,6 +129,7 @@ class SetEncoder:
             min_psnr_db=prefixes.min_psnr_db,
             keep_aspect=keep_aspect,
             refine_steps=self.refine_steps,
+            refined_by=tokenizer.with_decoder(FAITHFUL).digest if self.refine_steps else "",
         )
 
     def encode(

@@ -151,7 +151,10 @@ def _manifest_of(out: Path, tokens: TokenManifest, force: bool, inputs: Mapping[
     if force and not others:
         return None
     rest = f" Of these, {len(others)} would not be replaced." if force else ""
+    steps = existing.refine_steps
+    refined = dataclasses.replace(tokens, refine_steps=steps, refined_by=existing.refined_by or tokens.refined_by)
+    ways = ["another -o", *([f"--refine {steps}"] if refined.same_tokens(existing) else [])]
     raise TokenFileError(
-        f"{out}: holds tokens of {existing.description}; these are of {tokens.description}.{rest} Use another -o"
-        f"{'' if force else ', or --force'}."
+        f"{out}: holds tokens of {existing.description}; these are of {tokens.description}.{rest} Use "
+        f"{', '.join(ways)}{'' if force else ', or --force'}."
     )

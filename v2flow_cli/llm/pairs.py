@@ -277,13 +277,20 @@ def log_data(data: TokenPairs, output: str, log: Callable[[str], None]) -> None:
 
 
 def _check_token_sets(folders: Sequence[str], digest: str) -> tuple[dict[str, int], int]:
-    lengths, images = {}, 0
+    lengths, images, steps = {}, 0, {}
     for folder in folders:
         manifest = token_set_manifest(folder)
+        steps.setdefault(manifest.refine_steps, folder)
         manifest.check_tokenizer(digest, folder)
         manifest.check_square(folder)
         lengths[folder] = manifest.tokens_per_image
         images += manifest.count
+    if len(steps) > 1:
+        (first, one), (second, other), *_ = steps.items()
+        raise DataError(
+            f"data.token_sets: the ids of {one} are refined in {first} steps, those of {other} in {second}; one image "
+            "has different ids in each. Encode all with the same --refine."
+        )
     return lengths, images
 
 

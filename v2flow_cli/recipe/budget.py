@@ -86,7 +86,11 @@ def load_budget(path: str | Path, overrides: Iterable[str] = (), only: Collectio
             raise RecipeError(f"{path}: {name} is not a stage{hint}")
     if only:
         needed = set(only).union(*(ancestors(parsed, name) for name in only))
-        again = {name: is_continued(parsed, name) for name in needed}  # a stage that is left out may start from it
+        for name in needed ^ parsed.keys():
+            if by_stage[name]:
+                raise RecipeError(f"--set {name}.{by_stage[name][0]}: --only leaves this stage out.")
+        # A stage that is left out may start from one of these, or have changed its output.
+        again = {name: name in only and is_continued(parsed, name) for name in needed}
         parsed = {name: dataclasses.replace(parsed[name], again=again[name]) for name in parsed if name in needed}
     return Budget(path, Path(tree["folder"]), parsed)
 

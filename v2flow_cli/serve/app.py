@@ -236,13 +236,14 @@ def create_app(models: Models, limits: Limits | None = None, api_key: str | None
             param = "num_tokens" if body.num_tokens else "size"
             raise ApiError(400, f"{param}: {error}.", param=param) from None
         pixels = await service.read(files, height)
-        ids = await service.compute(request, Encode(height, width, body.num_tokens), pixels)
+        ids = await service.compute(request, Encode(height, width, body.num_tokens, body.refine_steps), pixels)
         return TokensResponse(
             created=int(time.time()),
             model=models.name,
             size=f"{width}x{height}",
             codebook_size=tokenizer.config.codebook_size,
             tokenizer_digest=models.token_digest,
+            refine_steps=tokenizer.steps_to_refine(body.num_tokens, body.refine_steps),
             data=[TokenData(tokens=row) for row in ids],
         )
 
@@ -265,7 +266,11 @@ def create_app(models: Models, limits: Limits | None = None, api_key: str | None
 def _form_or_json() -> dict[str, Any]:
     """OpenAPI schema of an endpoint that accepts JSON or a form; FastAPI cannot infer it from a signature."""
     form = {"properties": {"image": {"type": "array", "items": {"type": "string", "format": "binary"}}}}
-    form["properties"] |= {"num_tokens": {"type": "integer"}, "size": {"type": "string"}}
+    form["properties"] |= {
+        "num_tokens": {"type": "integer"},
+        "refine_steps": {"type": "integer"},
+        "size": {"type": "string"},
+    }
     schemas = {"application/json": EncodeRequest.model_json_schema(), "multipart/form-data": form}
     return {"requestBody": {"required": True, "content": {kind: {"schema": s} for kind, s in schemas.items()}}}
 

@@ -76,6 +76,7 @@ class EncodeRequest(Request):
 
     image: str | list[str] = Field(description="Base64 of an image file, or a data URI; or a list of them.")
     num_tokens: int | None = Field(None, ge=1, description="One of the tokenizer's lengths.")
+    refine_steps: int | None = Field(None, ge=0, le=100, description="Gradient steps on each image for better ids.")
     size: Size = None
 
 
@@ -112,4 +113,5 @@ class TokensResponse(BaseModel):
     size: str
     codebook_size: int
     tokenizer_digest: str
+    refine_steps: int
     data: list[TokenData]

@@ -63,16 +63,17 @@ class Draw:
 
 @dataclass(frozen=True)
 class Encode:
-    """Payloads (3, H, W) in [-1, 1] to lists of token ids; ``num_tokens`` None is the tokenizer's default."""
+    """Payloads (3, H, W) in [-1, 1] to lists of token ids; None are the tokenizer's defaults."""
 
     height: int
     width: int
     num_tokens: int | None
+    refine_steps: int | None
 
     def run(self, models: Models, payloads: Sequence[Tensor], tick: Tick) -> list[list[int]]:
         images = torch.stack(list(payloads)).to(models.tokenizer.device)
         with inference(models.tokenizer.device, models.dtype):
-            return models.tokenizer.encode(images, self.num_tokens).tolist()
+            return models.tokenizer.encode(images, self.num_tokens, self.refine_steps).tolist()
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,7 @@ class TokenManifest:
     sources: dict[str, str] = field(default_factory=dict)  # of files that come from tars: the tar's fingerprint
     keep_aspect: bool = False  # each image has its own size, with an area near that of ``image_size``
     refine_steps: int = 0  # gradient steps after the encoder (``encode --refine``)
+    refined_by: str = ""  # V2FlowTokenizer.digest, if there were any: they depend on the decoder too
 
     @property
     def count(self) -> int:
@@ -66,7 +67,8 @@ class TokenManifest:
 
     def _identity(self) -> tuple[Any, ...]:
         lengths = self.tokens_per_image, self.variable_length, self.min_psnr_db
-        return self.tokenizer_digest, self.image_size, self.keep_aspect, self.codebook_size, self.refine_steps, *lengths
+        tokenizer = self.tokenizer_digest, self.codebook_size, self.refine_steps, self.refined_by
+        return *tokenizer, self.image_size, self.keep_aspect, *lengths
 
     @property
     def description(self) -> str:
@@ -74,7 +76,7 @@ class TokenManifest:
         shapes = ", in their own shapes" if self.keep_aspect else ""
         length = f", {'up to ' if self.variable_length else ''}{self.tokens_per_image} tokens an image"
         target = f" for {self.min_psnr_db:g} dB" if self.min_psnr_db is not None else ""
-        refined = f", refined in {self.refine_steps} steps" if self.refine_steps else ""
+        refined = f", refined in {self.refine_steps} steps by model {self.refined_by}" if self.refine_steps else ""
         return f"tokenizer {self.tokenizer_digest} at {self.image_size[0]} px{shapes}{length}{target}{refined}"
 
     def check_square(self, where: str | Path) -> None:
@@ -109,7 +111,7 @@ class TokenManifest:
             "tokens_per_image": self.tokens_per_image,
             **({"variable_length": True, "min_psnr_db": self.min_psnr_db} if self.variable_length else {}),
             **({"aspect": "keep"} if self.keep_aspect else {}),
-            **({"refine_steps": self.refine_steps} if self.refine_steps else {}),
+            **({"refine_steps": self.refine_steps, "refined_by": self.refined_by} if self.refine_steps else {}),
             "count": self.count,
             "files": self.files,
             **({"sources": self.sources} if self.sources else {}),
@@ -172,12 +174,15 @@ class TokenManifest:
         aspect: Any = record.get("aspect", "square")
         if aspect not in ("square", "keep"):
             raise TokenFileError(f"{path}: aspect is {aspect!r}; expected square or keep. Encode the images again.")
-        refined: Any = record.get("refine_steps", 0)
-        if refined != 0 and not _is_count(refined):
-            raise TokenFileError(f"{path}: refine_steps is {refined!r}; expected a number. Encode the images again.")
+        refined: Any = (record.get("refine_steps", 0), record.get("refined_by", ""))
+        if not (refined[0] == 0 or _is_count(refined[0])) or not isinstance(refined[1], str):
+            raise TokenFileError(
+                f"{path}: refine_steps is {refined[0]!r} and refined_by {refined[1]!r}; expected a number and a "
+                "digest. Encode the images again."
+            )
         counts = record["codebook_size"], record["tokens_per_image"]
         shapes = aspect == "keep"
-        manifest = cls(digest, (size[0], size[1]), *counts, files, variable, least, sources, shapes, refined)
+        manifest = cls(digest, (size[0], size[1]), *counts, files, variable, least, sources, shapes, *refined)
         if record.get("count") != manifest.count:
             raise TokenFileError(f"{path}: count is {record.get('count')!r}; files add up to {manifest.count}.")
         return manifest

@@ -19,6 +19,7 @@ from v2flow_cli.runtime.processes import world_size
 from v2flow_cli.tokenizer.assembly import TokenizerAssembly
 from v2flow_cli.tokenizer.context import grid_coordinates
 from v2flow_cli.tokenizer.decoder import ImageLossPlan, Layout, StepPlan, TokenInput
+from v2flow_cli.tokenizer.other_decoders import FAITHFUL
 from v2flow_cli.tokenizer.refine import refine_ids
 
 # The decoder's mean of all pictures that fit the tokens, in one step.
@@ -60,7 +61,7 @@ class V2FlowTokenizer(TokenizerAssembly):
 
         ``num_tokens`` is one of ``lengths``; if the length is flexible, only the first so many ids are returned.
         ``refine_steps`` gradient steps then look for ids that the decoder reads better (``refine_ids``), for this
-        number of tokens (default: see ``steps_to_refine``).
+        number of tokens (default: see ``steps_to_refine``); with several decoders, that is ``faithful``.
 
         On a CPU each image is computed by one thread: an id near the border of two codes must not depend on the other
         images in the batch, nor on the number of threads.
@@ -72,10 +73,12 @@ class V2FlowTokenizer(TokenizerAssembly):
         self.check_length(length, height, width)
         rate, steps = self.resampler.rate_of(length, height, width), self.steps_to_refine(num_tokens, refine_steps)
 
+        reader = self.with_decoder(FAITHFUL) if steps else self  # refined ids are those of one decoder
+
         def ids_of(images: Tensor) -> Tensor:
             latents = self.latents.encode(images)
             if steps:
-                return self._refined_ids(latents, rate, length, steps)
+                return reader._refined_ids(latents, rate, length, steps)
             return self.ids_of_latents(latents, rate)[:, :length]
 
         on_cpu = self.device.type == "cpu" and len(images)
@@ -84,11 +87,11 @@ class V2FlowTokenizer(TokenizerAssembly):
     def steps_to_refine(self, num_tokens: int | None, refine_steps: int | None) -> int:
         """The gradient steps of ``encode`` with these arguments.
 
-        ``refine_steps`` None are the config's for a given ``num_tokens``. Without a number the ids are the encoder's,
-        because every prefix of them can be decoded, and refined ids are good at one length only.
+        ``refine_steps`` None are the config's. If the length is flexible and no ``num_tokens`` is given, there are
+        none: every prefix of the encoder's ids can be decoded, and refined ids are good at one length only.
         """
         if refine_steps is None:
-            return 0 if num_tokens is None else self.config.refine_steps
+            return 0 if self.flexible and num_tokens is None else self.config.refine_steps
         return refine_steps
 
     def _refined_ids(self, latents: Tensor, rate: int, length: int, steps: int) -> Tensor:

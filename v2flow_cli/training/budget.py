@@ -138,8 +138,8 @@ def check_inputs(budget: Budget, to_do: Iterable[str]) -> None:
             if not any(Path(source) == output or output in Path(source).parents for output in outputs):
                 if not Path(source).exists() and not glob.glob(source, recursive=True):
                     raise DataError(
-                        f"{budget.stages[name].recipe_path}: the data {source} does not exist, and no stage writes it. "
-                        f"Name yours with --set {name}.{key}=[PATH]."
+                        f"{budget.stages[name].recipe_path}: the data {source} does not exist, and no stage of this "
+                        f"run writes it. Name yours with --set {name}.{key}=[PATH]."
                     )
         _check_output(budget, budget.stages[name])
 

@@ -17,7 +17,7 @@ from v2flow_cli.store.paths import real_path, user_path
 # Keys that a resumed run may change, because they do not change the computation of a step.
 FREE_TO_CHANGE = set(
     "max_minutes log_every save_every save_minutes eval_every sample_every save_dtype keep_checkpoints skip_bad_steps "
-    "workers error_budget output tracker grid_every license datasets compile".split()
+    "workers error_budget output tracker grid_every license datasets compile refine_steps".split()
 )
 BUDGETED = "train.budgeted"
 # Keys whose values are paths if they exist: `photos`, `photos/` and `/home/me/photos` are one folder.
