@@ -277,7 +277,8 @@ def log_data(data: TokenPairs, output: str, log: Callable[[str], None]) -> None:
 
 
 def _check_token_sets(folders: Sequence[str], digest: str) -> tuple[dict[str, int], int]:
-    lengths, images, steps = {}, 0, {}
+    lengths, images = {}, 0
+    steps: dict[int, str] = {}  # of refinement -> the first set that has them
     for folder in folders:
         manifest = token_set_manifest(folder)
         steps.setdefault(manifest.refine_steps, folder)
