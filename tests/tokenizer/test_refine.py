@@ -1,11 +1,13 @@
 """Refined ids: never worse for the decoder, independent of the batch, and of any combination of parts."""
 
 import itertools
+import json
 
 import pytest
 import torch
 
 from tests.tokenizer.test_seams import EMA, FSQ, GRID, MASKED, REGISTERS, WHOLE, build, images
+from v2flow_cli.errors import ModelError
 from v2flow_cli.runtime.device import inference
 from v2flow_cli.tokenizer import V2FlowTokenizer
 from v2flow_cli.tokenizer.preprocess import image_to_tensor, psnr, to_uint8
@@ -78,6 +80,15 @@ def test_the_config_has_the_steps_of_a_given_number_of_tokens():
     assert torch.equal(model.encode(photos, 3), refined)
     assert torch.equal(model.encode(photos, 3, refine_steps=0), plain[:, :3])
     assert torch.equal(model.encode(photos), plain)  # every prefix of these can be decoded
+
+
+@pytest.mark.parametrize("key,value", [("refine_steps", v) for v in (-1, "20", 2.5, None)] + [("image_size", "256")])
+def test_a_config_with_something_else_than_a_number_is_refused(key, value, tmp_path):
+    build().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {key: value}))
+    with pytest.raises(ModelError, match=f"{key} of the config is .*; expected a whole number from"):
+        V2FlowTokenizer.from_pretrained(tmp_path)
 
 
 def test_an_error_that_is_not_finite_keeps_the_ids_of_the_encoder():

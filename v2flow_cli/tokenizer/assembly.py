@@ -68,6 +68,10 @@ class TokenizerAssembly(PretrainedModule):
 
     def __init__(self, config: V2FlowConfig) -> None:
         super().__init__(config)
+        for key, least in (("image_size", 1), ("refine_steps", 0)):
+            value = getattr(config, key)
+            if not isinstance(value, int) or value < least:
+                raise ModelError(f"{key} of the config is {value!r}; expected a whole number from {least} on.")
         vocabulary, quantizer = config.section("vocabulary"), config.section("quantizer")
         self.latents = Latents(config.autoencoder or {})
         self.patch_size = config.patch_size
