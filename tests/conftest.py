@@ -16,7 +16,9 @@ torch.set_num_threads(min(2, torch.get_num_threads()))
 # The first backward pass decides whether autograd has threads, which a fork (tests/reliability) does not survive. It
 # would have some if a test with fake tensors of a GPU came first.
 torch.ones(1, requires_grad=True).sum().backward()
-settings.register_profile("v2flow", deadline=None)  # no test asserts a time
+# No test asserts a time. Each run has the same examples; `pytest --hypothesis-profile search` looks for new ones.
+settings.register_profile("v2flow", deadline=None, derandomize=True)
+settings.register_profile("search", deadline=None)
 settings.load_profile("v2flow")
 
 
