@@ -18,7 +18,8 @@ from v2flow_cli.errors import RecipeError
 from v2flow_cli.llm.sample import DrawingLM
 from v2flow_cli.recipe import load_recipe
 from v2flow_cli.store.shards import index_shard
-from v2flow_cli.store.token_file import TokenManifest, load_token_ids
+from v2flow_cli.store.token_file import load_token_ids
+from v2flow_cli.store.token_manifest import TokenManifest
 from v2flow_cli.tokenizer import V2FlowTokenizer
 
 FOLDER = Path(__file__).parent / "compatibility" / "a4f45f9"

@@ -9,7 +9,8 @@ from PIL import Image
 
 from v2flow_cli.demo.page import demo
 from v2flow_cli.errors import DataError
-from v2flow_cli.store.token_file import TokenManifest, load_token_ids
+from v2flow_cli.store.token_file import load_token_ids
+from v2flow_cli.store.token_manifest import TokenManifest
 
 
 @pytest.fixture(scope="module")

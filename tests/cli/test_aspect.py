@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 
 from v2flow_cli.cli.app import app
 from v2flow_cli.errors import TokenFileError
-from v2flow_cli.store.token_file import TokenManifest, load_sizes, read_sized_token_set, read_token_set, samples_path
+from v2flow_cli.store.token_file import load_sizes, read_sized_token_set, read_token_set, samples_path
+from v2flow_cli.store.token_manifest import TokenManifest
 from v2flow_cli.store.token_parquet import parquet_files, read_parquet
 from v2flow_cli.tokenizer import V2FlowTokenizer
 from v2flow_cli.tokenizer.preprocess import image_to_tensor, to_uint8

@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 
 from v2flow_cli.cli.app import app
 from v2flow_cli.jobs.decode import image_seed
-from v2flow_cli.store.token_file import TokenManifest, save_samples, save_token_ids
+from v2flow_cli.store.token_file import save_samples, save_token_ids
+from v2flow_cli.store.token_manifest import TokenManifest
 from v2flow_cli.tokenizer import V2FlowTokenizer
 
 

@@ -9,7 +9,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from v2flow_cli.cli.app import app
-from v2flow_cli.store.token_file import TokenManifest, read_token_set
+from v2flow_cli.store.token_file import read_token_set
+from v2flow_cli.store.token_manifest import TokenManifest
 from v2flow_cli.store.token_sets import token_samples
 from v2flow_cli.tokenizer import V2FlowTokenizer
 

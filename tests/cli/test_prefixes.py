@@ -13,7 +13,8 @@ from v2flow_cli.cli.app import app
 from v2flow_cli.jobs.decode import image_seed
 from v2flow_cli.jobs.lengths import length_histograms
 from v2flow_cli.jobs.prefixes import shortest_prefixes
-from v2flow_cli.store.token_file import TokenManifest, read_token_set
+from v2flow_cli.store.token_file import read_token_set
+from v2flow_cli.store.token_manifest import TokenManifest
 from v2flow_cli.tokenizer import V2FlowTokenizer
 from v2flow_cli.tokenizer.preprocess import psnr, to_uint8
 

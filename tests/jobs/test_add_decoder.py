@@ -16,7 +16,8 @@ from v2flow_cli.bench.sweep import parse_sweeps
 from v2flow_cli.cli.app import app
 from v2flow_cli.errors import DataError, ModelError
 from v2flow_cli.jobs.add_decoder import add_decoder
-from v2flow_cli.store.token_file import TokenManifest, save_token_ids
+from v2flow_cli.store.token_file import save_token_ids
+from v2flow_cli.store.token_manifest import TokenManifest
 from v2flow_cli.tokenizer import V2FlowTokenizer
 
 

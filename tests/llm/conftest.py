@@ -16,7 +16,8 @@ from transformers import (
 
 from v2flow_cli.llm.vocabulary import VisualVocabulary
 from v2flow_cli.recipe.load import load_recipe
-from v2flow_cli.store.token_file import TokenManifest, save_samples, save_token_ids
+from v2flow_cli.store.token_file import save_samples, save_token_ids
+from v2flow_cli.store.token_manifest import TokenManifest
 from v2flow_cli.tokenizer import V2FlowTokenizer
 from v2flow_cli.training.objectives.language_model import train_tokenizer
 

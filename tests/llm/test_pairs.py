@@ -11,7 +11,7 @@ from PIL import Image
 from v2flow_cli.errors import DataError, TokenFileError
 from v2flow_cli.llm.pairs import Part, Samples, check_data, count_tokens
 from v2flow_cli.recipe.schema import TokenPairs
-from v2flow_cli.store.token_file import TokenManifest
+from v2flow_cli.store.token_manifest import TokenManifest
 
 DIGEST = "0123456789abcdef"
 

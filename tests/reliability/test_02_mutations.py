@@ -10,7 +10,8 @@ import pytest
 from v2flow_cli.errors import V2FlowError
 from v2flow_cli.store import shard_index
 from v2flow_cli.store.shard_index import load_manifest
-from v2flow_cli.store.token_file import TokenManifest, load_samples, load_token_ids, save_samples, save_token_ids
+from v2flow_cli.store.token_file import load_samples, load_token_ids, save_samples, save_token_ids
+from v2flow_cli.store.token_manifest import TokenManifest
 from v2flow_cli.tokenizer import V2FlowTokenizer
 
 COUNTS = [pytest.param(500, id="500"), pytest.param(20_000, id="20000", marks=pytest.mark.slow)]

@@ -8,8 +8,6 @@ import pytest
 from v2flow_cli.errors import DataError, TokenFileError
 from v2flow_cli.store.files import check_absent, map_ahead, replacing, write_bytes
 from v2flow_cli.store.token_file import (
-    TokenManifest,
-    find_manifest,
     load_samples,
     load_token_ids,
     read_token_set,
@@ -17,6 +15,7 @@ from v2flow_cli.store.token_file import (
     save_samples,
     save_token_ids,
 )
+from v2flow_cli.store.token_manifest import TokenManifest, find_manifest
 
 MANIFEST = TokenManifest("0123456789abcdef", (32, 32), 64, 4, {"a": 1, "sub/b": 1})
 

@@ -12,7 +12,8 @@ from datasets import load_dataset
 from v2flow_cli.errors import TokenFileError
 from v2flow_cli.runtime.extras import MissingExtra
 from v2flow_cli.store import token_parquet
-from v2flow_cli.store.token_file import TokenManifest, read_token_set, save_samples, save_token_ids
+from v2flow_cli.store.token_file import read_token_set, save_samples, save_token_ids
+from v2flow_cli.store.token_manifest import TokenManifest
 from v2flow_cli.store.token_parquet import load_parquet_manifest, parquet_files, read_parquet, write_parquet
 from v2flow_cli.store.token_sets import token_samples, token_set_manifest
 

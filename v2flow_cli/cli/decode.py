@@ -106,7 +106,7 @@ def decode(
 
 def _folder_of(path: str) -> str:
     """``X`` for a missing ``X.npy`` beside an output folder ``X`` of encode; else ``path``."""
-    from v2flow_cli.store.token_file import TokenManifest
+    from v2flow_cli.store.token_manifest import TokenManifest
 
     folder = Path(path.removesuffix(".npy"))
     if path.endswith(".npy") and not Path(path).exists() and TokenManifest.load(folder) is not None:

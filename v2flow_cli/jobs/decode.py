@@ -23,15 +23,8 @@ from v2flow_cli.store.find import InputFile
 from v2flow_cli.store.images import png_bytes
 from v2flow_cli.store.names import safe_key
 from v2flow_cli.store.paths import names_a_picture
-from v2flow_cli.store.token_file import (
-    TokenManifest,
-    check_finished,
-    find_manifest,
-    load_samples,
-    load_sizes,
-    load_token_ids,
-    row_of,
-)
+from v2flow_cli.store.token_file import check_finished, load_samples, load_sizes, load_token_ids, row_of
+from v2flow_cli.store.token_manifest import TokenManifest, find_manifest
 from v2flow_cli.tokenizer import V2FlowTokenizer
 from v2flow_cli.tokenizer.preprocess import to_pil
 

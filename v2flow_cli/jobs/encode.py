@@ -30,7 +30,8 @@ from v2flow_cli.store.images import open_image
 from v2flow_cli.store.not_taken import NotTaken
 from v2flow_cli.store.shard_index import read_member
 from v2flow_cli.store.shards import ShardIndex, Verify, index_shard, open_shard
-from v2flow_cli.store.token_file import TokenManifest, load_samples, samples_path, save_samples, save_token_ids
+from v2flow_cli.store.token_file import load_samples, samples_path, save_samples, save_token_ids
+from v2flow_cli.store.token_manifest import TokenManifest
 from v2flow_cli.store.unfinished import Finished, Unfinished
 from v2flow_cli.tokenizer import V2FlowTokenizer
 from v2flow_cli.tokenizer.other_decoders import FAITHFUL

@@ -15,7 +15,7 @@ from v2flow_cli.runtime.processes import Processes, gather_texts
 from v2flow_cli.store.failures import Failure, load_failures, save_failures
 from v2flow_cli.store.files import check_absent, fingerprint, remove_partials
 from v2flow_cli.store.not_taken import NotTaken
-from v2flow_cli.store.token_file import TokenManifest, check_manifest_is_ours
+from v2flow_cli.store.token_manifest import TokenManifest, check_manifest_is_ours
 from v2flow_cli.store.unfinished import Unfinished
 
 

@@ -21,7 +21,8 @@ from v2flow_cli.runtime.device import inference, pick_device, pick_dtype
 from v2flow_cli.store.files import append_line, write_bytes
 from v2flow_cli.store.images import png_bytes
 from v2flow_cli.store.text import printable, whole_lines
-from v2flow_cli.store.token_file import TokenManifest, save_token_ids
+from v2flow_cli.store.token_file import save_token_ids
+from v2flow_cli.store.token_manifest import TokenManifest
 from v2flow_cli.tokenizer import V2FlowTokenizer
 from v2flow_cli.tokenizer.preprocess import to_pil
 

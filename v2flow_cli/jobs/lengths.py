@@ -11,7 +11,8 @@ import numpy as np
 
 from v2flow_cli.store.find import InputFile
 from v2flow_cli.store.paths import user_path
-from v2flow_cli.store.token_file import TokenManifest, load_token_ids
+from v2flow_cli.store.token_file import load_token_ids
+from v2flow_cli.store.token_manifest import TokenManifest
 from v2flow_cli.tokenizer.prefix import doublings
 
 BAR_WIDTH = 40  # characters

@@ -20,7 +20,8 @@ import numpy as np
 from v2flow_cli.errors import TokenFileError, foreign_errors
 from v2flow_cli.runtime.extras import extra
 from v2flow_cli.runtime.publishing import check_published, publishing
-from v2flow_cli.store.token_file import TokenManifest, TokenSample, load_manifest, read_sized_token_set
+from v2flow_cli.store.token_file import TokenSample, read_sized_token_set
+from v2flow_cli.store.token_manifest import TokenManifest, load_manifest
 
 ROWS_PER_FILE = 100_000
 ROWS_PER_GROUP = 4096  # in memory at a time

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from v2flow_cli.errors import TokenFileError
-from v2flow_cli.store.token_file import TokenManifest, TokenSample, read_token_set
+from v2flow_cli.store.token_file import TokenSample, read_token_set
+from v2flow_cli.store.token_manifest import TokenManifest
 from v2flow_cli.store.token_parquet import load_parquet_manifest, parquet_files, read_parquet
 
 
